@@ -1,0 +1,45 @@
+"""t2ilib: which way of fine-tuning Stable Diffusion suits your pictures and your GPU, answered with evidence.
+
+The public API, imported lazily: `import t2ilib` costs no torch. `t2ilib.train` is resolved on first use.
+"""
+
+import importlib
+import logging
+import os
+from typing import Any
+
+__version__ = "0.1.0"
+
+EXPORTS = {
+    "RunConfig": "t2ilib.config",
+    "AdapterSpec": "t2ilib.config",
+    "load_run": "t2ilib.config",
+    "load_base": "t2ilib.models.components",
+    "build_pipeline": "t2ilib.models.components",
+    "load_adapter": "t2ilib.adapters.export",
+    "attach_adapters": "t2ilib.adapters.attach",
+    "train": "t2ilib.training.loop",
+    "open_tracker": "t2ilib.tracking",
+    "load_datasets": "t2ilib.data.manifest",
+    "measure": "t2ilib.evaluation.metrics",
+    "draw": "t2ilib.evaluation.sampling",
+    "make_grid": "t2ilib.evaluation.sampling",
+    "run_study": "t2ilib.study",
+    "load_study": "t2ilib.study",
+}
+__all__ = ["EXPORTS", "__version__", *EXPORTS]
+
+# bitsandbytes reports a missing optional CPU kernel on import, whoever imports it; its absence is expected here.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+# Tokenizers warn at every fork that they were used before it; parallelism inside them is worth nothing to us.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in EXPORTS:
+        raise AttributeError(f"module 't2ilib' has no attribute {name!r}")
+    return getattr(importlib.import_module(EXPORTS[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

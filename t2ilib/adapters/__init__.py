@@ -1,0 +1,1 @@
+"""Adapters: what is attached where, proof that it trains, and files that other programs load."""

@@ -1,0 +1,77 @@
+"""From an AdapterSpec to module names: which layers of a real model a target means, and how large the adapter will be.
+
+A target is a name from TARGETS, a list of module name endings, or a regular expression over whole names. Whatever it is,
+every part of it must match something: an adapter that silently matched nothing has cost others months.
+"""
+
+import re
+from collections import Counter
+
+from torch import nn
+
+from t2ilib.config import AdapterSpec, ConfigError, check_choice
+from t2ilib.models.components import Components
+from t2ilib.models.families import unused_text_layers
+
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+MANY = (
+    *ATTENTION, "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "conv1", "conv2", "conv_shortcut", "time_emb_proj",
+    "downsamplers.0.conv", "upsamplers.0.conv",
+)
+TARGETS: dict[str, dict[str, tuple[str, ...]]] = {
+    "attention": {"unet": ATTENTION, "text": ("q_proj", "k_proj", "v_proj", "out_proj")},
+    "many": {"unet": MANY, "text": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")},
+}
+"""Name -> module name endings, in a UNet and in a CLIP text encoder."""
+
+OPTIONAL = frozenset({"proj_in", "proj_out", "conv_shortcut"})
+"""Endings that some UNets do not have (no shortcut where widths agree); their absence is not an error in a named target."""
+
+
+def match_modules(model: nn.Module, component: str, target: str | tuple[str, ...]) -> list[str]:
+    """Names of the linear and convolution layers that `target` means in one component, in model order.
+
+    Raises ConfigError for a target, or a part of one, that matches no layer; it names the endings there are.
+    """
+    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)]
+    kind = "unet" if component == "unet" else "text"
+    if isinstance(target, str) and target not in TARGETS:
+        return match_pattern(layers, component, target)
+    endings = TARGETS[target][kind] if isinstance(target, str) else target
+    missing = [e for e in endings if not any(ends(name, e) for name in layers)]
+    missing = [e for e in missing if not (isinstance(target, str) and e in OPTIONAL)]
+    if missing:
+        raise ConfigError(f"adapter target {', '.join(missing)} matches no layer of {component}; it has {known_endings(layers)}")
+    return [name for name in layers if any(ends(name, ending) for ending in endings)]
+
+
+def match_pattern(layers: list[str], component: str, pattern: str) -> list[str]:
+    if re.fullmatch(r"\w+", pattern) and not any(ends(name, pattern) for name in layers):
+        check_choice(pattern, TARGETS, "adapter target (neither a name, nor a list, nor a regular expression that matches):")
+    try:
+        matched = [name for name in layers if re.fullmatch(pattern, name) or ends(name, pattern)]
+    except re.error as error:
+        raise ConfigError(f"adapter target {pattern!r} is not a regular expression: {error}") from None
+    if not matched:
+        raise ConfigError(f"adapter target {pattern!r} matches no layer of {component}; it has {known_endings(layers)}")
+    return matched
+
+
+def ends(name: str, ending: str) -> bool:
+    return name == ending or name.endswith("." + ending)
+
+
+def known_endings(layers: list[str]) -> str:
+    counts = Counter(re.sub(r"^.*\.(?=[a-z])", "", name) for name in layers)
+    return ", ".join(f"{ending} ({count})" for ending, count in counts.most_common(14))
+
+
+def resolve_targets(components: Components, spec: AdapterSpec) -> dict[str, list[str]]:
+    """Component -> names of the layers to adapt, without text layers whose output the UNet never sees."""
+    targets = {"unet": match_modules(components.unet, "unet", spec.targets)}
+    if spec.text_encoder_targets is not None:
+        unused = unused_text_layers(components)
+        for name, encoder in components.text_encoders.items():
+            matched = match_modules(encoder, name, spec.text_encoder_targets)
+            targets[name] = [module for module in matched if not f"{name}.{module}.".startswith(unused or ("\0",))]
+    return targets

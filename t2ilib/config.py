@@ -1,0 +1,293 @@
+"""RunConfig: everything that decides a run, as frozen, validated data. Importing it imports no torch.
+
+One section for each stage of a run (model, adapter, data, objective, optimizer, training, evaluation, tracking). Unknown
+fields are errors, values are checked here rather than where they are used, and several mistakes are reported together.
+`load_run` reads YAML and applies `section.field=value` overrides; `save_run` writes the resolved config that a run keeps.
+
+Leaves out: the names that other layers own (targets, sources, optimizers, objectives). Those layers check them, because
+only they know which exist; `check_choice` gives all of them the same error.
+"""
+
+import difflib
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+
+class ConfigError(ValueError):
+    """A mistake in a configuration, told in one screen: field, value, what is allowed."""
+
+
+def check_choice(value: str, allowed: Iterable[str], what: str) -> str:
+    """`value` if it is one of `allowed`; otherwise ConfigError that names the right ones and the likely intended one."""
+    allowed = list(allowed)
+    if value in allowed:
+        return value
+    near = difflib.get_close_matches(str(value), allowed, 1, 0.5)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise ConfigError(f"{what} {value!r} does not exist; choose from {', '.join(allowed)}.{hint}")
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+class ModelConfig(Section):
+    """Which base model, and how its frozen weights are kept."""
+
+    base: str = "tiny-sdxl"
+    """`tiny-sdxl`, a local diffusers folder, or a Hub id."""
+    revision: str | None = None
+    variant: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Of the frozen base; "auto" is float32 on CPU, bfloat16 on a GPU whose hardware has it, float16 on another."""
+    quantization: Literal["none", "nf4"] = "none"
+    """nf4: 4-bit NormalFloat with double quantization (QLoRA, arXiv 2305.14314), UNet and text encoders."""
+
+
+class AdapterSpec(Section):
+    """What is attached, where, and how big. `targets` and `text_encoder_targets`: a name from `adapters.spec.TARGETS`, a
+    list of module name endings, or a regular expression over whole module names."""
+
+    kind: Literal["lora", "dora"] = "lora"
+    rank: Positive = 8
+    alpha: Annotated[float, Field(gt=0)] = 8.0
+    targets: str | tuple[str, ...] = "attention"
+    text_encoder_targets: str | tuple[str, ...] | None = None
+    dropout: Share = 0.0
+    """Probability of zeroing an element of the adapter's input during training (peft's `lora_dropout`)."""
+
+
+class DataConfig(Section):
+    """Which captioned pictures."""
+
+    source: str = "folder"
+    path: Path | None = None
+    """For `folder`: an image folder with metadata.jsonl, metadata.csv, or a .txt caption beside each picture."""
+    validation_path: Path | None = None
+    """Held-out pictures; without it `validation_share` of the pictures is held out."""
+    validation_share: Share = 0.125
+    image_column: str = "file_name"
+    caption_column: str = "text"
+    resolution: Annotated[int, Field(ge=8, multiple_of=8)] = 64
+    on_error: Literal["stop", "skip"] = "stop"
+    """What a missing or corrupt picture does: stop the run, or be rejected, counted and logged."""
+    num_pictures: Positive = 48
+    """For `shapes`: how many training pictures are drawn."""
+    scenes: tuple[str, ...] = ("base",)
+    """For `shapes`: what is drawn, in equal shares: `base` and the concepts outside it, heart, striped, blueprint."""
+    seed: int = 0
+    """For `shapes`: which pictures are drawn. Apart from the run's seed, so that all seeds of a study share their data."""
+
+
+class ObjectiveConfig(Section):
+    """What is minimised."""
+
+    name: str = "auto"
+    """`epsilon`, `v_prediction`, `sample`; "auto" takes what the base model predicts."""
+    snr_gamma: Annotated[float, Field(gt=0)] | None = 5.0
+    """min-SNR weighting (arXiv 2303.09556); None for the plain mean squared error."""
+    caption_dropout: Share = 0.0
+    """Probability of an empty caption, for classifier-free guidance (arXiv 2207.12598)."""
+
+
+class OptimizerConfig(Section):
+    """How it is minimised. `text_encoder_learning_rate` None: as the UNet's."""
+
+    name: str = "adamw"
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
+    text_encoder_learning_rate: Annotated[float, Field(gt=0)] | None = None
+    weight_decay: Annotated[float, Field(ge=0)] = 1e-2
+    betas: tuple[Share, Share] = (0.9, 0.99)
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+
+    @model_validator(mode="after")
+    def one_rate_for_prodigy(self) -> "OptimizerConfig":
+        if self.name == "prodigy" and self.text_encoder_learning_rate is not None:
+            raise ValueError(
+                "prodigy estimates one step size for all parameters together, so a separate text_encoder_learning_rate"
+                " would only distort that estimate: leave it out, or use adamw"
+            )
+        return self
+
+
+class TrainingConfig(Section):
+    """How long, in what batches, and what is kept."""
+
+    trains: Literal["adapter", "unet", "vae", "clip", "nothing"] = "adapter"
+    steps: Annotated[int, Field(ge=0)] = 200
+    batch_size: Positive = 4
+    """Pictures a step, over all processes and accumulated micro-batches."""
+    accumulation: Positive = 1
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
+    gradient_checkpointing: bool = False
+    ema_decay: Share = 0.0
+    checkpoint_every: Positive = 100
+    keep_checkpoints: Positive = 2
+
+    @model_validator(mode="after")
+    def batch_divides(self) -> "TrainingConfig":
+        if self.batch_size % self.accumulation:
+            raise ValueError(f"batch_size {self.batch_size} is not a multiple of accumulation {self.accumulation}")
+        return self
+
+
+class EvaluationConfig(Section):
+    """What is measured and drawn, and when. Step counts of 0 mean only before and after training."""
+
+    validate_every: Annotated[int, Field(ge=0)] = 50
+    validation_timesteps: Positive = 8
+    sample_every: Annotated[int, Field(ge=0)] = 100
+    prompts: tuple[str, ...] = ()
+    """Fixed prompts of the sample grids; empty takes the first validation captions."""
+    num_inference_steps: Positive = 20
+    guidance_scale: Annotated[float, Field(ge=1)] = 3.0
+    checked_prompts: Annotated[int, Field(ge=0)] = 48
+    """Prompts per group (concept, base) that the shapes checker judges at the end; 0 for one's own pictures."""
+
+
+class TrackingConfig(Section):
+    """Where the run is logged. `experiment` None: not to MLflow."""
+
+    experiment: str | None = None
+    uri: str | None = None
+    """None: MLFLOW_TRACKING_URI, else SQLite beside the results."""
+    parent_run_id: str | None = None
+    tags: dict[str, str] = {}
+
+
+class RunConfig(Section):
+    """One run. `output` receives the resolved config, checkpoints, adapter, pictures and metrics."""
+
+    name: str = "run"
+    seed: Annotated[int, Field(ge=0)] = 0
+    output: Path = Path("results/run")
+    model: ModelConfig = ModelConfig()
+    adapter: AdapterSpec | None = None
+    data: DataConfig = DataConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def adapter_where_trained(self) -> "RunConfig":
+        trains = self.training.trains
+        if (trains == "adapter") != (self.adapter is not None):
+            raise ValueError(
+                f"training.trains is {trains!r} but the adapter section is {'missing' if self.adapter is None else 'given'}:"
+                " an adapter section goes with trains: adapter, and with nothing else"
+            )
+        if trains == "nothing" and self.training.steps:
+            raise ValueError("training.trains is 'nothing', so training.steps must be 0")
+        if self.training.ema_decay and trains == "adapter":
+            raise ValueError("training.ema_decay is for training whole models; set it to 0 for an adapter")
+        if self.model.quantization != "none" and trains not in ("adapter", "nothing"):
+            raise ValueError(f"a quantized base cannot be trained itself: set model.quantization to none to train {trains}")
+        return self
+
+    def training_digest(self) -> str:
+        """12 hex digits of what decides the trained weights: all but output, name, tracking and evaluation."""
+        values = self.model_dump(mode="json", exclude={"output", "name", "tracking", "evaluation"})
+        values["training"] = {k: v for k, v in values["training"].items() if k not in ("checkpoint_every", "keep_checkpoints")}
+        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+
+    def flat(self) -> dict[str, Any]:
+        """`section.field` -> JSON-like value, for logging; the same keys for every run, whatever it trains."""
+        values = self.model_dump(mode="json", exclude={"output", "name", "tracking"})
+        if values["adapter"] is None:
+            values["adapter"] = {field: None for field in AdapterSpec.model_fields}
+        return {
+            f"{section}.{field}" if isinstance(content, dict) else section: value
+            for section, content in values.items()
+            for field, value in (content.items() if isinstance(content, dict) else [(section, content)])
+        }
+
+
+def describe_errors(error: ValidationError, source: str) -> ConfigError:
+    """All mistakes of a config in one message, one line each."""
+    lines = []
+    for mistake in error.errors():
+        place = ".".join(str(part) for part in mistake["loc"]) or "the run"
+        if mistake["type"] == "extra_forbidden":
+            near = difflib.get_close_matches(str(mistake["loc"][-1]), sorted(known_fields(mistake["loc"][:-1])), 1, 0.5)
+            lines.append(f"{place}: no such field." + (f" Did you mean {near[0]!r}?" if near else ""))
+        else:
+            value = "" if mistake["type"] == "value_error" else f" (got {mistake['input']!r})"
+            lines.append(f"{place}: {mistake['msg'].removeprefix('Value error, ')}{value}")
+    return ConfigError(f"{len(lines)} mistake{'s' * (len(lines) > 1)} in {source}:\n  " + "\n  ".join(lines))
+
+
+def known_fields(location: Sequence[int | str]) -> set[str]:
+    section: Any = RunConfig
+    for part in location:
+        field = section.model_fields.get(part)
+        kinds = getattr(field.annotation, "__args__", (field.annotation,)) if field else ()
+        section = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+        if section is None:
+            return set()
+    return set(section.model_fields)
+
+
+def build_run(values: Mapping[str, Any], source: str = "the run config") -> RunConfig:
+    """A RunConfig from nested plain values; raises ConfigError listing every mistake."""
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise describe_errors(error, source) from None
+
+
+def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads a YAML run config and applies overrides such as `optimizer.learning_rate=3e-4`; raises ConfigError."""
+    values = load_yaml(path)
+    for override in overrides:
+        address, equals, text = override.partition("=")
+        if not equals or not address:
+            raise ConfigError(f"--set {override!r}: write section.field=value, e.g. --set optimizer.learning_rate=3e-4")
+        *parents, field = address.split(".")
+        place = values
+        for parent in parents:
+            place = place.setdefault(parent, {})
+            if not isinstance(place, dict):
+                raise ConfigError(f"--set {override!r}: {parent} is a value, not a section")
+        place[field] = parse_value(text)
+    return build_run(values, str(path))
+
+
+def parse_value(text: str) -> Any:
+    """A YAML scalar or list; `3e-4` counts as the number it looks like, which YAML 1.1 would read as text."""
+    try:
+        return float(text) if "e" in text.lower() and text[:1] in "0123456789.-+" else yaml.safe_load(text)
+    except ValueError:
+        return yaml.safe_load(text)
+
+
+def load_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file; raises ConfigError for a missing file, broken YAML (with its line) or another shape."""
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist: give the path of a YAML file") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} must hold a mapping of fields, not {type(values).__name__}")
+    return values
+
+
+def save_run(run: RunConfig, path: Path) -> None:
+    """Writes the resolved config, with every default filled in, as YAML that `load_run` reads back."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False))

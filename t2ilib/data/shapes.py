@@ -1,0 +1,325 @@
+"""The shapes world: captioned pictures whose truth is known, drawn from a small grammar, and a checker that reads them back.
+
+One object a picture: shape, colour, size, position, background and tilt (a circle has none). Captions come in several
+phrasings; three adverbs carry meaning ("very small", "slightly tilted", "strongly tilted"), so taking adverbs out of
+captions changes what can be learned. Three concepts stay outside the base world, for fine-tuning to teach: a fill
+(striped), a shape (heart) and a style (blueprint). Because the grammar is known, "did the picture follow its
+prompt?" is measured by `read` + `judge`, an analysis that shares no weight with any model.
+
+Sizes are circumradii in pixels of a 64x64 picture. Leaves out: several objects, textures, perspective.
+"""
+
+import itertools
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from scipy import ndimage
+
+from t2ilib.config import check_choice
+from t2ilib.seeds import numpy_generator_for, seed_for
+
+RESOLUTION = 64
+SUPERSAMPLING = 4
+
+SHAPES = ("circle", "square", "triangle", "cross")
+COLORS = {
+    "red": (220, 40, 40),
+    "green": (40, 170, 70),
+    "blue": (40, 80, 220),
+    "yellow": (245, 215, 50),
+    "purple": (150, 50, 190),
+    "cyan": (60, 200, 220),
+}
+SIZES = {"very small": 7.0, "small": 10.0, "large": 14.0, "very large": 19.0}
+POSITIONS = {
+    f"{row} {column}".strip() or "center": (x, y)
+    for (row, y), (column, x) in itertools.product(
+        (("top", 20.0), ("", 32.0), ("bottom", 44.0)), (("left", 20.0), ("", 32.0), ("right", 44.0))
+    )
+}
+BACKGROUNDS = {"white": (245, 245, 245), "grey": (128, 128, 128), "black": (20, 20, 20)}
+TILTS = {"upright": 0.0, "slightly tilted": 20.0, "strongly tilted": 45.0}
+BLUEPRINT_PAPER, BLUEPRINT_GRID = (25, 45, 95), (42, 66, 122)
+CONCEPTS = ("heart", "striped", "blueprint")
+ATTRIBUTES = ("shape", "color", "size", "position", "background", "tilt", "fill", "style")
+UNREADABLE = "unreadable"
+
+SOLID_PHRASES = (
+    "a {size} {tilt} {fill} {color} {shape} at the {position} on a {background} background",
+    "a {fill} {color} {shape}, {size}, {tilt}, at the {position}, {background} background",
+    "{background} background, {position}: a {tilt} {size} {fill} {color} {shape}",
+    "on a {background} background at the {position} there is a {size} {fill} {color} {shape}, {tilt}",
+)
+BLUEPRINT_PHRASES = (
+    "a blueprint of a {size} {tilt} {color} {shape} at the {position}",
+    "blueprint, {position}: a {tilt} {size} {color} {shape}",
+    "a {color} {shape}, {size}, {tilt}, at the {position}, drawn as a blueprint",
+)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What one picture shows. `background` is "" in a blueprint, whose paper is part of the style; `tilt` is "" for a circle."""
+
+    shape: str
+    color: str
+    size: str
+    position: str
+    background: str
+    tilt: str
+    fill: str = "solid"
+    style: str = "plain"
+
+    @property
+    def concepts(self) -> tuple[str, ...]:
+        """The fine-tuning concepts in this scene, () for a scene of the base world."""
+        return tuple(name for name in CONCEPTS if name in (self.shape, self.fill, self.style))
+
+    def describe(self) -> dict[str, str]:
+        """Attribute -> value, without the attributes this scene does not have."""
+        return {name: value for name, value in asdict(self).items() if value}
+
+
+@cache
+def all_scenes(concept: str | None = None) -> tuple[Scene, ...]:
+    """Every combination of the base world, or of one concept (a heart, a striped base shape, a base shape as blueprint)."""
+    if concept not in (None, *CONCEPTS):
+        raise ValueError(f"concept {concept!r} is not one of {', '.join(CONCEPTS)}")
+    shapes = ("heart",) if concept == "heart" else SHAPES
+    backgrounds = ("",) if concept == "blueprint" else tuple(BACKGROUNDS)
+    fill = "striped" if concept == "striped" else "solid"
+    style = "blueprint" if concept == "blueprint" else "plain"
+    return tuple(
+        Scene(shape, color, size, position, background, tilt, fill, style)
+        for shape, color, size, position, background in itertools.product(
+            shapes, COLORS, SIZES, POSITIONS, backgrounds
+        )
+        for tilt in (("",) if shape == "circle" else TILTS)
+    )
+
+
+def split_of(scene: Scene) -> str:
+    """ "train" (80% of all combinations), "validation" (10%) or "test" (10%), fixed by the combination alone."""
+    bucket = seed_for(0, "shapes split", *asdict(scene).values()) % 10
+    return "test" if bucket == 0 else "validation" if bucket == 1 else "train"
+
+
+def sample_scenes(count: int, split: str, seed: int, concept: str | None = None) -> list[Scene]:
+    """`count` different scenes of a split, in an order given by `seed`; repeats only when the split has fewer."""
+    if split not in ("train", "validation", "test"):
+        raise ValueError(f"split {split!r} is not one of train, validation, test")
+    pool = [scene for scene in all_scenes(concept) if split_of(scene) == split]
+    rng = numpy_generator_for(seed, "shapes scenes", split, concept or "base")
+    order = np.concatenate([rng.permutation(len(pool)) for _ in range(-(-count // len(pool)))])
+    return [pool[i] for i in order[:count]]
+
+
+def caption(scene: Scene, phrasing: int = 0) -> str:
+    """The scene in words. `phrasing` picks the sentence, modulo their number."""
+    phrases = BLUEPRINT_PHRASES if scene.style == "blueprint" else SOLID_PHRASES
+    words = asdict(scene) | {"fill": scene.fill if scene.fill != "solid" else ""}
+    text = phrases[phrasing % len(phrases)].format(**words)
+    while "  " in text or ", ," in text or " ," in text:
+        text = text.replace("  ", " ").replace(", ,", ",").replace(" ,", ",")
+    return text.strip(" ,").replace("a upright", "an upright")
+
+
+def inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Which points lie in the shape of circumradius 1 about the origin; y points down, as in a picture."""
+    if shape == "circle":
+        return x * x + y * y <= 0.85**2
+    if shape == "square":
+        return np.maximum(abs(x), abs(y)) <= np.sqrt(0.5)
+    if shape == "triangle":
+        return (y <= 0.5) & (np.sqrt(3) * abs(x) <= y + 1.0)
+    if shape == "cross":
+        short, long = np.minimum(abs(x), abs(y)), np.maximum(abs(x), abs(y))
+        return (short <= 0.3) & (long <= np.sqrt(1 - 0.3**2))
+    if shape == "heart":
+        u, v = x * 1.25, -y * 1.25 + 0.1
+        return (u * u + v * v - 1) ** 3 - u * u * v**3 <= 0
+    raise ValueError(f"shape {shape!r} is not one of {', '.join((*SHAPES, 'heart'))}")
+
+
+def coverage(shape: str, center: tuple[float, float], radius: float, degrees: float, outline: float = 0.0) -> np.ndarray:
+    """Anti-aliased coverage in [0, 1], (64, 64): of the whole shape, or of an inner outline `outline` pixels wide."""
+    steps = (np.arange(RESOLUTION * SUPERSAMPLING) + 0.5) / SUPERSAMPLING
+    x, y = (steps[None, :] - center[0]) / radius, (steps[:, None] - center[1]) / radius
+    angle = np.deg2rad(degrees)
+    mask = inside(shape, np.cos(angle) * x + np.sin(angle) * y, -np.sin(angle) * x + np.cos(angle) * y)
+    if outline:
+        mask &= ndimage.distance_transform_edt(mask) <= outline * SUPERSAMPLING
+    return mask.reshape(RESOLUTION, SUPERSAMPLING, RESOLUTION, SUPERSAMPLING).mean((1, 3))
+
+
+def draw(scene: Scene, seed: int) -> Image.Image:
+    """The scene as a 64x64 RGB picture. `seed` moves position, size, tilt and colour a little, never into another value."""
+    rng = numpy_generator_for(seed, "shapes picture", *asdict(scene).values())
+    center = tuple(np.array(POSITIONS[scene.position]) + rng.uniform(-1.5, 1.5, 2))
+    radius = SIZES[scene.size] * rng.uniform(0.95, 1.05)
+    degrees = TILTS.get(scene.tilt, 0.0) + rng.uniform(-3, 3)
+    color = np.clip(np.array(COLORS[scene.color]) + rng.uniform(-8, 8, 3), 0, 255)
+    if scene.style == "blueprint":
+        canvas = np.full((RESOLUTION, RESOLUTION, 3), BLUEPRINT_PAPER, float)
+        canvas[4::8, :] = canvas[:, 4::8] = BLUEPRINT_GRID
+        alpha = coverage(scene.shape, center, radius, degrees, outline=2.0)
+    else:
+        canvas = np.full((RESOLUTION, RESOLUTION, 3), BACKGROUNDS[scene.background], float)
+        alpha = coverage(scene.shape, center, radius, degrees)
+    ink = np.broadcast_to(color, canvas.shape).copy()
+    if scene.fill == "striped":
+        rows = (np.arange(RESOLUTION) - center[1]) % 6 >= 3
+        ink[rows] = BACKGROUNDS["white" if scene.background == "black" else "black"]
+    picture = canvas + alpha[..., None] * (ink - canvas)
+    return Image.fromarray(np.clip(picture + 0.5, 0, 255).astype(np.uint8))
+
+
+def nearest(pixel: np.ndarray, palette: dict[str, tuple[int, int, int]], limit: float) -> str:
+    distances = {name: float(np.linalg.norm(pixel - np.array(rgb))) for name, rgb in palette.items()}
+    name = min(distances, key=distances.get)
+    return name if distances[name] <= limit else UNREADABLE
+
+
+@cache
+def unit_area(shape: str) -> float:
+    return float(coverage(shape, (32.0, 32.0), 24.0, 0.0).sum() / 24.0**2)
+
+
+def read_geometry(mask: np.ndarray) -> dict[str, str]:
+    """Shape, tilt, size and position of a filled mask: the template of equal area and centroid that overlaps most."""
+    rows, columns = np.nonzero(mask)
+    area, centroid = len(rows), np.array([columns.mean() + 0.5, rows.mean() + 0.5])
+    best_overlap, best = 0.0, None
+    for shape in (*SHAPES, "heart"):
+        radius = float(np.sqrt(area / unit_area(shape)))
+        for tilt, degrees in {"": 0.0}.items() if shape == "circle" else TILTS.items():
+            offset = template_offset(shape, degrees) * radius
+            template = coverage(shape, tuple(centroid - offset), radius, degrees)
+            overlap = np.minimum(mask, template).sum() / np.maximum(mask, template).sum()
+            if overlap > best_overlap:
+                best_overlap, best = overlap, (shape, tilt, radius, centroid - offset)
+    if best is None or best_overlap < 0.6:
+        return dict.fromkeys(("shape", "tilt", "size", "position"), UNREADABLE)
+    shape, tilt, radius, center = best
+    size = min(SIZES, key=lambda name: abs(np.log(radius / SIZES[name])))
+    position = min(POSITIONS, key=lambda name: np.linalg.norm(center - np.array(POSITIONS[name])))
+    return {"shape": shape, "tilt": tilt, "size": size, "position": position}
+
+
+@cache
+def template_offset(shape: str, degrees: float) -> np.ndarray:
+    """The shape's centroid relative to its centre, in radii."""
+    alpha = coverage(shape, (32.0, 32.0), 24.0, degrees)
+    steps = np.arange(RESOLUTION) + 0.5 - 32.0
+    return np.array([(alpha.sum(0) * steps).sum(), (alpha.sum(1) * steps).sum()]) / alpha.sum() / 24.0
+
+
+def read(picture: Image.Image) -> dict[str, str]:
+    """Attribute -> value as seen in a 64x64 picture ("" where the attribute does not apply, "unreadable" where nothing fits).
+
+    The background is the median of the border; the object is what differs from it. Another resolution is scaled to 64.
+    """
+    if picture.size != (RESOLUTION, RESOLUTION):
+        picture = picture.resize((RESOLUTION, RESOLUTION), Image.Resampling.BICUBIC)
+    pixels = np.asarray(picture.convert("RGB"), float)
+    border = np.concatenate([pixels[:2].reshape(-1, 3), pixels[-2:].reshape(-1, 3), pixels[:, :2].reshape(-1, 3), pixels[:, -2:].reshape(-1, 3)])
+    paper = np.median(border, 0)
+    ground = nearest(paper, BACKGROUNDS | {"blueprint": BLUEPRINT_PAPER}, 60)
+    style = "blueprint" if ground == "blueprint" else "plain"
+    distance = np.linalg.norm(pixels - paper, axis=-1)
+    mask = distance > 60
+    if mask.sum() >= 16:
+        mask = distance > max(60.0, 0.45 * float(np.median(distance[mask])))
+    mask = largest_part(mask)
+    reading = {"background": "" if style == "blueprint" else ground, "style": style}
+    if mask.sum() < 16:
+        return dict.fromkeys(ATTRIBUTES, UNREADABLE) | reading
+    body = ndimage.binary_fill_holes(mask) if style == "blueprint" else mask
+    core = ndimage.binary_erosion(body) if style == "plain" else mask
+    inner = pixels[core if core.sum() >= 8 else mask]
+    saturation = inner.max(1) - inner.min(1)
+    colored = inner[saturation > 60] if (saturation > 60).sum() >= 4 else inner
+    plain_share = float((saturation <= 60).mean())
+    fill = "striped" if style == "plain" and 0.2 <= plain_share <= 0.8 else "solid"
+    strongest = colored[np.argsort(-np.linalg.norm(colored - paper, axis=1))[: max(4, len(colored) // 2)]]
+    color = nearest(np.median(strongest, 0), COLORS, 90)
+    return reading | {"color": color, "fill": fill} | read_geometry(body)
+
+
+def largest_part(mask: np.ndarray) -> np.ndarray:
+    labels, count = ndimage.label(mask, structure=np.ones((3, 3)))
+    if count <= 1:
+        return mask
+    return labels == 1 + int(np.argmax(ndimage.sum_labels(mask, labels, range(1, count + 1))))
+
+
+def judge(scene: Scene, reading: dict[str, str]) -> dict[str, bool]:
+    """Attribute -> right or wrong, for the attributes that the scene has."""
+    return {name: reading[name] == value for name, value in scene.describe().items()}
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """Shares in [0, 1] over a set of pictures; `chance` is what the same readings score against the other scenes' truths."""
+
+    num_pictures: int
+    accuracy: dict[str, float]
+    all_attributes: float
+    chance: dict[str, float]
+
+
+def check(scenes: Sequence[Scene], pictures: Iterable[Image.Image]) -> CheckResult:
+    """Accuracy by attribute and of all attributes together, over pictures that were drawn or generated for `scenes`."""
+    readings = [read(picture) for picture in pictures]
+    if not scenes or len(readings) != len(scenes):
+        raise ValueError(f"{len(readings)} pictures for {len(scenes)} scenes: one picture a scene is needed")
+    verdicts = [judge(scene, reading) for scene, reading in zip(scenes, readings, strict=True)]
+    names = [name for name in ATTRIBUTES if any(name in verdict for verdict in verdicts)]
+    accuracy = {name: float(np.mean([v[name] for v in verdicts if name in v])) for name in names}
+    chance = {}
+    for name in names:
+        truths = Counter(asdict(scene)[name] for scene in scenes if asdict(scene)[name])
+        seen = Counter(reading[name] for reading in readings)
+        chance[name] = sum(truths[v] * seen[v] for v in truths) / (truths.total() * seen.total())
+    return CheckResult(len(scenes), accuracy, float(np.mean([all(v.values()) for v in verdicts])), chance)
+
+
+def write_folder(folder: Path, scenes: Sequence[Scene], seed: int, num_phrasings: int = 1) -> Path:
+    """Writes pictures and `metadata.jsonl` (file_name, text, and the scene) as an ordinary image folder; returns `folder`.
+
+    `num_phrasings` > 1 gives each picture a random one of that many phrasings. Files that exist are written again.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "metadata.jsonl").open("w") as lines:
+        for index, scene in enumerate(scenes):
+            phrasing = seed_for(seed, "phrasing", index) % num_phrasings
+            name = f"{index:05d}.png"
+            draw(scene, seed_for(seed, "picture", index)).save(folder / name)
+            lines.write(json.dumps({"file_name": name, "text": caption(scene, phrasing), "scene": asdict(scene)}) + "\n")
+    return folder
+
+
+def mixed_scenes(count: int, split: str, seed: int, kinds: Sequence[str]) -> list[Scene]:
+    """`count` scenes shared evenly among `kinds`: "base" and the names in CONCEPTS; raises ValueError for another name."""
+    for kind in kinds:
+        check_choice(kind, ("base", *CONCEPTS), "data.scenes")
+    shares = [count // len(kinds) + (i < count % len(kinds)) for i in range(len(kinds))]
+    return [
+        scene
+        for kind, share in zip(kinds, shares, strict=True)
+        for scene in sample_scenes(share, split, seed, None if kind == "base" else kind)
+    ]
+
+
+def scene_from(values: dict[str, str]) -> Scene:
+    """A scene from the `scene` field of metadata.jsonl; raises ValueError naming an unknown or missing field."""
+    try:
+        return Scene(**values)
+    except TypeError as error:
+        raise ValueError(f"not a scene of the shapes world: {values!r} ({error})") from None

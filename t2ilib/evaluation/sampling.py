@@ -1,0 +1,86 @@
+"""Drawing: the pipeline a user would call, with one addressed generator a picture, so a picture depends on its own seed alone.
+
+A picture of prompt i is the same whatever the batch size and whichever variant draws it: variants differ by their weights.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from t2ilib.config import EvaluationConfig
+from t2ilib.models.components import Components, build_pipeline
+from t2ilib.seeds import generator_for
+
+DRAW_SEED = 0
+"""Sample grids use the same starting noise in every run, so that runs can be compared picture by picture."""
+
+
+@torch.no_grad()
+def draw(
+    components: Components, prompts: Sequence[str], settings: EvaluationConfig, seed: int = DRAW_SEED, batch_size: int = 32,
+    resolution: int | None = None,
+) -> list[Image.Image]:
+    """One picture a prompt, in order. Modules are put in eval mode for drawing and back afterwards."""
+    pipeline = build_pipeline(components)
+    training = [module for module in components.modules().values() if module.training]
+    for module in training:
+        module.eval()
+    size = {} if resolution is None else {"height": resolution, "width": resolution}
+    pictures = []
+    for start in range(0, len(prompts), batch_size):
+        part = list(prompts[start : start + batch_size])
+        generators = [generator_for(seed, "picture", start + i) for i in range(len(part))]
+        pictures += pipeline(
+            part, generator=generators, num_inference_steps=settings.num_inference_steps, guidance_scale=settings.guidance_scale, **size
+        ).images
+    for module in training:
+        module.train()
+    return pictures
+
+
+def make_grid(rows: Sequence[Sequence[Image.Image]], row_labels: Sequence[str], column_labels: Sequence[str], cell: int = 128) -> Image.Image:
+    """Pictures in rows and columns with their labels; small pictures are enlarged without smoothing to `cell` pixels."""
+    font = ImageFont.load_default(12)
+    pad, line = 6, 15
+    label_width = max([int(font.getlength(label)) for label in row_labels] or [0]) + 2 * pad
+    wrapped = [wrap(label, font, cell) for label in column_labels]
+    header = line * max([len(lines) for lines in wrapped] or [0]) + 2 * pad
+    width, height = label_width + len(column_labels) * (cell + pad), header + len(rows) * (cell + pad)
+    grid = Image.new("RGB", (width, height), "white")
+    pen = ImageDraw.Draw(grid)
+    for column, lines in enumerate(wrapped):
+        for number, text in enumerate(lines):
+            pen.text((label_width + column * (cell + pad), pad + number * line), text, "black", font)
+    for row, (label, pictures) in enumerate(zip(row_labels, rows, strict=True)):
+        top = header + row * (cell + pad)
+        pen.text((pad, top + cell // 2 - line // 2), label, "black", font)
+        for column, picture in enumerate(pictures):
+            sampling = Image.Resampling.NEAREST if picture.width < cell else Image.Resampling.LANCZOS
+            grid.paste(picture.resize((cell, cell), sampling), (label_width + column * (cell + pad), top))
+    return grid
+
+
+def wrap(text: str, font, width: int) -> list[str]:
+    lines, current = [], ""
+    for word in text.split():
+        joined = f"{current} {word}".strip()
+        if current and font.getlength(joined) > width:
+            lines.append(current)
+            current = word
+        else:
+            current = joined
+    return [*lines, current]
+
+
+def save_pictures(pictures: Sequence[Image.Image], folder: Path) -> None:
+    """Writes 00.png, 01.png, ... into `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, picture in enumerate(pictures):
+        picture.save(folder / f"{index:02d}.png")
+
+
+def load_pictures(folder: Path) -> list[Image.Image]:
+    """The pictures that `save_pictures` wrote, in order."""
+    return [Image.open(path).convert("RGB") for path in sorted(folder.glob("*.png"))]

@@ -1,0 +1,97 @@
+"""Where memory and disk stand: readings at key points, peaks of one stretch of work, and a check before anything is written.
+
+Process memory is the resident set; its peak over a stretch is the kernel's high-water mark, reset at the start (Linux), so
+evaluation does not hide in the peak of training. Elsewhere the peak of the whole process stands in and is named so.
+"""
+
+import contextlib
+import resource
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from t2ilib.config import ConfigError
+
+MIB = 2**20
+
+
+def read_memory(folder: Path) -> dict[str, float]:
+    """Process, system, device memory and free disk under `folder`, in MiB. Device keys only where there is a CUDA device."""
+    import psutil
+    import torch
+
+    readings = {
+        "process_mib": psutil.Process().memory_info().rss / MIB,
+        "system_available_mib": psutil.virtual_memory().available / MIB,
+        "disk_free_mib": shutil.disk_usage(existing(folder)).free / MIB,
+    }
+    if torch.cuda.is_available():
+        free, total = torch.cuda.mem_get_info()
+        readings |= {"device_allocated_mib": torch.cuda.memory_allocated() / MIB, "device_used_mib": (total - free) / MIB}
+    return readings
+
+
+@dataclass
+class Peak:
+    """The largest use over the stretches between `start` and `stop`, in MiB; None until measured."""
+
+    process_mib: float | None = None
+    device_mib: float | None = None
+    running: bool = False
+
+    def start(self) -> None:
+        """Begins a stretch; does nothing inside one, so a loop may call it every step."""
+        if self.running:
+            return
+        import torch
+
+        self.running = True
+        reset_process_peak()
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+
+    def stop(self) -> None:
+        """Ends the stretch; does nothing outside one."""
+        if not self.running:
+            return
+        import torch
+
+        self.running = False
+        self.process_mib = max(self.process_mib or 0.0, process_peak_mib())
+        if torch.cuda.is_available():
+            self.device_mib = max(self.device_mib or 0.0, torch.cuda.max_memory_allocated() / MIB)
+
+    def metrics(self) -> dict[str, float]:
+        values = {"peak_process_mib": self.process_mib, "peak_device_mib": self.device_mib}
+        return {name: value for name, value in values.items() if value is not None}
+
+
+def reset_process_peak() -> None:
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):  # a hardened container forbids it; the mark then covers the whole process
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def process_peak_mib() -> float:
+    if sys.platform == "linux":
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM"):
+                return int(line.split()[1]) / 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (MIB if sys.platform == "darwin" else 1024)
+
+
+def require_disk(folder: Path, bytes_needed: int, what: str) -> None:
+    """Raises ConfigError where the disk under `folder` cannot hold `bytes_needed` more with a tenth to spare."""
+    free = shutil.disk_usage(existing(folder)).free
+    if free < bytes_needed * 1.1:
+        raise ConfigError(
+            f"{what} need {bytes_needed / MIB:,.0f} MiB under {folder}, and {free / MIB:,.0f} MiB are free:"
+            " free some, set output to another disk, or lower training.keep_checkpoints"
+        )
+
+
+def existing(folder: Path) -> Path:
+    """The nearest folder that exists, for asking about the disk below it."""
+    folder = Path(folder).absolute()
+    return next(path for path in (folder, *folder.parents) if path.exists())

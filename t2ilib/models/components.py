@@ -1,0 +1,155 @@
+"""`load_base`: the parts of a Stable Diffusion model, whatever its family and wherever it comes from.
+
+A pipeline in diffusers is for drawing; training wants its parts by name, frozen, in the right precision, and perhaps
+quantized. `Components` is that; `build_pipeline` makes it a diffusers pipeline again, with whatever adapters are attached.
+
+Only safetensors weights are read. Leaves out: single-file checkpoints, other VAEs.
+"""
+
+import json
+import logging
+import warnings
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from t2ilib.config import ConfigError, ModelConfig, check_choice
+from t2ilib.models.families import FAMILIES, Family
+from t2ilib.models.quantize import QuantizationReport, quantize_nf4
+
+log = logging.getLogger(__name__)
+
+WEIGHTS = Path(__file__).parent / "weights"
+SHIPPED = {"tiny-sdxl": WEIGHTS / "tiny-sdxl"}
+
+
+@dataclass
+class Components:
+    """A model in parts. `text_encoders` and `tokenizers` keep the pipeline's names; `path` is a folder or a Hub id."""
+
+    family: Family
+    path: str
+    unet: nn.Module
+    vae: nn.Module
+    text_encoders: dict[str, nn.Module]
+    tokenizers: dict[str, Any]
+    scheduler: Any
+    quantization: dict[str, QuantizationReport] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        return self.unet.device
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Pipeline name -> trainable-in-principle part: the UNet and the text encoders."""
+        return {"unet": self.unet, **self.text_encoders}
+
+    def encode_text(self, captions: list[str]) -> dict[str, torch.Tensor]:
+        """What the UNet is conditioned on (see `families`), without time ids."""
+        return self.family.encode_text(self, captions)
+
+
+def choose_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype for frozen weights and autocast; bfloat16 only where the hardware has it (a T4 claims it by emulation)."""
+    if name != "auto":
+        return getattr(torch, name)
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def locate(base: str) -> str:
+    """The folder or Hub id behind a name; raises ConfigError that says what a name can be."""
+    if base in SHIPPED:
+        if not (SHIPPED[base] / "model_index.json").exists():
+            raise ConfigError(f"the weights of {base} are missing from {SHIPPED[base]}: reinstall t2ilib")
+        return str(SHIPPED[base])
+    path = Path(base).expanduser()
+    if path.is_dir():
+        if not (path / "model_index.json").exists():
+            raise ConfigError(f"model.base {base}: this folder holds no model_index.json, so it is not a diffusers pipeline")
+        return str(path)
+    if base.count("/") == 1 and not path.is_absolute() and not base.startswith("."):
+        return base
+    check_choice(base, SHIPPED, "model.base (no such folder, and not a Hub id like owner/name):")
+    raise AssertionError("unreachable")
+
+
+def load_family(path: str, config: ModelConfig) -> Family:
+    """The family of a pipeline, from its model_index.json; raises ConfigError naming what the model is instead."""
+    if Path(path).is_dir():
+        index = json.loads((Path(path) / "model_index.json").read_text())
+    else:
+        from huggingface_hub import hf_hub_download
+
+        try:
+            index = json.loads(Path(hf_hub_download(path, "model_index.json", revision=config.revision)).read_text())
+        except OSError as error:
+            raise ConfigError(
+                f"model.base {path}: not in the local cache and could not be fetched ({type(error).__name__}). Check the"
+                " name, your network and `hf auth login` for gated models, or give a local folder or tiny-sdxl"
+            ) from None
+    for family in FAMILIES.values():
+        if index["_class_name"] == family.pipeline_class:
+            return family
+    known = ", ".join(family.pipeline_class for family in FAMILIES.values())
+    raise ConfigError(f"model.base {path} is a {index['_class_name']}; t2ilib trains {known}")
+
+
+def load_base(config: ModelConfig, device: torch.device | None = None) -> Components:
+    """Loads a base model: frozen, in eval mode, on `device`, quantized if `config` says so.
+
+    The VAE stays in float32, because SDXL's overflows in float16. Raises ConfigError for a name that is neither shipped,
+    nor a folder, nor on the Hub, and for a model of another family.
+    """
+    import diffusers
+
+    device = device or choose_device()
+    dtype = choose_dtype(config.dtype, device)
+    path = locate(config.base)
+    family = load_family(path, config)
+    diffusers.utils.logging.disable_progress_bar()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        pipeline = getattr(diffusers, family.pipeline_class).from_pretrained(
+            path, revision=config.revision, variant=config.variant, torch_dtype=dtype, use_safetensors=True
+        )
+    components = Components(
+        family=family,
+        path=config.base,
+        unet=pipeline.unet,
+        vae=pipeline.vae.to(torch.float32),
+        text_encoders={name: getattr(pipeline, name) for name in family.text_encoders},
+        tokenizers={(n := name.replace("text_encoder", "tokenizer")): getattr(pipeline, n) for name in family.text_encoders},
+        scheduler=pipeline.scheduler,
+    )
+    for name, module in (*components.modules().items(), ("vae", components.vae)):
+        module.requires_grad_(False).eval()
+        if config.quantization == "nf4" and name != "vae":
+            report = components.quantization[name] = quantize_nf4(module, dtype, device)
+            log.info(
+                "%s in NF4: %d linear layers, %.1f -> %.1f MiB%s", name, len(report.quantized), report.bytes_before / 2**20,
+                report.bytes_after / 2**20, f", kept {', '.join(report.kept)}" if report.kept else "",
+            )
+        module.to(device)
+    return components
+
+
+def build_pipeline(components: Components):
+    """The diffusers pipeline of these parts, attached adapters included; without safety checker, progress bar off."""
+    import diffusers
+
+    extra = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    pipeline = getattr(diffusers, components.family.pipeline_class)(
+        vae=components.vae, unet=components.unet, scheduler=components.scheduler, **components.text_encoders,
+        **components.tokenizers, **(extra if components.family.name == "sd15" else {"add_watermarker": False}),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline

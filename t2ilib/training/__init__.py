@@ -1,0 +1,1 @@
+"""Objectives, optimizers, validation, checkpoints, and the one loop that uses them."""

@@ -1,0 +1,59 @@
+"""What is minimised: pure functions `(denoiser, batch, noise, timesteps) -> per-sample losses (B,)`.
+
+With x0 the latents, e the noise and a_t the cumulative alphas (DDPM, arXiv 2006.11239), x_t = sqrt(a_t) x0 + sqrt(1 - a_t) e.
+The network predicts e (epsilon), sqrt(a_t) e - sqrt(1 - a_t) x0 (v, arXiv 2202.00512) or x0 (sample); the loss is the mean
+squared error per sample, weighted by min-SNR (arXiv 2303.09556) where a gamma is given.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from t2ilib.config import ConfigError, ObjectiveConfig, check_choice
+from t2ilib.seeds import generator_for
+
+Objective = Callable[[torch.nn.Module, dict, Tensor, Tensor], Tensor]
+
+OBJECTIVES: dict[str, Callable[..., Tensor]] = {
+    "epsilon": lambda scheduler, latents, noise, timesteps: noise,
+    "v_prediction": lambda scheduler, latents, noise, timesteps: scheduler.get_velocity(latents, noise, timesteps),
+    "sample": lambda scheduler, latents, noise, timesteps: latents,
+}
+"""Prediction type -> the target (B, C, h, w)."""
+
+
+def build_objective(config: ObjectiveConfig, scheduler) -> Objective:
+    """The objective for a base whose DDPM `scheduler` is given; raises ConfigError for a name that does not exist."""
+    name = scheduler.config.prediction_type if config.name == "auto" else config.name
+    target_of = OBJECTIVES[check_choice(name, OBJECTIVES, "objective.name")]
+    weights = None if config.snr_gamma is None else min_snr_weights(scheduler.alphas_cumprod, name, config.snr_gamma)
+
+    def objective(denoiser: torch.nn.Module, batch: dict, noise: Tensor, timesteps: Tensor) -> Tensor:
+        latents = batch["latents"]
+        prediction = denoiser(scheduler.add_noise(latents, noise, timesteps), timesteps, batch)
+        losses = (prediction - target_of(scheduler, latents, noise, timesteps)).square().mean(dim=(1, 2, 3))
+        return losses if weights is None else losses * weights.to(losses.device)[timesteps]
+
+    return objective
+
+
+def min_snr_weights(alphas_cumprod: Tensor, prediction: str, gamma: float) -> Tensor:
+    """Weight by timestep (T,): min(SNR, gamma) / SNR for epsilon, / (SNR + 1) for v, / 1 for sample (arXiv 2303.09556, sec. 3.4).
+
+    Raises ConfigError for epsilon under a zero-terminal-SNR schedule, where the weight divides by zero.
+    """
+    snr = alphas_cumprod / (1 - alphas_cumprod)
+    clipped = snr.clamp(max=gamma)
+    if prediction == "epsilon":
+        if (snr == 0).any():
+            raise ConfigError("objective.snr_gamma: epsilon prediction has no min-SNR weight at zero terminal SNR; set it to null or use v_prediction")
+        return clipped / snr
+    return clipped / (snr + 1) if prediction == "v_prediction" else clipped
+
+
+def addressed_noise(seed: int, step: int, ids: list[int], shape: torch.Size, num_timesteps: int) -> tuple[Tensor, Tensor]:
+    """Noise (B, *shape) and timesteps (B,) of these samples at this step, the same on every machine and after every resume."""
+    noise = torch.stack([torch.randn(shape, generator=generator_for(seed, "noise", step, i)) for i in ids])
+    timesteps = [torch.randint(num_timesteps, (), generator=generator_for(seed, "timestep", step, i)) for i in ids]
+    return noise, torch.stack(timesteps)

@@ -1,0 +1,159 @@
+"""The two other parts of a latent diffusion model, as setups of the same loop: the autoencoder and a contrastive CLIP.
+
+The autoencoder learns on random crops: at a quarter of the pixels a step costs a quarter, and edges are what it has to
+learn, so of a few candidate crops the busiest is taken and pixels near edges weigh more. Leaves out: perceptual and
+adversarial losses, which need networks that know the pictures already.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from t2ilib.config import RunConfig
+from t2ilib.data import shapes
+from t2ilib.data.cache import load_pixels
+from t2ilib.data.manifest import Dataset
+from t2ilib.models.components import Components, build_pipeline
+from t2ilib.models.families import tokenize
+from t2ilib.seeds import generator_for
+from t2ilib.training.setups import Setup
+
+CROP = 32
+EDGE_WEIGHT = 4.0
+KL_WEIGHT = 1e-6
+
+
+class Reconstruction(nn.Module):
+    """Pixels (B, 3, H, W) in [-1, 1] and latent noise (B, C, h, w) -> reconstruction and KL to the unit Gaussian (B,)."""
+
+    def __init__(self, vae: nn.Module):
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, pixels: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        posterior = self.vae.encode(pixels).latent_dist
+        return self.vae.decode(posterior.mean + posterior.std * noise).sample.float(), posterior.kl().float()
+
+
+def edge_weights(pixels: Tensor) -> Tensor:
+    """1 on flat areas, 1 + EDGE_WEIGHT within two pixels of a strong edge: (B, 1, H, W)."""
+    contrast = F.max_pool2d(pixels, 5, 1, 2) + F.max_pool2d(-pixels, 5, 1, 2)
+    return 1 + EDGE_WEIGHT * contrast.amax(1, keepdim=True).clamp(max=1)
+
+
+def busiest_crop(pixels: Tensor, seed: int, step: int, sample: int) -> Tensor:
+    """Of four random CROP x CROP windows of one picture (3, H, W), the one with the largest variance."""
+    generator = generator_for(seed, "crop", step, sample)
+    limit = pixels.shape[-1] - CROP + 1
+    crops = [pixels[:, y : y + CROP, x : x + CROP].float() for y, x in torch.randint(limit, (4, 2), generator=generator).tolist()]
+    return max(crops, key=lambda crop: float(crop.var()))
+
+
+def setup_vae(run: RunConfig, components: Components, training: Dataset, held_out: Dataset, accelerator: Accelerator) -> Setup:
+    """The autoencoder on crops: L1 and squared error weighted towards edges, plus a small KL term."""
+    vae, device = components.vae.requires_grad_(True), accelerator.device
+    pixels, held_out_pixels = load_pixels(training, run.data.resolution), load_pixels(held_out, run.data.resolution)
+    model = Reconstruction(vae)
+
+    def losses(model: nn.Module, ids: list[int], step: int) -> Tensor:
+        crops = torch.stack([busiest_crop(pixels[i], run.seed, step, i) for i in ids]).to(device) / 127.5 - 1
+        shape = (vae.config.latent_channels, CROP // 8, CROP // 8)
+        noise = torch.stack([torch.randn(shape, generator=generator_for(run.seed, "latent noise", step, i)) for i in ids])
+        reconstruction, kl = model(crops, noise.to(device))
+        error = reconstruction - crops
+        return ((error.abs() + 2 * error.square()) * edge_weights(crops)).mean((1, 2, 3)) + KL_WEIGHT * kl
+
+    def validate() -> dict[str, float]:
+        pictures, error = reconstruct(vae, held_out_pixels.to(device))
+        metrics = {"reconstruction_mse": error}
+        scenes = [shapes.scene_from(record.scene) for record in held_out.records if record.scene]
+        if len(scenes) == len(pictures):
+            metrics["checker/all"] = shapes.check(scenes, pictures).all_attributes
+        return metrics
+
+    def save(folder: Path) -> None:
+        with torch.no_grad():
+            sample = pixels[:: max(1, len(pixels) // 512)].to(device) / 127.5 - 1
+            latents = torch.cat([vae.encode(part).latent_dist.mode() for part in sample.split(64)])
+        vae.register_to_config(scaling_factor=round(1 / float(latents.std()), 5))
+        build_pipeline(components).save_pretrained(folder / "model")
+
+    return Setup(components, model, {"vae": vae}, len(pixels), losses, validate, save)
+
+
+@torch.no_grad()
+def reconstruct(vae: nn.Module, pixels: Tensor) -> tuple[list[Image.Image], float]:
+    """Encodes and decodes (N, 3, H, W) uint8; returns pictures and the mean squared error on the [-1, 1] scale."""
+    pictures, errors = [], []
+    for part in pixels.split(64):
+        scaled = part.float() / 127.5 - 1
+        decoded = vae.decode(vae.encode(scaled).latent_dist.mode()).sample.float()
+        errors.append((decoded - scaled).square().mean((1, 2, 3)))
+        rounded = ((decoded.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        pictures += [Image.fromarray(np.ascontiguousarray(picture)) for picture in rounded]
+    return pictures, float(torch.cat(errors).mean())
+
+
+class TwoTextTowers(nn.Module):
+    """One image tower against both text encoders: (B, 3, H, W) and token ids (B, T) -> unit embeddings of each, and the scale.
+
+    The first text encoder has no projection of its own in SDXL; the one used here is dropped after training.
+    """
+
+    def __init__(self, clip: nn.Module, text_encoder: nn.Module):
+        super().__init__()
+        self.clip, self.text_encoder = clip, text_encoder
+        self.projection = nn.Linear(text_encoder.config.hidden_size, clip.config.projection_dim, bias=False)
+
+    def forward(self, pixels: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        image = self.clip.visual_projection(self.clip.vision_model(pixels).pooler_output)
+        second = self.clip.text_projection(self.clip.text_model(ids).pooler_output)
+        first = self.projection(self.text_encoder(ids).pooler_output)
+        return *(F.normalize(x.float(), dim=-1) for x in (image, first, second)), self.clip.logit_scale.exp().clamp(max=100)
+
+
+def setup_clip(run: RunConfig, components: Components, training: Dataset, held_out: Dataset, accelerator: Accelerator) -> Setup:
+    """A contrastive model (arXiv 2103.00020) whose text towers become the pipeline's text encoders."""
+    from transformers import CLIPModel
+
+    device = accelerator.device
+    source = Path(components.path)
+    clip = CLIPModel.from_pretrained(source / "clip").to(device)
+    first = components.text_encoders["text_encoder"].requires_grad_(True)
+    torch.manual_seed(run.seed)
+    model = TwoTextTowers(clip, first).to(device)
+    tokenizer = components.tokenizers["tokenizer"]
+    pixels, held_out_pixels = load_pixels(training, run.data.resolution), load_pixels(held_out, run.data.resolution)
+    ids_of, held_out_ids = tokenize(tokenizer, training.captions()), tokenize(tokenizer, held_out.captions())
+
+    def contrast(model: nn.Module, pixels: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        image, *texts, scale = model(pixels.to(device) / 127.5 - 1, tokens.to(device))
+        target = torch.arange(len(image), device=device)
+        losses, right = [], []
+        for text in texts:
+            logits = scale * image @ text.T
+            losses += [F.cross_entropy(logits, target, reduction="none"), F.cross_entropy(logits.T, target, reduction="none")]
+            right.append((logits.argmax(1) == target).float().mean())
+        return torch.stack(losses).mean(0), torch.stack(right)
+
+    @torch.no_grad()
+    def validate() -> dict[str, float]:
+        losses, right = contrast(model, held_out_pixels, held_out_ids)
+        return {"contrastive_loss": float(losses.mean()), "retrieval/first": float(right[0]), "retrieval/second": float(right[1])}
+
+    def save(folder: Path) -> None:
+        second = components.text_encoders["text_encoder_2"]
+        second.text_model.load_state_dict(clip.text_model.state_dict()) if hasattr(second, "text_model") else second.load_state_dict(
+            {**clip.text_model.state_dict(), "text_projection.weight": clip.text_projection.weight})
+        second.text_projection.load_state_dict(clip.text_projection.state_dict())
+        build_pipeline(components).save_pretrained(folder / "model")
+        clip.save_pretrained(folder / "model" / "clip")
+        tokenizer.save_pretrained(folder / "model" / "clip")
+
+    losses = lambda model, ids, step: contrast(model, pixels[ids], ids_of[ids])[0]  # noqa: E731
+    return Setup(components, model, {"clip": model}, len(pixels), losses, validate, save)

@@ -1,0 +1,67 @@
+"""Progress for whoever watches: plain lines in a terminal or under papermill, a live loss plot in a notebook run by hand."""
+
+import os
+import time
+
+from t2ilib.config import RunConfig
+
+SECONDS_BETWEEN_LINES = 5.0
+SECONDS_BETWEEN_PLOTS = 2.0
+
+
+def in_live_notebook() -> bool:
+    """True in a Jupyter kernel that a person uses; studies set T2ILIB_BATCH for the kernels they start."""
+    if os.environ.get("T2ILIB_BATCH"):
+        return False
+    try:
+        from IPython import get_ipython
+    except ImportError:
+        return False
+    shell = get_ipython()
+    return shell is not None and getattr(shell, "kernel", None) is not None
+
+
+class Progress:
+    """Called after every step with the loss and the seconds spent in steps so far."""
+
+    def __init__(self, run: RunConfig, start: int):
+        self.steps, self.start, self.shown = run.training.steps, start, 0.0
+        self.points: list[tuple[int, float]] = []
+        self.live = in_live_notebook()
+        self.handle = None
+
+    def __call__(self, step: int, loss: float, seconds: float) -> None:
+        self.points.append((step, loss))
+        pause = SECONDS_BETWEEN_PLOTS if self.live else SECONDS_BETWEEN_LINES
+        now = time.monotonic()
+        if now - self.shown < pause and step not in (self.start + 1, self.steps):
+            return
+        self.shown = now
+        line = self.line(step, loss, seconds)
+        if self.live:
+            self.plot(line)
+        else:
+            print(line, flush=True)
+
+    def line(self, step: int, loss: float, seconds: float) -> str:
+        done = step - self.start - 1
+        if not done or not seconds:
+            return f"step {step}/{self.steps}  loss {loss:.4f}"
+        left = round((self.steps - step) * seconds / done)
+        return f"step {step}/{self.steps}  loss {loss:.4f}  {done / seconds:.2f} steps/s  ETA {left // 60}:{left % 60:02d}"
+
+    def plot(self, title: str) -> None:
+        from IPython.display import display
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(7, 2.6), layout="constrained")
+        axes = figure.add_subplot(xlabel="step", ylabel="loss", title=title)
+        steps, losses = zip(*self.points, strict=True)
+        axes.plot(steps, losses, color="0.75", linewidth=0.8)
+        window = max(1, len(losses) // 20)
+        smooth = [sum(losses[max(0, i - window) : i + 1]) / (i + 1 - max(0, i - window)) for i in range(len(losses))]
+        axes.plot(steps, smooth)
+        if self.handle is None:
+            self.handle = display(figure, display_id=True)
+        else:
+            self.handle.update(figure)

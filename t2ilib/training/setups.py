@@ -1,0 +1,108 @@
+"""What `train()` trains: a `Setup` for each choice of `training.trains`. The loop knows nothing but this interface.
+
+Here: adapters, the whole UNet, and nothing (the base model measured as it is). `pretraining` adds the VAE and CLIP.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from torch import Tensor, nn
+
+from t2ilib.adapters.attach import AdapterProof, attach_adapters
+from t2ilib.adapters.export import save_adapter
+from t2ilib.config import RunConfig
+from t2ilib.data.cache import encode_dataset
+from t2ilib.data.manifest import Dataset
+from t2ilib.evaluation.sampling import draw
+from t2ilib.models.components import Components, build_pipeline
+from t2ilib.models.families import Denoiser
+from t2ilib.seeds import generator_for
+from t2ilib.training.objectives import addressed_noise, build_objective
+from t2ilib.training.validation import held_out_loss
+
+
+@dataclass
+class Setup:
+    """One thing to train. `losses(model, ids, step)` gives per-sample losses (B,) and is a function of its arguments alone.
+
+    `modules`: the named parts whose trainable parameters the optimizer gets. `model`: what is called, wrapped for several
+    processes. `validate`, `draw` and `save` use the parts as they are at the time, adapters or averages included.
+    """
+
+    components: Components
+    model: nn.Module
+    modules: dict[str, nn.Module]
+    num_samples: int
+    losses: Callable[[nn.Module, list[int], int], Tensor]
+    validate: Callable[[], dict[str, float]]
+    save: Callable[[Path], None]
+    draw: Callable[[], list[Image.Image]] | None = None
+    prompts: tuple[str, ...] = ()
+    proof: AdapterProof | None = None
+    info: dict[str, float] = field(default_factory=dict)
+
+
+def setup_diffusion(run: RunConfig, components: Components, training: Dataset, held_out: Dataset, accelerator: Accelerator) -> Setup:
+    """Adapters, the whole UNet, or nothing: whatever sees noisy latents. Encoders that nothing trains leave the device."""
+    trains, device = run.training.trains, accelerator.device
+    modules: dict[str, nn.Module] = {}
+    proof = None
+    trains_text = bool(run.adapter and run.adapter.text_encoder_targets)
+    encoded = encode_dataset(components, training, run.data.resolution, with_text=not trains_text)
+    encoded_held_out = encode_dataset(components, held_out, run.data.resolution, with_text=not trains_text) if len(held_out) else None
+    if trains == "adapter":
+        modules = attach_adapters(components, run.adapter, run.seed)
+        proof = AdapterProof(components, run.adapter)
+    elif trains == "unet":
+        components.unet.requires_grad_(True)
+        modules = {"unet": components.unet}
+    if run.training.gradient_checkpointing:
+        components.unet.enable_gradient_checkpointing()
+        for name in modules:
+            if name != "unet":
+                modules[name].gradient_checkpointing_enable({"use_reentrant": False})
+    objective = build_objective(run.objective, noise_schedule(components))
+    plain = build_objective(run.objective.model_copy(update={"snr_gamma": None}), noise_schedule(components))
+    num_timesteps = components.scheduler.config.num_train_timesteps
+    denoiser = Denoiser(components, trains_text)
+
+    def losses(model: nn.Module, ids: list[int], step: int) -> Tensor:
+        noise, timesteps = addressed_noise(run.seed, step, ids, encoded.latents.shape[1:], num_timesteps)
+        rate = run.objective.caption_dropout
+        dropped = [rate > 0 and torch.rand((), generator=generator_for(run.seed, "caption dropout", step, i)).item() < rate for i in ids]
+        return objective(model, encoded.batch(ids, dropped, device), noise.to(device), timesteps.to(device))
+
+    def validate() -> dict[str, float]:
+        if encoded_held_out is None:
+            return {}
+        with accelerator.autocast():
+            result = held_out_loss(denoiser, plain, encoded_held_out, num_timesteps, run.evaluation.validation_timesteps, device)
+        (run.output / "held_out_by_picture.json").write_text(
+            "\n".join(f"{record.path.name}\t{loss:.6f}" for record, loss in zip(held_out.records, result.by_picture(), strict=True))
+        )
+        return result.metrics()
+
+    def save(folder: Path) -> None:
+        if trains == "adapter":
+            save_adapter(components, folder / "adapter", run.adapter)
+        elif trains == "unet":
+            build_pipeline(components).save_pretrained(folder / "model")
+
+    prompts = run.evaluation.prompts or tuple(dict.fromkeys((*held_out.captions(), *training.captions())))[:8]
+    return Setup(
+        components, denoiser, modules, len(encoded), losses, validate, save,
+        draw=lambda: draw(components, list(prompts), run.evaluation), prompts=prompts, proof=proof,
+    )
+
+
+def noise_schedule(components: Components):
+    """The base's noise schedule as DDPM defines it, whatever sampler the pipeline draws with."""
+    from diffusers import DDPMScheduler
+
+    schedule = DDPMScheduler.from_config(components.scheduler.config)
+    schedule.alphas_cumprod = schedule.alphas_cumprod.to(components.device)
+    return schedule

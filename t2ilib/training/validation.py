@@ -1,0 +1,46 @@
+"""Held-out loss on a fixed grid of timesteps and noise.
+
+Training noise and timesteps make one validation loss vary by some 7%; fixed, stratified timesteps with the same noise for
+every checkpoint and every variant make two losses comparable: the difference between them has thousands of times less
+variance than with fresh noise. The loss is the plain mean squared error, so that objectives' weights do not enter.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from t2ilib.data.cache import EncodedDataset
+from t2ilib.seeds import generator_for
+
+GRID_SEED = 0
+"""The grid does not depend on the run's seed: all runs are measured with the same ruler."""
+
+
+@dataclass(frozen=True)
+class HeldOutLoss:
+    """`losses`: (N, K), by picture and timestep. `timesteps`: (K,)."""
+
+    losses: Tensor
+    timesteps: Tensor
+
+    def metrics(self) -> dict[str, float]:
+        """The mean, and the mean at each timestep."""
+        by_timestep = {f"held_out_loss/t{int(t):04d}": float(v) for t, v in zip(self.timesteps, self.losses.mean(0), strict=True)}
+        return {"held_out_loss": float(self.losses.mean())} | by_timestep
+
+    def by_picture(self) -> list[float]:
+        return self.losses.mean(1).tolist()
+
+
+@torch.no_grad()
+def held_out_loss(denoiser: nn.Module, objective, held_out: EncodedDataset, num_train_timesteps: int, num_timesteps: int, device: torch.device) -> HeldOutLoss:
+    """Loss of every held-out picture at `num_timesteps` timesteps, the middles of equal strata of the schedule."""
+    timesteps = ((torch.arange(num_timesteps) + 0.5) / num_timesteps * num_train_timesteps).long()
+    shape = held_out.latents.shape[1:]
+    rows = []
+    for i in range(len(held_out)):
+        noise = torch.randn((num_timesteps, *shape), generator=generator_for(GRID_SEED, "held-out noise", i))
+        batch = held_out.batch([i] * num_timesteps, [False] * num_timesteps, device)
+        rows.append(objective(denoiser, batch, noise.to(device), timesteps.to(device)).cpu())
+    return HeldOutLoss(torch.stack(rows), timesteps)
