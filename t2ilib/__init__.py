@@ -21,6 +21,7 @@ EXPORTS = {
     "train": "t2ilib.training.loop",
     "open_tracker": "t2ilib.tracking",
     "load_datasets": "t2ilib.data.manifest",
+    "open_picture": "t2ilib.data.manifest",
     "measure": "t2ilib.evaluation.metrics",
     "draw": "t2ilib.evaluation.sampling",
     "make_grid": "t2ilib.evaluation.sampling",

@@ -154,7 +154,9 @@ class EvaluationConfig(Section):
     num_inference_steps: Positive = 20
     guidance_scale: Annotated[float, Field(ge=1)] = 3.0
     checked_prompts: Annotated[int, Field(ge=0)] = 48
-    """Prompts per group (concept, base) that the shapes checker judges at the end; 0 for one's own pictures."""
+    """For `shapes`: how many prompts of the concepts, and of the base world, the checker judges at the end."""
+    clip_model: str | None = None
+    """Folder or Hub id of the CLIP that scores pictures; None takes the base's own `clip` folder, if it has one."""
 
 
 class TrackingConfig(Section):

@@ -1,18 +1,37 @@
 """Everything that speaks to MLflow. The loop knows only `Tracker`; without an experiment it gets one that does nothing.
+
+One MLflow run a training run: `open_tracker` starts it, or takes it up again where `tracking.json` in the output folder
+says which it was, so a resumed training continues its curves. Leaving the scope ends the run as FINISHED, FAILED (an
+exception) or KILLED (a signal). A killed process cannot say so: the heartbeat tag tells, and `reap_stale_runs` closes such
+runs. SQLite beside the results is the default store; MLFLOW_TRACKING_URI is honoured. No server is ever started here.
 """
 
+import contextlib
+import json
+import logging
+import os
+import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from PIL import Image
+from t2ilib.config import RunConfig
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+HEARTBEAT = "t2ilib.heartbeat"
+SECONDS_BETWEEN_FLUSHES = 5.0
+SECONDS_UNTIL_STALE = 900.0
+MAX_METRICS, MAX_PARAMS, MAX_VALUE = 1000, 100, 6000
 
 
 class Tracker(Protocol):
     """What the loop and the notebooks log. Steps are optimizer steps."""
 
     def log_metrics(self, values: dict[str, float], step: int) -> None: ...
-    def log_image(self, image: Image.Image, key: str, step: int) -> None: ...
-    def log_datasets(self, training, held_out) -> None: ...
+    def log_image(self, image: "Image", key: str, step: int) -> None: ...
+    def log_datasets(self, training: Any, held_out: Any) -> None: ...
     def log_artifact(self, path: Path, folder: str | None = None) -> None: ...
     def flush(self) -> None: ...
 
@@ -20,13 +39,15 @@ class Tracker(Protocol):
 class NullTracker:
     """Logs nothing."""
 
+    run_id = None
+
     def log_metrics(self, values: dict[str, float], step: int) -> None:
         pass
 
-    def log_image(self, image: Image.Image, key: str, step: int) -> None:
+    def log_image(self, image: "Image", key: str, step: int) -> None:
         pass
 
-    def log_datasets(self, training, held_out) -> None:
+    def log_datasets(self, training: Any, held_out: Any) -> None:
         pass
 
     def log_artifact(self, path: Path, folder: str | None = None) -> None:
@@ -34,3 +55,196 @@ class NullTracker:
 
     def flush(self) -> None:
         pass
+
+
+class MlflowTracker:
+    """Logs to one MLflow run; metrics are sent in batches, and steps that an earlier attempt logged are not sent again."""
+
+    def __init__(self, client, run_id: str, resumed: bool):
+        self.client, self.run_id, self.resumed = client, run_id, resumed
+        self.buffer: list = []
+        self.flushed = time.monotonic()
+        self.logged: dict[str, int] = {}
+
+    def log_metrics(self, values: dict[str, float], step: int) -> None:
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        for name, value in values.items():
+            if step > self.last_step(name):
+                self.buffer.append(Metric(name, float(value), now, step))
+        if len(self.buffer) >= MAX_METRICS // 2 or time.monotonic() - self.flushed > SECONDS_BETWEEN_FLUSHES:
+            self.flush()
+
+    def last_step(self, name: str) -> int:
+        """The last step of this metric that an earlier attempt logged; asked once a metric."""
+        if name not in self.logged:
+            history = self.client.get_metric_history(self.run_id, name) if self.resumed else []
+            self.logged[name] = max((metric.step for metric in history), default=-1)
+        return self.logged[name]
+
+    def flush(self) -> None:
+        from mlflow.entities import RunTag
+
+        for start in range(0, len(self.buffer), MAX_METRICS):
+            self.client.log_batch(self.run_id, metrics=self.buffer[start : start + MAX_METRICS])
+        self.client.log_batch(self.run_id, tags=[RunTag(HEARTBEAT, str(int(time.time())))])
+        self.buffer, self.flushed = [], time.monotonic()
+
+    def log_image(self, image: "Image", key: str, step: int) -> None:
+        if "/" in key:
+            raise ValueError(f"image key {key!r}: MLflow's image series cannot have a / in their key")
+        self.client.log_image(self.run_id, image, key=key, step=step)
+
+    def log_datasets(self, training: Any, held_out: Any) -> None:
+        """Both data sets as inputs of the run, with digest and number of pictures."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        inputs = []
+        for data, context in ((training, "training"), (held_out, "validation")):
+            if len(data):
+                entity = Dataset(
+                    name=data.name, digest=data.digest[:36], source_type="local",
+                    source=json.dumps({"uri": str(data.records[0].path.parent)}),
+                    profile=json.dumps({"num_pictures": len(data), "num_rejected": len(data.rejected)}),
+                )
+                inputs.append(DatasetInput(entity, [InputTag("mlflow.data.context", context)]))
+        self.client.log_inputs(self.run_id, inputs)
+
+    def log_artifact(self, path: Path, folder: str | None = None) -> None:
+        """A file, or a folder with all it holds, under `folder` of the run's artifacts."""
+        if path.is_dir():
+            self.client.log_artifacts(self.run_id, str(path), folder or path.name)
+        else:
+            self.client.log_artifact(self.run_id, str(path), folder)
+
+
+def quiet_mlflow() -> None:
+    """Keeps schema migrations off the screen and telemetry off; called before mlflow is imported."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    for name in ("alembic", "mlflow.store.db.utils", "mlflow.tracking.fluent", "mlflow.system_metrics.system_metrics_monitor"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def tracking_uri(uri: str | None, results: Path) -> str:
+    """`uri`, else MLFLOW_TRACKING_URI, else SQLite as `results`/mlflow.db by absolute path."""
+    return uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(results / 'mlflow.db').absolute()}"
+
+
+def open_client(uri: str, experiment: str, results: Path):
+    """An MLflow client and the id of `experiment`, which is made if need be. Doing this once before processes fan out
+    creates the database."""
+    quiet_mlflow()
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    if uri.startswith("sqlite:///"):
+        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+    client = MlflowClient(uri)
+    found = client.get_experiment_by_name(experiment)
+    if found is None:
+        location = (results / "mlflow-artifacts").absolute().as_uri() if uri.startswith("sqlite:") else None
+        try:
+            return client, client.create_experiment(experiment, artifact_location=location)
+        except MlflowException:  # another process made it in between
+            found = client.get_experiment_by_name(experiment)
+    return client, found.experiment_id
+
+
+@contextlib.contextmanager
+def open_tracker(run: RunConfig, results: Path | None = None) -> Iterator[Tracker]:
+    """The tracker of a run for as long as the scope lasts; NullTracker where `run.tracking.experiment` is None.
+
+    `results`: where the default store lies; the output folder's parent without it.
+    """
+    if run.tracking.experiment is None:
+        yield NullTracker()
+        return
+    results = results or run.output.absolute().parent
+    uri = tracking_uri(run.tracking.uri, results)
+    client, experiment_id = open_client(uri, run.tracking.experiment, results)
+    note = run.output / "tracking.json"
+    run_id = known_run(client, note, uri)
+    resumed = run_id is not None
+    run_id = run_id or client.create_run(experiment_id, tags=run_tags(run), run_name=run.name).info.run_id
+    tracker = MlflowTracker(client, run_id, resumed)
+    note.parent.mkdir(parents=True, exist_ok=True)
+    note.write_text(json.dumps({"uri": uri, "run_id": tracker.run_id}))
+    client.update_run(tracker.run_id, status="RUNNING")
+    if not resumed:
+        log_params(client, tracker.run_id, run)
+    tracker.flush()
+    status = "FINISHED"
+    try:
+        with system_metrics(uri, tracker):
+            yield tracker
+    except (KeyboardInterrupt, SystemExit):
+        status = "KILLED"
+        raise
+    except BaseException:
+        status = "FAILED"
+        raise
+    finally:
+        tracker.flush()
+        client.set_terminated(tracker.run_id, status=status)
+
+
+def known_run(client, note: Path, uri: str) -> str | None:
+    """The id in tracking.json, if that run still exists in this store."""
+    from mlflow.exceptions import MlflowException
+
+    if not note.exists():
+        return None
+    known = json.loads(note.read_text())
+    try:
+        return client.get_run(known["run_id"]).info.run_id if known["uri"] == uri else None
+    except MlflowException:
+        return None
+
+
+def run_tags(run: RunConfig) -> dict[str, str]:
+    """What the UI groups by: seed, method, base, and whatever the study adds (study, preset, variant)."""
+    adapter = run.adapter
+    tags = {
+        "seed": str(run.seed),
+        "base": run.model.base,
+        "quantization": run.model.quantization,
+        "method": adapter.kind if adapter else run.training.trains,
+        "optimizer": run.optimizer.name,
+    }
+    parent = {"mlflow.parentRunId": run.tracking.parent_run_id} if run.tracking.parent_run_id else {}
+    return tags | parent | run.tracking.tags
+
+
+def log_params(client, run_id: str, run: RunConfig) -> None:
+    from mlflow.entities import Param
+
+    params = [Param(name, str(value)[:MAX_VALUE]) for name, value in run.flat().items()]
+    for start in range(0, len(params), MAX_PARAMS):
+        client.log_batch(run_id, params=params[start : start + MAX_PARAMS])
+
+
+@contextlib.contextmanager
+def system_metrics(uri: str, tracker: MlflowTracker) -> Iterator[None]:
+    """CPU, memory, disk, network and GPU use of the machine, sampled by MLflow under `system/`."""
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    monitor = SystemMetricsMonitor(
+        tracker.run_id, sampling_interval=5, samples_before_logging=1, resume_logging=tracker.resumed, tracking_uri=uri
+    )
+    monitor.start()
+    try:
+        yield
+    finally:
+        monitor.finish()
+
+
+def reap_stale_runs(client, experiment_id: str) -> list[str]:
+    """Marks runs as KILLED that say RUNNING but have not shown a heartbeat for 15 minutes; returns their ids."""
+    stale = []
+    for run in client.search_runs([experiment_id], "attributes.status = 'RUNNING'"):
+        beat = run.data.tags.get(HEARTBEAT)
+        if beat and time.time() - float(beat) > SECONDS_UNTIL_STALE:
+            client.set_terminated(run.info.run_id, status="KILLED")
+            stale.append(run.info.run_id)
+    return stale

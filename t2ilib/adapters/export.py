@@ -44,3 +44,35 @@ def load_adapter(components: Components, path: Path, name: str = "default") -> N
         build_pipeline(components).load_lora_weights(file.parent, weight_name=file.name, adapter_name=name)
     except (RuntimeError, ValueError, KeyError) as error:
         raise ConfigError(f"{file} does not fit {components.path}: {error}") from error
+
+
+def load_checkpoint_adapter(components: Components, folder: Path, step: int) -> None:
+    """Attaches the adapter of a run's folder as it was at a checkpoint; raises ConfigError naming the steps there are."""
+    from t2ilib.adapters.attach import attach_adapters
+    from t2ilib.config import load_run
+    from t2ilib.training.checkpoint import list_checkpoints, load_checkpoint
+
+    paths = {int(path.name.removeprefix("step-")): path for path in list_checkpoints(folder / "checkpoints")}
+    if step not in paths:
+        raise ConfigError(f"{folder} has no checkpoint of step {step}; there are {', '.join(map(str, paths)) or 'none'}")
+    run = load_run(folder / "run.yaml")
+    if run.adapter is None:
+        raise ConfigError(f"{folder} trained {run.training.trains}, not an adapter: draw with --model {folder / 'model'}")
+    weights = load_checkpoint(paths[step]).tensors["weights"]
+    for name, module in attach_adapters(components, run.adapter, run.seed).items():
+        with torch.no_grad():
+            for key, parameter in module.named_parameters():
+                if f"{name}.{key}" in weights:
+                    parameter.copy_(weights[f"{name}.{key}"])
+        module.requires_grad_(False)
+
+
+def scale_adapter(components: Components, scale: float) -> None:
+    """Sets how strongly every attached adapter acts: 0 is the base, 1 as trained."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    for module in components.modules().values():
+        for layer in module.modules():
+            if isinstance(layer, BaseTunerLayer):
+                for adapter in layer.active_adapters:
+                    layer.set_scale(adapter, scale)

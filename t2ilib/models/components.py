@@ -6,9 +6,12 @@ quantized. `Components` is that; `build_pipeline` makes it a diffusers pipeline 
 Only safetensors weights are read. Leaves out: single-file checkpoints, other VAEs.
 """
 
+import contextlib
 import json
 import logging
+import shutil
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -115,17 +118,16 @@ def load_base(config: ModelConfig, device: torch.device | None = None) -> Compon
     dtype = choose_dtype(config.dtype, device)
     path = locate(config.base)
     family = load_family(path, config)
-    diffusers.utils.logging.disable_progress_bar()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
+    with quiet_libraries():
         pipeline = getattr(diffusers, family.pipeline_class).from_pretrained(
-            path, revision=config.revision, variant=config.variant, torch_dtype=dtype, use_safetensors=True
+            path, revision=config.revision, variant=config.variant, torch_dtype={"vae": torch.float32, "default": dtype},
+            use_safetensors=True,
         )
     components = Components(
         family=family,
         path=config.base,
         unet=pipeline.unet,
-        vae=pipeline.vae.to(torch.float32),
+        vae=pipeline.vae,
         text_encoders={name: getattr(pipeline, name) for name in family.text_encoders},
         tokenizers={(n := name.replace("text_encoder", "tokenizer")): getattr(pipeline, n) for name in family.text_encoders},
         scheduler=pipeline.scheduler,
@@ -142,6 +144,25 @@ def load_base(config: ModelConfig, device: torch.device | None = None) -> Compon
     return components
 
 
+@contextlib.contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Keeps progress bars and notes about optional packages off the screen while models are read or written."""
+    import diffusers
+    import transformers
+
+    libraries = (diffusers.utils.logging, transformers.utils.logging)
+    levels = [library.get_verbosity() for library in libraries]
+    for library in libraries:
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    for library, level in zip(libraries, levels, strict=True):
+        library.set_verbosity(level)
+        library.enable_progress_bar()
+
+
 def build_pipeline(components: Components):
     """The diffusers pipeline of these parts, attached adapters included; without safety checker, progress bar off."""
     import diffusers
@@ -153,3 +174,12 @@ def build_pipeline(components: Components):
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def save_pipeline(components: Components, folder: Path) -> None:
+    """Writes the pipeline as a diffusers folder, and takes along the base's `clip` folder, if it has one."""
+    with quiet_libraries():
+        build_pipeline(components).save_pretrained(folder)
+    clip = SHIPPED.get(components.path, Path(components.path)) / "clip"
+    if clip.is_dir():
+        shutil.copytree(clip, folder / "clip", dirs_exist_ok=True)

@@ -54,8 +54,14 @@ def build(folder: Path, seed: int = 0) -> None:
         force_zeros_for_empty_prompt=False, add_watermarker=False, **text,
     )
     pipeline.save_pretrained(folder)
-    clip.save_pretrained(folder / "clip")
-    tokenizer.save_pretrained(folder / "clip")
+    save_clip(clip, tokenizer, folder / "clip")
+
+
+def save_clip(clip: nn.Module, tokenizer, folder: Path) -> None:
+    """The whole contrastive model with its tokenizer and the pixel range it was trained on, [-1, 1]."""
+    clip.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5] * 3, "image_std": [0.5] * 3}))
 
 
 def build_tokenizer():
@@ -127,14 +133,12 @@ def build_scheduler():
 def pack(source: Path, target: Path, card: str) -> int:
     """Writes `source` in half precision to `target` with its model card; returns the bytes of the whole folder."""
     import diffusers
-    from transformers import CLIPModel
+    from transformers import CLIPModel, CLIPTokenizer
 
     if target.exists():
         shutil.rmtree(target)
     diffusers.StableDiffusionXLPipeline.from_pretrained(source, torch_dtype=torch.float16).save_pretrained(target)
-    CLIPModel.from_pretrained(source / "clip", dtype=torch.float16).save_pretrained(target / "clip")
-    for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json"):
-        if (source / "clip" / name).exists():
-            shutil.copyfile(source / "clip" / name, target / "clip" / name)
+    clip = CLIPModel.from_pretrained(source / "clip", dtype=torch.float16)
+    save_clip(clip, CLIPTokenizer.from_pretrained(source / "clip"), target / "clip")
     (target / "README.md").write_text(card)
     return sum(path.stat().st_size for path in target.rglob("*") if path.is_file())

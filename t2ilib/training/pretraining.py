@@ -18,8 +18,9 @@ from t2ilib.config import RunConfig
 from t2ilib.data import shapes
 from t2ilib.data.cache import load_pixels
 from t2ilib.data.manifest import Dataset
-from t2ilib.models.components import Components, build_pipeline
+from t2ilib.models.components import Components, save_pipeline
 from t2ilib.models.families import tokenize
+from t2ilib.models.tiny import save_clip
 from t2ilib.seeds import generator_for
 from t2ilib.training.setups import Setup
 
@@ -81,7 +82,7 @@ def setup_vae(run: RunConfig, components: Components, training: Dataset, held_ou
             sample = pixels[:: max(1, len(pixels) // 512)].to(device) / 127.5 - 1
             latents = torch.cat([vae.encode(part).latent_dist.mode() for part in sample.split(64)])
         vae.register_to_config(scaling_factor=round(1 / float(latents.std()), 5))
-        build_pipeline(components).save_pretrained(folder / "model")
+        save_pipeline(components, folder / "model")
 
     return Setup(components, model, {"vae": vae}, len(pixels), losses, validate, save)
 
@@ -148,12 +149,10 @@ def setup_clip(run: RunConfig, components: Components, training: Dataset, held_o
 
     def save(folder: Path) -> None:
         second = components.text_encoders["text_encoder_2"]
-        second.text_model.load_state_dict(clip.text_model.state_dict()) if hasattr(second, "text_model") else second.load_state_dict(
-            {**clip.text_model.state_dict(), "text_projection.weight": clip.text_projection.weight})
+        second.text_model.load_state_dict(clip.text_model.state_dict())
         second.text_projection.load_state_dict(clip.text_projection.state_dict())
-        build_pipeline(components).save_pretrained(folder / "model")
-        clip.save_pretrained(folder / "model" / "clip")
-        tokenizer.save_pretrained(folder / "model" / "clip")
+        save_pipeline(components, folder / "model")
+        save_clip(clip, tokenizer, folder / "model" / "clip")
 
     losses = lambda model, ids, step: contrast(model, pixels[ids], ids_of[ids])[0]  # noqa: E731
     return Setup(components, model, {"clip": model}, len(pixels), losses, validate, save)

@@ -18,7 +18,7 @@ from t2ilib.config import RunConfig
 from t2ilib.data.cache import encode_dataset
 from t2ilib.data.manifest import Dataset
 from t2ilib.evaluation.sampling import draw
-from t2ilib.models.components import Components, build_pipeline
+from t2ilib.models.components import Components, save_pipeline
 from t2ilib.models.families import Denoiser
 from t2ilib.seeds import generator_for
 from t2ilib.training.objectives import addressed_noise, build_objective
@@ -90,7 +90,7 @@ def setup_diffusion(run: RunConfig, components: Components, training: Dataset, h
         if trains == "adapter":
             save_adapter(components, folder / "adapter", run.adapter)
         elif trains == "unet":
-            build_pipeline(components).save_pretrained(folder / "model")
+            save_pipeline(components, folder / "model")
 
     prompts = run.evaluation.prompts or tuple(dict.fromkeys((*held_out.captions(), *training.captions())))[:8]
     return Setup(

@@ -1,0 +1,192 @@
+"""`t2ilib ...`: a thin layer over the library. Heavy imports happen inside the commands, so `--help` answers at once."""
+
+import contextlib
+import logging
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Which way of fine-tuning Stable Diffusion suits your pictures and your GPU?")
+study_app = typer.Typer(no_args_is_help=True, help="Run a study of variants, and see how far it is.")
+data_app = typer.Typer(no_args_is_help=True, help="Make data sets.")
+tiny_app = typer.Typer(no_args_is_help=True, help="Rebuild the tiny models that ship with the package.")
+app.add_typer(study_app, name="study")
+app.add_typer(data_app, name="data")
+app.add_typer(tiny_app, name="tiny")
+
+Results = Annotated[Path, typer.Option(help="Where results and the default MLflow store lie.")]
+
+
+@contextlib.contextmanager
+def readable_errors() -> Iterator[None]:
+    """A mistake of the user's is one message and exit code 2, without a traceback."""
+    from pydantic import ValidationError
+
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        if isinstance(error, ValidationError):
+            raise
+        typer.secho(f"{type(error).__name__}: {error}", fg=typer.colors.RED, err=True)
+        raise SystemExit(2) from None
+
+
+@app.callback()
+def main(quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings.")] = False) -> None:
+    logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="A run config in YAML.")],
+    set: Annotated[list[str], typer.Option("--set", help="section.field=value; may be given several times.")] = [],  # noqa: B006
+) -> None:
+    """Train one run, resuming if it was interrupted, then measure it."""
+    with readable_errors():
+        from t2ilib.config import load_run
+
+        run = load_run(config, set)
+        from t2ilib.evaluation.metrics import measure
+        from t2ilib.tracking import open_tracker
+        from t2ilib.training.loop import train
+
+        with open_tracker(run) as tracker:
+            result = train(run, tracker)
+            metrics = result.metrics
+            if run.training.trains not in ("vae", "clip"):
+                metrics = measure(run, result.components, tracker, metrics)
+        for name, value in sorted(metrics.items()):
+            if not name.startswith(("memory/", "learning_rate/", "held_out_loss/")):
+                print(f"{name:32s} {value:14.4f}")
+        print(f"everything is in {run.output}")
+
+
+@app.command()
+def generate(
+    prompt: Annotated[list[str], typer.Option(help="What to draw; may be given several times.")],
+    model: Annotated[str, typer.Option(help="tiny-sdxl, a diffusers folder or a Hub id.")] = "tiny-sdxl",
+    adapter: Annotated[Path | None, typer.Option(help="A run's folder or an adapter file.")] = None,
+    checkpoint: Annotated[int | None, typer.Option(help="Take the adapter as it was at this step (--adapter names a run's folder).")] = None,
+    seed: Annotated[int, typer.Option(help="Starting noise.")] = 0,
+    scale: Annotated[float, typer.Option(help="Strength of the adapter: 0 is the base, 1 as trained.")] = 1.0,
+    guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale.")] = 2.0,
+    steps: Annotated[int, typer.Option(help="Sampling steps.")] = 20,
+    out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("pictures"),
+) -> None:
+    """Draw pictures with a base model and, if given, an adapter."""
+    with readable_errors():
+        from t2ilib.adapters.export import load_adapter, load_checkpoint_adapter, scale_adapter
+        from t2ilib.config import EvaluationConfig, ModelConfig
+        from t2ilib.evaluation.sampling import draw, save_pictures
+        from t2ilib.models.components import load_base
+
+        components = load_base(ModelConfig(base=model))
+        if adapter is not None:
+            if checkpoint is None:
+                load_adapter(components, adapter)
+            else:
+                load_checkpoint_adapter(components, adapter, checkpoint)
+            scale_adapter(components, scale)
+        pictures = draw(components, prompt, EvaluationConfig(guidance_scale=guidance, num_inference_steps=steps), seed)
+        save_pictures(pictures, out)
+        print(f"{len(pictures)} picture(s) in {out}")
+
+
+@study_app.command("run")
+def study_run(
+    file: Annotated[Path, typer.Argument(help="A study file in YAML.")],
+    preset: Annotated[str, typer.Option(help="A preset of the study file.")] = "quick",
+    only: Annotated[list[str], typer.Option(help="Only this variant; may be given several times.")] = [],  # noqa: B006
+    seeds: Annotated[str, typer.Option(help="Other seeds than the preset's, e.g. 0,1,2.")] = "",
+    jobs: Annotated[int, typer.Option(min=1, help="Notebooks at a time.")] = 1,
+    results: Results = Path("results"),
+) -> None:
+    """Run every variant and seed that is not finished, then write the report."""
+    with readable_errors():
+        from t2ilib.config import ConfigError
+        from t2ilib.study import run_study, write_report
+
+        try:
+            numbers = [int(seed) for seed in seeds.split(",") if seed.strip()]
+        except ValueError:
+            raise ConfigError(f"--seeds {seeds!r}: write whole numbers with commas, e.g. 0,1,2") from None
+        begun = __import__("time").monotonic()
+        runs = run_study(file, preset, only, numbers, jobs, results, say=lambda line: print(line, flush=True))
+        failed = [run.label for run in runs if run.state != "finished"]
+        if any(run.state == "finished" for run in runs):
+            page = write_report(file, preset, results)
+            from t2ilib.report import format_table, load_report, summary_table
+
+            print("\n" + format_table(summary_table(load_report(page.parent))))
+            print(f"\nreport:     {page}\n            {page.with_suffix('.md')}")
+        print(f"MLflow UI:  mlflow ui --backend-store-uri {tracked(results)}")
+        print(f"{len(runs) - len(failed)} of {len(runs)} runs finished, {__import__('time').monotonic() - begun:.0f} s")
+        if failed:
+            typer.secho(f"not finished: {', '.join(failed)}", fg=typer.colors.RED, err=True)
+            raise SystemExit(1)
+
+
+def tracked(results: Path) -> str:
+    from t2ilib.tracking import tracking_uri
+
+    return tracking_uri(None, results)
+
+
+@study_app.command("status")
+def study_status(
+    file: Annotated[Path, typer.Argument(help="A study file in YAML.")],
+    preset: Annotated[str, typer.Option(help="A preset of the study file.")] = "quick",
+    results: Results = Path("results"),
+) -> None:
+    """Show the state of every variant and seed."""
+    with readable_errors():
+        from t2ilib.report import format_table
+        from t2ilib.study import status_rows
+
+        print(format_table(status_rows(file, preset, results)))
+
+
+@data_app.command("shapes")
+def data_shapes(
+    folder: Annotated[Path, typer.Argument(help="Where the image folder goes.")],
+    count: Annotated[int, typer.Option(min=1, help="Number of pictures.")] = 48,
+    scenes: Annotated[list[str], typer.Option(help="base, heart, striped, blueprint; may be given several times.")] = ["heart", "striped", "blueprint"],  # noqa: B006
+    split: Annotated[str, typer.Option(help="train, validation or test: no combination is in two of them.")] = "train",
+    seed: int = 0,
+) -> None:
+    """Draw captioned pictures of the shapes world as an image folder with metadata.jsonl."""
+    with readable_errors():
+        from t2ilib.data import shapes
+
+        shapes.write_folder(folder, shapes.mixed_scenes(count, split, seed, scenes), seed, len(shapes.SOLID_PHRASES))
+        print(f"{count} pictures in {folder}")
+
+
+@tiny_app.command("build")
+def tiny_build(folder: Annotated[Path, typer.Argument(help="Where the pipeline folder goes.")], seed: int = 0) -> None:
+    """Write the tiny SDXL with random weights, for the recipes in experiments/tiny-sdxl to train."""
+    with readable_errors():
+        from t2ilib.models.tiny import build
+
+        build(folder, seed)
+        print(f"random weights in {folder}; next: t2ilib train experiments/tiny-sdxl/vae.yaml")
+
+
+@tiny_app.command("pack")
+def tiny_pack(
+    work: Annotated[Path, typer.Argument(help="The folder with the trained stages vae, clip and unet.")],
+    target: Annotated[Path, typer.Argument(help="Where the shipped pipeline goes.")],
+) -> None:
+    """Round the trained tiny SDXL to half precision, measure it, and write it with its model card."""
+    with readable_errors():
+        from t2ilib.evaluation.card import pack_with_card
+
+        print(pack_with_card(work, target))
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,65 @@
+"""Finished runs -> tables, plots, verdicts, texts: which variant learned, kept and cost what, and what is only seed noise.
+
+    report = load_report("results/adapters-quick")
+    print(format_table(summary_table(report)))
+    print(headline(report))
+    write_markdown(report, "results/adapters-quick")
+
+`reading` knows the files, `tables` the numbers, `figures` the plots, `texts` the sentences. Imports no torch.
+"""
+
+from pathlib import Path
+
+from t2ilib.report.figures import plot_cost_quality, plot_learning_curves, plot_pictures
+from t2ilib.report.reading import METRICS, StudyReport, load_report
+from t2ilib.report.tables import caveats, compare, difference_table, format_table, markdown_table, summary_table
+from t2ilib.report.texts import describe_variant, explain_reading, headline
+
+__all__ = [
+    "METRICS", "StudyReport", "caveats", "caveats_markdown", "compare", "describe_variant", "difference_table", "explain_reading",
+    "format_table", "headline", "load_report", "markdown_table", "plot_cost_quality", "plot_learning_curves", "plot_pictures",
+    "summary_table", "write_markdown",
+]  # fmt: skip
+
+COMPARED = ("concept/learned", "base_kept/all", "held_out_loss")
+DPI = 130
+
+
+def caveats_markdown(report: StudyReport) -> str:
+    return "\n".join(f"- {note}" for note in caveats(report)) or "- None: every run finished, and there are seeds enough to test."
+
+
+def differences_markdown(report: StudyReport) -> str:
+    """The difference tables of what a study is about, each under its metric's name."""
+    reference = report.variants[report.reference].title
+    return "\n\n".join(
+        f"**{METRICS[metric].title}**, against {reference}\n\n{markdown_table(difference_table(report, metric))}"
+        for metric in report.measured(*COMPARED)
+    )
+
+
+def write_markdown(report: StudyReport, folder: Path | str) -> Path:
+    """Writes `folder/report.md` with curves.png, cost_quality.png and pictures.png beside it; returns the path of report.md."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    figures = {
+        "curves.png": ("Held-out loss by step", plot_learning_curves(report)),
+        "cost_quality.png": ("Quality against cost", plot_cost_quality(report)),
+        "pictures.png": ("The same prompts and noise, drawn by every variant", plot_pictures(report)),
+    }
+    for name, (_, figure) in figures.items():
+        figure.savefig(folder / name, dpi=DPI)
+    sections = [
+        f"# {report.name}{f' ({report.preset})' if report.preset else ''}",
+        report.question,
+        "## In short\n\n" + headline(report),
+        "## Before believing it\n\n" + caveats_markdown(report),
+        "## Numbers\n\n" + markdown_table(summary_table(report)),
+        "## Differences\n\n" + differences_markdown(report),
+        "## How to read this\n\n" + explain_reading(),
+        "## Figures\n\n" + "\n\n".join(f"![{title}]({name})" for name, (title, _) in figures.items()),
+        "## Variants\n\n" + "\n\n".join(describe_variant(report, name) for name in report.variants),
+    ]
+    path = folder / "report.md"
+    path.write_text("\n\n".join(section for section in sections if section) + "\n")
+    return path

@@ -1,0 +1,195 @@
+"""Numbers with their uncertainty: a summary of every variant, differences against the reference, and how both are written.
+
+A row is a dict of plain strings, so one table serves a terminal (`format_table`), a notebook and a file (`markdown_table`).
+"–" is a number that was not measured. p-values are adjusted over the variants of one table, not over tables.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from t2ilib.evaluation.statistics import PairedDifference, holm, mean_interval, paired_difference, smallest_p, verdict
+from t2ilib.report.reading import METRICS, Metric, StudyReport
+
+NOT_MEASURED = "–"
+Row = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One variant against another on one metric. `verdict` is in plain words; p-values are None where nothing is tested."""
+
+    difference: PairedDifference
+    adjusted_p: float | None
+    verdict: str
+
+
+def write_number(value: float, metric: Metric, signed: bool = False) -> str:
+    """A number as people write that kind of quantity: shares in percent, counts with thousands separators."""
+    scaled, pattern = {
+        "share": (100 * value, ".1f"),
+        "loss": (value, ".4f"),
+        "score": (value, ".2f"),
+        "count": (value, ",.0f"),
+        "mib": (value, ",.0f" if abs(value) >= 100 else ".2f"),
+        "rate": (value, ".2f"),
+    }[metric.kind]
+    text = format(scaled, ("+" if signed else "") + pattern)
+    return f"{text} %" if metric.kind == "share" else text
+
+
+def write_mean(values: Mapping[int, float], metric: Metric) -> str:
+    """"81.0 ± 4.2 %" from {seed: value}; without ± for one seed or a quantity that seeds do not change."""
+    if not values:
+        return NOT_MEASURED
+    interval = mean_interval(values.values())
+    if not interval.half_width:
+        return write_number(interval.mean, metric)
+    return f"{write_number(interval.mean, metric).removesuffix(' %')} ± {write_number(interval.half_width, metric)}"
+
+
+def write_interval(difference: PairedDifference, metric: Metric) -> str:
+    if difference.low is None:
+        return NOT_MEASURED
+    low, high = (write_number(value, metric, signed=True) for value in (difference.low, difference.high))
+    return f"{low.removesuffix(' %')} to {high}"
+
+
+def write_p(p: float | None) -> str:
+    return NOT_MEASURED if p is None else "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def summary_table(report: StudyReport, metrics: Sequence[str] = ()) -> list[Row]:
+    """A row a variant: finished runs, then mean ± half-width of the 95% t-interval over seeds for every measured metric."""
+    columns = report.measured(*metrics)
+    rows = []
+    for name, variant in report.variants.items():
+        role = {report.reference: " (reference)", report.base: " (untouched)"}.get(name, "")
+        row = {"variant": variant.title + role, "runs": f"{len(report.runs_of(name))}/{len(report.seeds)}"}
+        rows.append(row | {METRICS[key].title: write_mean(report.values(name, key), METRICS[key]) for key in columns})
+    return rows
+
+
+def compare(report: StudyReport, metric: str, against: str | None = None) -> dict[str, Comparison]:
+    """Every variant that shares seeds with `against` (the reference if None), paired by seed.
+
+    Holm's family is the trained variants. The untouched base stands outside it with its own p-value: "does training change
+    anything?" is another question, and asking it must not cost the variants their power.
+    """
+    against = against or report.reference
+    reference = report.values(against, metric)
+    differences = {
+        name: paired_difference(values, reference)
+        for name in report.variants
+        if name != against and (values := report.values(name, metric)).keys() & reference.keys()
+    }
+    known = METRICS[metric]
+    if known.exact:
+        return {name: Comparison(difference, None, exact_verdict(difference, known)) for name, difference in differences.items()}
+    p_values = {name: difference.p_value for name, difference in differences.items()}
+    adjusted = holm({name: p for name, p in p_values.items() if name != report.base})
+    adjusted |= {name: p for name, p in p_values.items() if name == report.base}
+    return {
+        name: Comparison(difference, adjusted[name], judge(difference, adjusted[name], known))
+        for name, difference in differences.items()
+    }
+
+
+def judge(difference: PairedDifference, adjusted_p: float | None, metric: Metric) -> str:
+    if metric.higher_is_better is None:
+        return "not judged"
+    return verdict(difference, adjusted_p, metric.higher_is_better)
+
+
+def exact_verdict(difference: PairedDifference, metric: Metric) -> str:
+    if difference.mean == 0:
+        return "equal"
+    return "better" if (difference.mean > 0) == metric.higher_is_better else "worse"
+
+
+def difference_table(report: StudyReport, metric: str, against: str | None = None) -> list[Row]:
+    """A row a variant: its paired difference to the reference, 95% interval, p-values plain and Holm-adjusted, verdict."""
+    known, compared = METRICS[metric], compare(report, metric, against)
+    rows = []
+    for name in report.variants:
+        if name == (against or report.reference):
+            continue
+        row = {"variant": report.variants[name].title}
+        if name not in compared:
+            rest = dict.fromkeys(("difference", "95% interval", "pairs", "p", "p (Holm)"), NOT_MEASURED)
+            rows.append(row | rest | {"verdict": "not measured"})
+            continue
+        comparison = compared[name]
+        difference = comparison.difference
+        rows.append(row | {
+            "difference": write_number(difference.mean, known, signed=True),
+            "95% interval": NOT_MEASURED if known.exact else write_interval(difference, known),
+            "pairs": str(difference.num_pairs),
+            "p": NOT_MEASURED if known.exact else write_p(difference.p_value),
+            "p (Holm)": write_p(comparison.adjusted_p),
+            "verdict": comparison.verdict,
+        })  # fmt: skip
+    return rows
+
+
+def caveats(report: StudyReport) -> list[str]:
+    """What a reader must know before believing the tables: missing runs, too few seeds, what a CPU cannot measure."""
+    notes = [f"{report.variants[name].title}, seed {seed}: **did not finish**, so it is in no number here." for name, seed in report.missing]
+    notes += [f"Not finite, so counted as not measured: {text}." for text in report.not_finite]
+    num_others = len(report.trained) - (report.reference in report.trained)
+    least = smallest_p(len(report.seeds), max(1, num_others))
+    if least is None:
+        notes.append("One seed: nothing is tested. Differences may be seed noise, however large they look.")
+    elif least >= 0.05:
+        notes.append(
+            f"With {len(report.seeds)} seeds and {num_others} variants compared, no adjusted p-value can fall below {least:.2g} (2/2^n, times the"
+            " number of variants), so **no difference shown** is the only verdict this study can give on what it tests. It estimates;"
+            f" it does not decide. Read the intervals; to decide, run at least {seeds_to_decide(num_others)} seeds."
+        )
+    if "peak_process_mib" in report.measured() and "peak_device_mib" not in report.measured():
+        notes.append("Measured on a CPU: process memory is mostly libraries. It bounds, but does not measure, what a GPU would need.")
+    if report.measured("steps_per_second"):
+        notes.append("Steps per second of runs that shared a machine are comparable only as ratios within this study.")
+    slow = [report.variants[name].title for name in report.trained if optimizer_of(report, name) == "adamw8bit" and on_cpu(report, name)]
+    if slow:
+        notes.append(
+            f"{', '.join(slow)}: 8-bit AdamW costs some 35 times fused AdamW per step on a CPU (bitsandbytes has no fast kernel there)."
+            " Its speed here says nothing about a GPU."
+        )
+    return notes
+
+
+def seeds_to_decide(num_tests: int, alpha: float = 0.05) -> int:
+    """The fewest seeds whose least adjusted p-value is below alpha."""
+    return next(n for n in range(2, 64) if smallest_p(n, max(1, num_tests)) < alpha)
+
+
+def optimizer_of(report: StudyReport, name: str) -> str | None:
+    """From the runs' parameters, else from the variant's delta; the key is `optimizer` or `optimizer.name`."""
+    sources = [run.parameters for run in report.runs_of(name)] + [report.variants[name].parameters]
+    return next((source[key] for source in sources for key in ("optimizer.name", "optimizer") if key in source), None)
+
+
+def on_cpu(report: StudyReport, name: str) -> bool:
+    return not report.values(name, "peak_device_mib")
+
+
+def format_table(rows: Sequence[Row]) -> str:
+    """Aligned text for a terminal: words to the left, numbers to the right."""
+    if not rows:
+        return "(nothing to show)"
+    columns = list(rows[0])
+    widths = {column: max(len(column), *(len(row[column]) for row in rows)) for column in columns}
+    lines = [{column: column for column in columns}, {column: "-" * widths[column] for column in columns}, *rows]
+    left = {"variant", "verdict"}
+    return "\n".join(
+        "  ".join(line[c].ljust(widths[c]) if c in left else line[c].rjust(widths[c]) for c in columns).rstrip() for line in lines
+    )
+
+
+def markdown_table(rows: Sequence[Row]) -> str:
+    """A GitHub-flavoured Markdown table of the same rows."""
+    if not rows:
+        return "*nothing to show*"
+    columns = list(rows[0])
+    lines = [columns, ["---" if c in ("variant", "verdict") else "---:" for c in columns], *([row[c] for c in columns] for row in rows)]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

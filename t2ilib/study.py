@@ -1,0 +1,393 @@
+"""Studies: a YAML file of named variants, run notebook by notebook through papermill, each in a process of its own.
+
+    study file -> variants x seeds -> parameters checked against the notebook -> papermill -> results/<study>-<preset>/...
+
+A run that finished is not run again; one that failed or was interrupted resumes from its last checkpoint. A finished
+variant whose parameters were edited since is an error, because its results would silently mean something else. papermill
+itself only warns about unknown parameters and marks the cells of a dead kernel "completed", so names are checked here
+before anything starts, and only exit codes are believed. No torch is imported: models live in the notebooks' kernels.
+"""
+
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from t2ilib.config import ConfigError, check_choice, load_yaml
+
+KERNEL = "python3"
+RETRIED = ("Kernel died before replying", "Address already in use", "address already in use")
+"""Kernels that start at the same moment may take the same port; such a start is tried again."""
+PROGRESS = re.compile(r"step (\d+)/(\d+)")
+
+
+class Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Variant(Part):
+    """A named delta to the study's parameters, with why it is there."""
+
+    title: str
+    overview: str
+    hypothesis: str
+    how_it_helps: str
+    origin: str
+    parameters: dict[str, Any] = {}
+
+
+class Preset(Part):
+    """How much of the study is run: its seeds, and parameters that go over the study's but under the variants'."""
+
+    seeds: list[int] = Field(min_length=1)
+    parameters: dict[str, Any] = {}
+
+
+class Study(Part):
+    """A study file. `reference`: the variant others are compared with; `base`: the untouched base model, if among them."""
+
+    name: str = Field(pattern=r"^[a-z0-9_-]+$")
+    question: str
+    notebook: str = "train.ipynb"
+    reference: str
+    base: str | None = None
+    parameters: dict[str, Any] = {}
+    presets: dict[str, Preset] = Field(min_length=1)
+    variants: dict[str, Variant] = Field(min_length=1)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One notebook execution. `state`: finished, failed, interrupted (has started, says nothing more) or new."""
+
+    variant: str
+    seed: int
+    parameters: dict[str, Any]
+    folder: Path
+
+    @property
+    def label(self) -> str:
+        return f"{self.variant} seed {self.seed}"
+
+    @property
+    def digest(self) -> str:
+        return hashlib.sha256(json.dumps(self.parameters, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def state(self) -> str:
+        if (self.folder / "result.json").exists():
+            return "finished"
+        if (self.folder / "failed.txt").exists():
+            return "failed"
+        return "interrupted" if (self.folder / "parameters.yaml").exists() else "new"
+
+    def result(self) -> dict[str, Any]:
+        return json.loads((self.folder / "result.json").read_text())
+
+
+def load_study(path: Path) -> Study:
+    """Reads and checks a study file; raises ConfigError that lists every mistake."""
+    try:
+        study = Study.model_validate(load_yaml(path))
+    except ValidationError as error:
+        lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        raise ConfigError(f"{len(lines)} mistake(s) in {path}:\n  " + "\n  ".join(lines)) from None
+    for name in filter(None, (study.reference, study.base)):
+        check_choice(name, study.variants, f"{path}: variant")
+    return study
+
+
+def notebook_parameters(path: Path) -> dict[str, str]:
+    """Name -> source of the default, from the notebook's `parameters` cell; raises ConfigError where there is none."""
+    import ast
+
+    if not path.exists():
+        raise ConfigError(f"the notebook {path} does not exist")
+    cells = json.loads(path.read_text())["cells"]
+    tagged = [cell for cell in cells if "parameters" in cell.get("metadata", {}).get("tags", [])]
+    if len(tagged) != 1:
+        raise ConfigError(f"{path} has {len(tagged)} cells tagged `parameters`; it needs exactly one")
+    found = {}
+    for statement in ast.parse("".join(tagged[0]["source"])).body:
+        target = statement.target if isinstance(statement, ast.AnnAssign) else statement.targets[0] if isinstance(statement, ast.Assign) else None
+        if isinstance(target, ast.Name) and statement.value is not None:
+            found[target.id] = ast.unparse(statement.value)
+    return found
+
+
+def check_parameters(study: Study, notebook: Path) -> None:
+    """Raises ConfigError naming every parameter of the study that the notebook does not declare."""
+    import difflib
+
+    declared = notebook_parameters(notebook)
+    places = {"parameters": study.parameters}
+    places |= {f"presets.{name}.parameters": preset.parameters for name, preset in study.presets.items()}
+    places |= {f"variants.{name}.parameters": variant.parameters for name, variant in study.variants.items()}
+    wrong = []
+    for place, parameters in places.items():
+        for name in parameters:
+            if name not in declared:
+                near = difflib.get_close_matches(name, declared, 1, 0.5)
+                wrong.append(f"{place}.{name}" + (f" (did you mean {near[0]!r}?)" if near else ""))
+    if wrong:
+        raise ConfigError(
+            f"{notebook.name} does not declare {len(wrong)} parameter(s) of this study:\n  " + "\n  ".join(wrong)
+            + f"\nIts parameters cell declares {', '.join(sorted(declared))}"
+        )
+
+
+def plan_runs(study: Study, preset: str, results: Path, only: Sequence[str] = (), seeds: Sequence[int] = ()) -> list[Run]:
+    """The runs of a preset, seed by seed, so that an interrupted study has whole comparisons; raises ConfigError for unknown names."""
+    check_choice(preset, study.presets, "preset")
+    for name in only:
+        check_choice(name, study.variants, "variant")
+    chosen = study.presets[preset]
+    folder = results / f"{study.name}-{preset}"
+    runs = []
+    for seed in seeds or chosen.seeds:
+        for name, variant in study.variants.items():
+            if not only or name in only:
+                parameters = study.parameters | chosen.parameters | variant.parameters | {"seed": seed, "variant": name}
+                runs.append(Run(name, seed, parameters, folder / name / f"seed{seed}"))
+    return runs
+
+
+def require_unedited(runs: Sequence[Run]) -> None:
+    """Raises ConfigError for finished runs whose parameters are not those of the study any more."""
+    edited = []
+    for run in runs:
+        if run.state == "finished" and run.result()["digest"] != run.digest:
+            before = run.result()["parameters"]
+            changed = sorted(k for k in before.keys() | run.parameters.keys() if before.get(k) != run.parameters.get(k))
+            edited.append(f"{run.label}: " + ", ".join(f"{k} {before.get(k)!r} -> {run.parameters.get(k)!r}" for k in changed))
+    if edited:
+        raise ConfigError(
+            f"{len(edited)} finished run(s) had other parameters than the study now says:\n  " + "\n  ".join(edited[:8])
+            + "\nGive the changed variant a new name, or delete the folders of the old runs"
+        )
+
+
+def run_study(
+    path: Path, preset: str = "quick", only: Sequence[str] = (), seeds: Sequence[int] = (), jobs: int = 1,
+    results: Path = Path("results"), say: Callable[[str], None] = print,
+) -> list[Run]:
+    """Runs what is not finished, `jobs` notebooks at a time, then the report. Returns all runs of the preset; look at their `state`.
+
+    Raises ConfigError before anything starts for mistakes in the study file. KeyboardInterrupt and SIGTERM reach the
+    running notebooks, which commit a checkpoint; the next call resumes them.
+    """
+    study = load_study(path)
+    notebook = Path(path).parent / study.notebook
+    check_parameters(study, notebook)
+    runs = plan_runs(study, preset, results.absolute(), only, seeds)
+    require_unedited(runs)
+    folder = runs[0].folder.parents[1]
+    write_study(study, preset, folder)
+    pending = [run for run in runs if run.state != "finished"]
+    say(f"study {study.name}, preset {preset}: {len(runs)} runs, {len(runs) - len(pending)} finished before, {len(pending)} to do, {jobs} at a time")
+    if pending:
+        from t2ilib.tracking import open_client, reap_stale_runs, tracking_uri
+
+        uri = tracking_uri(None, results)
+        client, experiment = open_client(uri, study.name, results)
+        reap_stale_runs(client, experiment)
+        parent = parent_run(client, experiment, study, preset, folder)
+        Executor(study, preset, notebook, pending, jobs, client, parent, uri, say).run()
+        client.set_terminated(parent, "FINISHED" if all(run.state == "finished" for run in runs) else "FAILED")
+    return runs
+
+
+def write_study(study: Study, preset: str, folder: Path) -> None:
+    """study.json for the report: what was asked, in display order."""
+    folder.mkdir(parents=True, exist_ok=True)
+    values = study.model_dump(mode="json")
+    chosen = study.presets[preset]
+    content = {
+        "name": study.name, "question": study.question, "preset": preset, "reference": study.reference, "base": study.base,
+        "seeds": chosen.seeds, "parameters": study.parameters | chosen.parameters, "variants": values["variants"],
+    }
+    (folder / "study.json").write_text(json.dumps(content, indent=1))
+
+
+def parent_run(client, experiment: str, study: Study, preset: str, folder: Path) -> str:
+    """The MLflow run that holds the children of this preset, made once and taken up again later."""
+    from mlflow.exceptions import MlflowException
+
+    note = folder / "mlflow-parent.txt"
+    if note.exists():
+        try:
+            client.update_run(note.read_text(), status="RUNNING")
+            return note.read_text()
+        except MlflowException:
+            pass  # another store than last time: the parent is made anew there
+    tags = {"study": study.name, "preset": preset, "mlflow.note.content": study.question}
+    run = client.create_run(experiment, run_name=f"{study.name} ({preset})", tags=tags)
+    note.write_text(run.info.run_id)
+    return run.info.run_id
+
+
+class Executor:
+    """Runs notebooks side by side, one process each, and tells how far they are."""
+
+    def __init__(self, study: Study, preset: str, notebook: Path, runs: list[Run], jobs: int, client, parent: str, uri: str, say):
+        self.study, self.preset, self.notebook, self.runs, self.jobs = study, preset, notebook, runs, jobs
+        self.client, self.parent, self.uri, self.say = client, parent, uri, say
+        self.lock, self.processes, self.stopping = threading.Lock(), {}, False
+        self.began, self.seconds = time.monotonic(), []
+
+    def run(self) -> None:
+        """Until all are done; a signal is passed on to the notebooks, waited for, and raised again."""
+        previous = {}
+        if threading.current_thread() is threading.main_thread():
+            previous = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            with ThreadPoolExecutor(self.jobs) as pool:
+                list(pool.map(self.execute, self.runs))
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+        if self.stopping:
+            self.client.set_terminated(self.parent, "KILLED")
+            raise SystemExit(128 + self.stopping)
+
+    def stop(self, number: int, frame) -> None:
+        self.say("stopping: running notebooks commit a checkpoint; the same command goes on from there")
+        self.stopping = number
+        for process in list(self.processes.values()):
+            os.killpg(process.pid, signal.SIGTERM)
+
+    def execute(self, run: Run) -> None:
+        if self.stopping:
+            return
+        resumed = " (resuming)" if (run.folder / "checkpoints").exists() else ""
+        self.say(f"[{self.position(run)}] {run.label}: starting{resumed}")
+        run.folder.mkdir(parents=True, exist_ok=True)
+        (run.folder / "failed.txt").unlink(missing_ok=True)
+        tracked = {"output": str(run.folder), "parent_run_id": self.parent, "experiment": self.study.name, "preset": self.preset}
+        declared = notebook_parameters(self.notebook)
+        values = run.parameters | {name: value for name, value in tracked.items() if name in declared}
+        (run.folder / "parameters.yaml").write_text(yaml.safe_dump(values))
+        begun = time.monotonic()
+        for attempt in range(3):
+            code, output = self.papermill(run, attempt)
+            if not code or not any(text in output for text in RETRIED):
+                break
+        seconds = time.monotonic() - begun
+        if self.stopping and code:
+            return
+        with self.lock:
+            self.seconds.append(seconds)
+        if code == 0 and (run.folder / "metrics.json").exists():
+            self.finish(run, seconds)
+            self.say(f"[{self.position(run)}] {run.label}: finished in {seconds:.0f} s{self.left()}")
+        else:
+            reason = error_text(output) or f"the notebook process ended with exit code {code}"
+            (run.folder / "failed.txt").write_text(f"exit code {code}\n{output[-20000:]}")
+            self.say(f"[{self.position(run)}] {run.label}: FAILED: {reason}\n    see {run.folder / 'failed.txt'}")
+
+    def papermill(self, run: Run, attempt: int) -> tuple[int, str]:
+        """Executes the notebook; returns the exit code and everything printed. Progress lines are passed on as they come."""
+        time.sleep(attempt * 2)
+        threads = str(max(1, (os.cpu_count() or 1) // self.jobs))
+        environment = os.environ | {
+            "OMP_NUM_THREADS": threads, "T2ILIB_BATCH": "1", "MLFLOW_TRACKING_URI": self.uri, "PYTHONUNBUFFERED": "1",
+            "PYTHONWARNINGS": "ignore", "JUPYTER_PLATFORM_DIRS": "1", "MPLBACKEND": "agg",
+        }
+        command = [
+            sys.executable, "-m", "papermill", str(self.notebook), str(run.folder / "notebook.ipynb"), "-f",
+            str(run.folder / "parameters.yaml"), "-k", KERNEL, "--cwd", str(self.notebook.parent.absolute()), "--log-output",
+            "--no-progress-bar", "--no-request-save-on-cell-execute", "--autosave-cell-every", "0",
+        ]
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+        self.processes[run] = process
+        lines, shown = [], 0.0
+        for line in process.stdout:
+            lines.append(line)
+            if PROGRESS.search(line) and time.monotonic() - shown > 10:
+                shown = time.monotonic()
+                self.say(f"[{self.position(run)}] {run.label}: {line.strip()}")
+        code = process.wait()
+        del self.processes[run]
+        return code, "".join(lines)
+
+    def position(self, run: Run) -> str:
+        return f"{self.runs.index(run) + 1}/{len(self.runs)}"
+
+    def left(self) -> str:
+        todo = len(self.runs) - len(self.seconds)
+        if not todo:
+            return ""
+        left = round(sum(self.seconds) / len(self.seconds) * todo / self.jobs)
+        return f"; {todo} to go, ETA {left // 60}:{left % 60:02d}"
+
+    def finish(self, run: Run, seconds: float) -> None:
+        """Commits result.json, and hangs the executed notebook and its HTML on the MLflow run."""
+        note = run.folder / "tracking.json"
+        run_id = json.loads(note.read_text())["run_id"] if note.exists() else None
+        page = export_html(run.folder / "notebook.ipynb", hide_code=False)
+        if run_id is not None:
+            for path in (run.folder / "notebook.ipynb", page):
+                self.client.log_artifact(run_id, str(path))
+        result = {
+            "variant": run.variant, "seed": run.seed, "status": "finished", "seconds": seconds, "mlflow_run_id": run_id,
+            "digest": run.digest, "parameters": run.parameters, "metrics": json.loads((run.folder / "metrics.json").read_text()),
+        }
+        draft = run.folder / "result.json.part"
+        draft.write_text(json.dumps(result, indent=1))
+        draft.rename(run.folder / "result.json")
+
+
+def error_text(output: str) -> str:
+    """The last `SomethingError: message` line that a failed notebook printed, with its continuation lines."""
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", output)
+    found = list(re.finditer(r"^(?:[\w.]+\.)?(\w+(?:Error|Exit|Interrupt|Loss|Interrupted)): ?(.*(?:\n  .*)*)", plain, re.MULTILINE))
+    return f"{found[-1][1]}: {found[-1][2]}" if found else ""
+
+
+def export_html(notebook: Path, hide_code: bool) -> Path:
+    """One self-contained HTML file beside the notebook, pictures embedded."""
+    from nbconvert import HTMLExporter
+
+    exporter = HTMLExporter(exclude_input=hide_code, exclude_output_prompt=True, exclude_input_prompt=True, embed_images=True)
+    body, _ = exporter.from_filename(str(notebook))
+    page = notebook.with_suffix(".html")
+    page.write_text(body)
+    return page
+
+
+def write_report(path: Path, preset: str, results: Path, client=None) -> Path:
+    """Executes compare.ipynb beside the study file on the preset's results; returns the HTML report."""
+    import papermill
+
+    study = load_study(path)
+    folder = results.absolute() / f"{study.name}-{preset}"
+    notebook = folder / "report.ipynb"
+    papermill.execute_notebook(
+        str(Path(path).parent / "compare.ipynb"), str(notebook), {"results_folder": str(folder)}, kernel_name=KERNEL,
+        cwd=str(Path(path).parent), progress_bar=False,
+    )
+    return export_html(notebook, hide_code=True)
+
+
+def status_rows(path: Path, preset: str, results: Path) -> list[dict[str, str]]:
+    """Variant, seed, state, step reached and seconds of every run of a preset, for the terminal."""
+    rows = []
+    for run in plan_runs(load_study(path), preset, results.absolute()):
+        steps = sorted((run.folder / "checkpoints").glob("step-*"))
+        reached = int(steps[-1].name.removeprefix("step-")) if steps else "–"
+        seconds = f"{run.result()['seconds']:.0f}" if run.state == "finished" else "–"
+        rows.append({"variant": run.variant, "seed": str(run.seed), "state": run.state, "step": str(reached), "seconds": seconds})
+    return rows

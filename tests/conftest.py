@@ -1,0 +1,16 @@
+"""Every test runs offline, on few threads, and with a cache folder of its own."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def machine(tmp_path_factory):
+    import torch
+
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+    os.environ["T2ILIB_CACHE"] = str(tmp_path_factory.mktemp("cache"))

@@ -1,0 +1,208 @@
+import subprocess
+import sys
+
+import pytest
+
+from t2ilib.config import (
+    AdapterSpec,
+    ConfigError,
+    OptimizerConfig,
+    RunConfig,
+    build_run,
+    check_choice,
+    load_run,
+    load_yaml,
+    parse_value,
+    save_run,
+)
+
+ADAPTER = {"adapter": {}}
+
+
+def test_yaml_round_trip_keeps_every_value(tmp_path):
+    run = build_run(
+        {
+            "name": "trip", "seed": 7, "output": "somewhere/else",
+            "model": {"base": "owner/model", "dtype": "bfloat16", "quantization": "nf4"},
+            "adapter": {"kind": "dora", "rank": 3, "alpha": 1.5, "targets": ["to_q", "to_k"], "text_encoder_targets": "many"},
+            "data": {"path": "pictures", "scenes": ["heart", "base"]},
+            "objective": {"snr_gamma": None},
+            "optimizer": {"learning_rate": 1e-5, "betas": [0.0, 0.95]},
+            "evaluation": {"prompts": ["a red: 'circle'", "yes", "3e-4"]},
+            "tracking": {"tags": {"why": "no"}},
+        }
+    )  # fmt: skip
+    save_run(run, tmp_path / "new" / "run.yaml")
+    assert load_run(tmp_path / "new" / "run.yaml") == run
+    assert run.adapter.targets == ("to_q", "to_k")
+    save_run(load_run(tmp_path / "new" / "run.yaml"), tmp_path / "again.yaml")
+    assert (tmp_path / "again.yaml").read_text() == (tmp_path / "new" / "run.yaml").read_text()
+
+
+def test_overrides_reach_nested_sections_and_missing_ones(tmp_path):
+    (tmp_path / "run.yaml").write_text("adapter: {rank: 4}\noptimizer: {learning_rate: 1e-2}\n")
+    assert load_run(tmp_path / "run.yaml").optimizer.learning_rate == 0.01  # YAML 1.1 reads 1e-2 as text
+    overrides = [
+        "optimizer.learning_rate=3e-4", "adapter.rank=16", "training.steps=12", "name=other", "adapter.targets=[to_q, to_v]",
+        "objective.snr_gamma=null", "training.gradient_checkpointing=true", "seed=0",
+    ]  # fmt: skip
+    run = load_run(tmp_path / "run.yaml", overrides)
+    assert run.optimizer.learning_rate == 3e-4
+    assert (run.adapter.rank, run.adapter.targets) == (16, ("to_q", "to_v"))
+    assert (run.training.steps, run.training.gradient_checkpointing) == (12, True)
+    assert (run.name, run.seed, run.objective.snr_gamma) == ("other", 0, None)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("3e-4", 3e-4), ("1E3", 1000.0), ("-2e1", -20.0), ("2e", "2e"), ("eager", "eager"), ("10", 10), ("", None)]
+)
+def test_values_of_overrides(text, value):
+    assert parse_value(text) == value
+    assert type(parse_value(text)) is type(value)
+
+
+@pytest.mark.parametrize(("override", "named"), [("optimizer", "section.field=value"), ("=3", "section.field=value"), ("name.x=1", "name is a value")])
+def test_malformed_overrides(tmp_path, override, named):
+    (tmp_path / "run.yaml").write_text("name: run\nadapter: {}\n")
+    with pytest.raises(ConfigError, match=named):
+        load_run(tmp_path / "run.yaml", [override])
+
+
+@pytest.mark.xfail(strict=True, reason="parse_value lets yaml's own error out")
+def test_override_that_is_broken_yaml(tmp_path):
+    (tmp_path / "run.yaml").write_text("adapter: {}\n")
+    with pytest.raises(ConfigError, match="adapter.targets"):
+        load_run(tmp_path / "run.yaml", ["adapter.targets=[to_q"])
+
+
+@pytest.mark.parametrize(
+    ("values", "field", "near"),
+    [
+        ({"optimiser": {}} | ADAPTER, "optimiser", "optimizer"),
+        ({"optimizer": {"learning_rat": 1}} | ADAPTER, "optimizer.learning_rat", "learning_rate"),
+        ({"adapter": {"rnak": 8}}, "adapter.rnak", "rank"),
+    ],
+)
+def test_typo_names_the_field_and_the_near_one(values, field, near):
+    with pytest.raises(ConfigError) as error:
+        build_run(values)
+    assert f"{field}: no such field" in str(error.value)
+    assert f"Did you mean '{near}'?" in str(error.value)
+
+
+def test_several_mistakes_are_reported_together():
+    with pytest.raises(ConfigError) as error:
+        build_run(
+            {
+                "seed": -1, "adapter": {"rank": 0, "kind": "dorra"}, "training": {"batch_size": 5, "accumulation": 2},
+                "optimizer": {"learning_rate": float("nan")}, "data": {"resolution": 60, "nonsense": 1},
+            }
+        )  # fmt: skip
+    text = str(error.value)
+    assert text.startswith("7 mistakes in the run config")
+    for line in ("seed:", "adapter.rank:", "adapter.kind:", "training:", "optimizer.learning_rate:", "data.resolution:", "data.nonsense:"):
+        assert f"\n  {line}" in text
+    assert "'dorra'" in text and "'lora'" in text  # the value that was given, and what is allowed
+
+
+def test_prodigy_with_a_second_learning_rate_is_refused_with_the_reason():
+    with pytest.raises(ConfigError, match="one step size for all parameters"):
+        build_run({"adapter": {}, "optimizer": {"name": "prodigy", "text_encoder_learning_rate": 1e-4}})
+    assert build_run({"adapter": {}, "optimizer": {"name": "prodigy", "learning_rate": 1}}).optimizer.name == "prodigy"
+    assert OptimizerConfig(name="adamw", text_encoder_learning_rate=1e-4).text_encoder_learning_rate == 1e-4
+
+
+@pytest.mark.parametrize(
+    ("values", "reason"),
+    [
+        ({}, "adapter section is missing"),
+        ({"adapter": {}, "training": {"trains": "unet"}}, "adapter section is given"),
+        ({"adapter": {}, "training": {"trains": "nothing", "steps": 0}}, "adapter section is given"),
+        ({"training": {"trains": "nothing"}}, "steps must be 0"),
+        ({"adapter": {}, "training": {"ema_decay": 0.9}}, "ema_decay"),
+        ({"training": {"trains": "unet"}, "model": {"quantization": "nf4"}}, "quantized base cannot be trained"),
+        ({"adapter": {}, "training": {"batch_size": 6, "accumulation": 4}}, "6 is not a multiple of accumulation 4"),
+        ({"adapter": {}, "training": {"batch_size": 0}}, "batch_size"),
+    ],
+)
+def test_sections_that_contradict_each_other(values, reason):
+    with pytest.raises(ConfigError, match=reason):
+        build_run(values)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"adapter": {}, "training": {"batch_size": 6, "accumulation": 3}},
+        {"training": {"trains": "unet", "ema_decay": 0.9}},
+        {"training": {"trains": "nothing", "steps": 0}, "model": {"quantization": "nf4"}},
+        {"adapter": {}, "model": {"quantization": "nf4"}},
+    ],
+)
+def test_sections_that_agree(values):
+    build_run(values)
+
+
+def test_a_run_is_frozen():
+    run = build_run(ADAPTER)
+    with pytest.raises(ValueError, match="frozen"):
+        run.seed = 3
+    with pytest.raises(ValueError, match="frozen"):
+        run.adapter.rank = 3
+
+
+def test_flat_has_the_same_keys_for_every_run():
+    with_adapter, without = build_run(ADAPTER).flat(), build_run({"training": {"trains": "unet"}}).flat()
+    assert list(with_adapter) == list(without)
+    assert with_adapter["adapter.rank"] == 8 and without["adapter.rank"] is None
+    assert with_adapter["optimizer.learning_rate"] == 1e-3 and with_adapter["seed"] == 0
+    assert {f"adapter.{field}" for field in AdapterSpec.model_fields} <= set(with_adapter)
+    assert not any(isinstance(value, dict) for value in with_adapter.values())
+
+
+@pytest.mark.parametrize(
+    ("override", "changes"),
+    [
+        ("optimizer.learning_rate=2e-3", True), ("seed=1", True), ("adapter.rank=4", True), ("model.quantization=nf4", True),
+        ("training.steps=7", True), ("data.num_pictures=3", True),
+        ("output=elsewhere", False), ("name=other", False), ("evaluation.sample_every=3", False),
+        ("evaluation.prompts=[a cat]", False), ("training.checkpoint_every=3", False), ("training.keep_checkpoints=3", False),
+        ("tracking.experiment=x", False),
+    ],
+)  # fmt: skip
+def test_training_digest_follows_what_decides_the_weights(tmp_path, override, changes):
+    (tmp_path / "run.yaml").write_text("adapter: {}\n")
+    before, after = load_run(tmp_path / "run.yaml"), load_run(tmp_path / "run.yaml", [override])
+    assert before != after
+    assert (before.training_digest() != after.training_digest()) is changes
+
+
+@pytest.mark.parametrize(("text", "named"), [("a: [1", "not valid YAML"), ("- 1\n", "not list"), (None, "does not exist")])
+def test_unusable_files(tmp_path, text, named):
+    if text is not None:
+        (tmp_path / "run.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=named):
+        load_yaml(tmp_path / "run.yaml")
+
+
+def test_check_choice_names_the_right_ones():
+    assert check_choice("b", ("a", "b"), "letter") == "b"
+    with pytest.raises(ConfigError, match=r"letter 'alpah' does not exist; choose from alpha, beta\. Did you mean 'alpha'"):
+        check_choice("alpah", ("alpha", "beta"), "letter")
+    with pytest.raises(ConfigError) as error:
+        check_choice("zzz", ("alpha", "beta"), "letter")
+    assert "Did you mean" not in str(error.value)
+
+
+def test_configs_cost_no_torch():
+    program = (
+        "import sys, t2ilib, t2ilib.config; t2ilib.RunConfig; dir(t2ilib)\n"
+        "print([m for m in ('torch', 'diffusers', 'transformers', 'peft', 'mlflow', 'numpy') if m in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+
+
+def test_defaults_of_sections_are_valid_and_not_shared():
+    first, second = RunConfig(adapter=AdapterSpec()), RunConfig(adapter=AdapterSpec())
+    first.tracking.tags["x"] = "y"
+    assert second.tracking.tags == {}
