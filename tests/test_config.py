@@ -54,14 +54,17 @@ def test_overrides_reach_nested_sections_and_missing_ones(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("3e-4", 3e-4), ("1E3", 1000.0), ("-2e1", -20.0), ("2e", "2e"), ("eager", "eager"), ("10", 10), ("", None)]
+    ("text", "value"),
+    [("3e-4", 3e-4), ("1E3", 1000.0), ("-2e1", -20.0), ("2e", "2e"), ("eager", "eager"), ("10", 10), ("", None)],
 )
 def test_values_of_overrides(text, value):
     assert parse_value(text) == value
     assert type(parse_value(text)) is type(value)
 
 
-@pytest.mark.parametrize(("override", "named"), [("optimizer", "section.field=value"), ("=3", "section.field=value"), ("name.x=1", "name is a value")])
+@pytest.mark.parametrize(
+    ("override", "named"), [("optimizer", "write section"), ("=3", "write section"), ("name.x=1", "name is a value, not a section")]
+)
 def test_malformed_overrides(tmp_path, override, named):
     (tmp_path / "run.yaml").write_text("name: run\nadapter: {}\n")
     with pytest.raises(ConfigError, match=named):
@@ -71,7 +74,7 @@ def test_malformed_overrides(tmp_path, override, named):
 @pytest.mark.xfail(strict=True, reason="parse_value lets yaml's own error out")
 def test_override_that_is_broken_yaml(tmp_path):
     (tmp_path / "run.yaml").write_text("adapter: {}\n")
-    with pytest.raises(ConfigError, match="adapter.targets"):
+    with pytest.raises(ConfigError, match=r"adapter.targets"):
         load_run(tmp_path / "run.yaml", ["adapter.targets=[to_q"])
 
 
@@ -100,9 +103,10 @@ def test_several_mistakes_are_reported_together():
         )  # fmt: skip
     text = str(error.value)
     assert text.startswith("7 mistakes in the run config")
-    for line in ("seed:", "adapter.rank:", "adapter.kind:", "training:", "optimizer.learning_rate:", "data.resolution:", "data.nonsense:"):
-        assert f"\n  {line}" in text
-    assert "'dorra'" in text and "'lora'" in text  # the value that was given, and what is allowed
+    for field in ("seed", "adapter.rank", "adapter.kind", "training", "optimizer.learning_rate", "data.resolution", "data.nonsense"):
+        assert f"\n  {field}:" in text
+    assert "'dorra'" in text
+    assert "'lora'" in text
 
 
 def test_prodigy_with_a_second_learning_rate_is_refused_with_the_reason():
@@ -154,8 +158,10 @@ def test_a_run_is_frozen():
 def test_flat_has_the_same_keys_for_every_run():
     with_adapter, without = build_run(ADAPTER).flat(), build_run({"training": {"trains": "unet"}}).flat()
     assert list(with_adapter) == list(without)
-    assert with_adapter["adapter.rank"] == 8 and without["adapter.rank"] is None
-    assert with_adapter["optimizer.learning_rate"] == 1e-3 and with_adapter["seed"] == 0
+    assert with_adapter["adapter.rank"] == 8
+    assert without["adapter.rank"] is None
+    assert with_adapter["optimizer.learning_rate"] == 1e-3
+    assert with_adapter["seed"] == 0
     assert {f"adapter.{field}" for field in AdapterSpec.model_fields} <= set(with_adapter)
     assert not any(isinstance(value, dict) for value in with_adapter.values())
 

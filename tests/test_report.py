@@ -5,25 +5,37 @@ import math
 
 import numpy as np
 import pytest
+from matplotlib.text import Text
 from PIL import Image
 
 from t2ilib.config import ConfigError
 from t2ilib.report import (
-    caveats, compare, describe_variant, difference_table, format_table, headline, load_report, markdown_table, plot_cost_quality,
-    plot_learning_curves, plot_pictures, summary_table, write_markdown,
-)  # fmt: skip
+    caveats,
+    compare,
+    describe_variant,
+    difference_table,
+    format_table,
+    headline,
+    load_report,
+    markdown_table,
+    plot_cost_quality,
+    plot_learning_curves,
+    plot_pictures,
+    summary_table,
+    write_markdown,
+)
 
-PROMPTS = ["a small red striped circle at the top left on a white background", "a large blue heart at the center", "a blueprint of a cross"]
+PROMPTS = ["a small red striped circle at the top left on a white background", "a large blue heart", "a blueprint of a cross"]
 # learned, kept, held-out loss, trainable parameters: far enough apart that eight seeds tell them from noise of 0.01
 TRUTH = {
     "base": (0.10, 0.90, None, None),
     "lora": (0.60, 0.80, 0.200, 40_000),
     "dora": (0.70, 0.70, 0.190, 42_000),
-    "qlora": (0.60, 0.80, 0.205, 40_000),
+    "qlora": (0.60, 0.80, 0.200, 40_000),
 }
 
 
-def write_run(folder, variant, seed, truth, parameters=None, drop=()):
+def write_run(folder, variant, seed, truth):
     """Seed noise is shared by all variants, with alternating +-0.004 on top that leaves qlora equal to lora on average."""
     learned, kept, loss, parameters_trained = truth
     shared, own = 0.01 * math.sin(seed), 0.004 * (-1) ** seed * (variant == "qlora")
@@ -31,28 +43,40 @@ def write_run(folder, variant, seed, truth, parameters=None, drop=()):
     path = folder / variant / f"seed{seed}"
     (path / "pictures").mkdir(parents=True)
     if loss is not None:
-        metrics |= {"held_out_loss": loss + shared / 10, "trainable_parameters": parameters_trained, "steps_per_second": 2.0 + shared}
-        lines = [{"step": 0, "held_out_loss": 0.5}] + [{"step": step, "loss": 0.3 - 0.001 * step, "grad_norm": 1.0} for step in range(1, 101)]
+        metrics |= {"held_out_loss": loss + (shared + own) / 10, "trainable_parameters": parameters_trained}
+        metrics["steps_per_second"] = 2.0 + shared + own
+        lines = [{"step": 0, "held_out_loss": 0.5}]
+        lines += [{"step": step, "loss": 0.3 - 0.001 * step, "grad_norm": 1.0} for step in range(1, 101)]
         lines += [{"step": step, "held_out_loss": loss + (100 - step) / 1000 + shared / 10} for step in (50, 100)]
         (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    metrics = {name: value for name, value in metrics.items() if name not in drop}
     (path / "pictures" / "prompts.json").write_text(json.dumps(PROMPTS))
     for index in range(len(PROMPTS)):
-        Image.fromarray(np.full((16, 16, 3), 60 * index + seed, np.uint8)).save(path / "pictures" / f"{index:02d}.png")
+        Image.fromarray(np.full((16, 16, 3), 40 * index + seed, np.uint8)).save(path / "pictures" / f"{index:02d}.png")
     result = {"variant": variant, "seed": seed, "status": "finished", "seconds": 60.0, "mlflow_run_id": None}
-    (path / "result.json").write_text(json.dumps(result | {"parameters": parameters or {}, "metrics": metrics}))
+    (path / "result.json").write_text(json.dumps(result | {"parameters": {}, "metrics": metrics}))
 
 
 def write_study(folder, seeds, truth=TRUTH, **changes):
     folder.mkdir(parents=True, exist_ok=True)
     variants = {
         name: {
-            "title": name.upper(), "overview": f"What {name} is.", "hypothesis": f"{name} learns more.", "how_it_helps": f"How {name} helps.",
-            "origin": f"Paper of {name}.", "parameters": {},
+            "title": name.upper(),
+            "overview": f"What {name} is.",
+            "hypothesis": f"{name} learns more.",
+            "how_it_helps": f"How {name} helps.",
+            "origin": f"Paper of {name}.",
+            "parameters": {},
         }
         for name in truth
-    }  # fmt: skip
-    study = {"name": "adapters", "question": "Which adapter?", "preset": "quick", "reference": "lora", "base": "base", "seeds": list(seeds)}
+    }
+    study = {
+        "name": "adapters",
+        "question": "Which adapter?",
+        "preset": "quick",
+        "reference": "lora",
+        "base": "base",
+        "seeds": list(seeds),
+    }
     (folder / "study.json").write_text(json.dumps(study | {"variants": variants} | changes))
     for name, numbers in truth.items():
         for seed in seeds:
@@ -75,9 +99,11 @@ def test_summary_has_means_intervals_and_dashes(folder):
     shares = [100 * (0.6 + 0.01 * math.sin(seed)) for seed in range(8)]
     half = 2.364624 * np.std(shares, ddof=1) / math.sqrt(8)  # t(0.975, 7) from a printed table
     assert cells(rows, "LORA")["concept learned"] == f"{np.mean(shares):.1f} ± {half:.1f} %"
-    assert cells(rows, "LORA")["trainable parameters"] == "40,000" and cells(rows, "LORA")["runs"] == "8/8"
+    assert cells(rows, "LORA")["trainable parameters"] == "40,000"
+    assert cells(rows, "LORA")["runs"] == "8/8"
     assert cells(rows, "BASE")["held-out loss"] == cells(rows, "BASE")["trainable parameters"] == "–"
-    assert "CLIP score, base" not in rows[0] and "nan" not in str(rows).lower()
+    assert "CLIP score, base" not in rows[0]
+    assert "nan" not in str(rows).lower()
 
 
 def test_differences_find_what_is_there_and_nothing_else(folder):
@@ -86,10 +112,17 @@ def test_differences_find_what_is_there_and_nothing_else(folder):
     assert (learned["dora"].verdict, kept["dora"].verdict) == ("better", "worse")
     assert (learned["qlora"].verdict, kept["qlora"].verdict) == ("no difference shown", "no difference shown")
     assert learned["dora"].difference.mean == pytest.approx(0.1)
-    assert learned["dora"].difference.p_value == 2 / 2**8 and learned["dora"].adjusted_p == 2 * 2 / 2**8
+    assert learned["dora"].difference.p_value == 2 / 2**8
+    assert learned["dora"].adjusted_p == 2 * 2 / 2**8
     assert learned["base"].adjusted_p == learned["base"].difference.p_value  # outside Holm's family
     row = cells(difference_table(report, "concept/learned"), "DORA")
-    assert (row["difference"], row["pairs"], row["p"], row["p (Holm)"], row["verdict"]) == ("+10.0 %", "8", "0.008", "0.016", "better")
+    assert (row["difference"], row["pairs"], row["p"], row["p (Holm)"], row["verdict"]) == (
+        "+10.0 %",
+        "8",
+        "0.008",
+        "0.016",
+        "better",
+    )
     assert cells(difference_table(report, "held_out_loss"), "BASE")["verdict"] == "not measured"
     assert cells(difference_table(report, "trainable_parameters"), "DORA")["verdict"] == "worse"  # exact: more is costlier
     assert cells(difference_table(report, "trainable_parameters"), "QLORA")["verdict"] == "equal"
@@ -98,14 +131,25 @@ def test_differences_find_what_is_there_and_nothing_else(folder):
 def test_headline_and_descriptions_say_what_was_measured(folder):
     report = load_report(folder)
     text = headline(report)
-    assert "**Learned most: DORA**" in text and "**distinguishable** against all 2 others" in text
+    assert "**Learned most: DORA**" in text
+    assert "**distinguishable** against all 2 others" in text
     assert "**Fewest trainable parameters: LORA and QLORA** (40,000); next is DORA (42,000)" in text
     dora, qlora = describe_variant(report, "dora"), describe_variant(report, "qlora")
-    for heading, told in (("Overview", "What dora is."), ("How it helps", "How dora helps."), ("Origin of the idea", "Paper of dora.")):
+    for heading, told in (
+        ("Overview", "What dora is."),
+        ("How it helps", "How dora helps."),
+        ("Origin of the idea", "Paper of dora."),
+    ):
         assert f"*{heading}.* {told}" in dora
-    assert "*Result.*" in dora and "*Why.*" in dora and "**better**" in dora and "dora learns more." in dora
-    assert "a trade, not a gain" in dora and "1.1 times the reference's parameters (42,000 against 40,000)" in dora
-    assert "no difference shown" in qlora and "neither supports nor refutes" in qlora and "because" not in (dora + qlora)
+    assert "*Result.*" in dora
+    assert "*Why.*" in dora
+    assert "**better**" in dora
+    assert "dora learns more." in dora
+    assert "a trade, not a gain" in dora
+    assert "1.1 times the reference's parameters (42,000 against 40,000)" in dora
+    assert "no difference shown" in qlora
+    assert "neither supports nor refutes" in qlora
+    assert "because" not in (dora + qlora)
     with pytest.raises(ConfigError, match="Did you mean 'dora'"):
         describe_variant(report, "dorra")
 
@@ -124,17 +168,20 @@ def test_missing_runs_and_metrics_are_named_never_zero(tmp_path):
     assert cells(difference_table(report, "concept/learned"), "DORA")["pairs"] == "2"
     assert cells(difference_table(report, "base_kept/all"), "DORA")["verdict"] == "not measured"
     notes = "\n".join(caveats(report))
-    assert "DORA, seed 1: **did not finish**" in notes and "dora, seed 0: held_out_loss is nan" in notes
+    assert "DORA, seed 1: **did not finish**" in notes
+    assert "dora, seed 0: held_out_loss is nan" in notes
     assert "at least 7 seeds" in notes  # two variants compared: 2 * 2/2^7 is the first below 0.05
     text = write_markdown(report, tmp_path / "out").read_text()
-    assert "DORA, seed 1: **did not finish**" in text and "no other verdict was possible" in text
+    assert "DORA, seed 1: **did not finish**" in text
+    assert "no other verdict was possible" in text
 
 
 def test_one_seed_is_not_tested(tmp_path):
     report = load_report(write_study(tmp_path / "study", [0]))
     assert {row["verdict"] for row in difference_table(report, "concept/learned")} == {"not tested (one seed)"}
     assert "±" not in format_table(summary_table(report))
-    assert "lead **not tested** (one seed)" in headline(report) and "One seed: nothing is tested" in caveats(report)[0]
+    assert "lead **not tested** (one seed)" in headline(report)
+    assert "One seed: nothing is tested" in caveats(report)[0]
     assert "distinguishable" not in headline(report)
 
 
@@ -143,7 +190,8 @@ def test_nothing_finished_still_makes_a_report(tmp_path):
     for path in folder.glob("*/seed*/result.json"):
         path.unlink()
     report = load_report(folder)
-    assert len(report.missing) == 8 and headline(report) == "- Nothing was measured yet."
+    assert len(report.missing) == 8
+    assert headline(report) == "- Nothing was measured yet."
     assert "nothing was measured" in write_markdown(report, tmp_path / "out").read_text()
 
 
@@ -153,7 +201,7 @@ def test_adamw8bit_on_a_cpu_is_warned_about(tmp_path):
     result = json.loads((folder / "dora/seed0/result.json").read_text())
     for key in ("optimizer", "optimizer.name"):
         (folder / "dora/seed0/result.json").write_text(json.dumps(result | {"parameters": {key: "adamw8bit"}}))
-        assert any(note.startswith("DORA: 8-bit AdamW") for note in caveats(load_report(folder)))
+        assert any(note.startswith("DORA: on a CPU, 8-bit AdamW") for note in caveats(load_report(folder)))
     result["metrics"]["peak_device_mib"] = 4000.0
     (folder / "dora/seed0/result.json").write_text(json.dumps(result | {"parameters": {"optimizer": "adamw8bit"}}))
     assert not any("8-bit" in note for note in caveats(load_report(folder)))
@@ -177,12 +225,15 @@ def test_figures_show_every_variant(folder):
 
 
 def test_labels_of_crowded_points_do_not_overlap(tmp_path):
-    truth = {f"variant-{i}": (0.6 + 0.001 * i, 0.8, 0.2, 40_000) for i in range(9)} | {"lora": TRUTH["lora"], "base": TRUTH["base"]}
+    truth = {f"variant-{i}": (0.6 + 0.001 * i, 0.8, 0.2, 40_000) for i in range(9)} | {
+        "lora": TRUTH["lora"],
+        "base": TRUTH["base"],
+    }
     figure = plot_cost_quality(load_report(write_study(tmp_path / "study", [0, 1], truth)))
     figure.draw_without_rendering()
     assert len(figure.axes) == 6
     for axes in figure.axes:
-        boxes = [text.get_window_extent() for text in axes.texts]
+        boxes = [Text.get_window_extent(text) for text in axes.texts]  # without the leader lines
         assert len(boxes) == 11
         assert not any(boxes[i].overlaps(boxes[j]) for i in range(len(boxes)) for j in range(i))
 

@@ -25,7 +25,8 @@ def test_the_global_generators_are_left_alone():
     np.random.seed(3)
     torch.randn(4, generator=generator_for(1, "x"))
     numpy_generator_for(1, "x").random()
-    assert torch.equal(torch.randn(2), expected[0]) and np.random.rand() == expected[1]
+    assert torch.equal(torch.randn(2), expected[0])
+    assert np.random.rand() == expected[1]
 
 
 def test_distinct_addresses_are_distinct():
@@ -45,7 +46,8 @@ def test_seeds_fit_a_generator_and_are_pinned():
     """A changed hash would silently change every result there is."""
     seeds = [seed_for(seed, "noise", step) for seed in (0, 1, 2**40) for step in range(200)]
     assert all(0 <= seed < 2**63 for seed in seeds)
-    assert max(seeds) > 2**62 and len(set(seeds)) == len(seeds)
+    assert max(seeds) > 2**62
+    assert len(set(seeds)) == len(seeds)
     assert seed_for(0, "noise", 1, "a") == 7711523990889192527
 
 

@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from t2ilib.evaluation.statistics import PairedDifference, holm, mean_interval, paired_difference, sign_flip_p, smallest_p, verdict
+from t2ilib.evaluation.statistics import (
+    PairedDifference,
+    holm,
+    mean_interval,
+    paired_difference,
+    sign_flip_p,
+    smallest_p,
+    verdict,
+)
 
 
 def test_mean_interval_is_scipys():
@@ -14,7 +22,8 @@ def test_mean_interval_is_scipys():
     interval = mean_interval(values, level=0.9)
     low, high = stats.t.interval(0.9, 4, loc=np.mean(values), scale=stats.sem(values))
     assert (interval.mean, interval.low, interval.high) == pytest.approx((np.mean(values), low, high))
-    assert interval.count == 5 and interval.half_width == pytest.approx((high - low) / 2)
+    assert interval.count == 5
+    assert interval.half_width == pytest.approx((high - low) / 2)
 
 
 def test_one_value_has_no_interval_and_none_is_an_error():
@@ -33,7 +42,8 @@ def test_paired_difference_pairs_by_seed():
     difference = paired_difference(values, reference)
     test = stats.ttest_rel([0.5, 0.6, 0.8, 0.9], [0.4, 0.55, 0.6, 0.65])
     expected = test.confidence_interval(0.95)
-    assert difference.num_pairs == 4 and difference.mean == pytest.approx(0.15)
+    assert difference.num_pairs == 4
+    assert difference.mean == pytest.approx(0.15)
     assert (difference.low, difference.high) == pytest.approx((expected.low, expected.high))
     assert difference.p_value == 2 / 2**4  # all four favour the variant: only all-plus and all-minus are as extreme
 
@@ -82,24 +92,33 @@ def test_many_seeds_use_a_fixed_monte_carlo_near_the_exact_p():
 def test_fewer_than_six_seeds_cannot_reach_five_percent():
     assert sign_flip_p([1.0] * 5) == smallest_p(5) == 0.0625
     assert sign_flip_p([1.0] * 6) == smallest_p(6) == 0.03125
-    assert smallest_p(1) is None and smallest_p(6, num_tests=4) == 0.125 and smallest_p(2, 10) == 1.0
+    assert smallest_p(1) is None
+    assert smallest_p(6, num_tests=4) == 0.125
+    assert smallest_p(2, 10) == 1.0
 
 
 def test_holm_by_hand():
     assert holm({"a": 0.01, "b": 0.04, "c": 0.03, "d": None, "e": 0.005}) == pytest.approx(
         {"a": 0.03, "b": 0.06, "c": 0.06, "d": None, "e": 0.02}
     )
-    assert list(holm({"z": 0.9, "a": 0.8})) == ["z", "a"] and holm({"z": 0.9, "a": 0.8}) == {"z": 1.0, "a": 1.0}
-    assert holm({}) == {} and holm({"only": None}) == {"only": None}
+    assert list(holm({"z": 0.9, "a": 0.8})) == ["z", "a"]
+    assert holm({"z": 0.9, "a": 0.8}) == {"z": 1.0, "a": 1.0}
+    assert holm({}) == {}
+    assert holm({"only": None}) == {"only": None}
 
 
 @pytest.mark.parametrize(
     ("mean", "p", "higher", "expected"),
     [
-        (0.1, 0.01, True, "better"), (0.1, 0.01, False, "worse"), (-0.1, 0.01, True, "worse"), (-0.1, 0.01, False, "better"),
-        (0.1, 0.05, True, "no difference shown"), (0.0, 0.001, True, "no difference shown"), (0.1, None, True, "not tested (one seed)"),
+        (0.1, 0.01, True, "better"),
+        (0.1, 0.01, False, "worse"),
+        (-0.1, 0.01, True, "worse"),
+        (-0.1, 0.01, False, "better"),
+        (0.1, 0.05, True, "no difference shown"),
+        (0.0, 0.001, True, "no difference shown"),
+        (0.1, None, True, "not tested (one seed)"),
     ],
-)  # fmt: skip
+)
 def test_verdict(mean, p, higher, expected):
     assert verdict(PairedDifference(mean, mean - 1, mean + 1, p, 6), p, higher) == expected
 
@@ -112,5 +131,6 @@ def test_it_needs_no_torch():
     import subprocess
     import sys
 
-    code = "import sys, t2ilib.evaluation.statistics, t2ilib.report; sys.exit('torch' in sys.modules or 'matplotlib.pyplot' in sys.modules)"
+    heavy = "{'torch', 'matplotlib.pyplot'}"
+    code = f"import sys, t2ilib.evaluation.statistics, t2ilib.report; sys.exit(bool({heavy} & {{*sys.modules}}))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

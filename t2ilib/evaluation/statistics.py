@@ -113,7 +113,7 @@ def holm(p_values: Mapping[str, float | None]) -> dict[str, float | None]:
 
 
 def verdict(difference: PairedDifference, adjusted_p: float | None, higher_is_better: bool, alpha: float = 0.05) -> str:
-    """"better", "worse", "no difference shown" (which is not "the same"), or "not tested (one seed)"."""
+    """ "better", "worse", "no difference shown" (which is not "the same"), or "not tested (one seed)"."""
     if difference.num_pairs < 2 or adjusted_p is None:
         return "not tested (one seed)"
     if adjusted_p >= alpha or difference.mean == 0:

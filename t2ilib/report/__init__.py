@@ -16,10 +16,24 @@ from t2ilib.report.tables import caveats, compare, difference_table, format_tabl
 from t2ilib.report.texts import describe_variant, explain_reading, headline
 
 __all__ = [
-    "METRICS", "StudyReport", "caveats", "caveats_markdown", "compare", "describe_variant", "difference_table", "explain_reading",
-    "format_table", "headline", "load_report", "markdown_table", "plot_cost_quality", "plot_learning_curves", "plot_pictures",
-    "summary_table", "write_markdown",
-]  # fmt: skip
+    "METRICS",
+    "StudyReport",
+    "caveats",
+    "caveats_markdown",
+    "compare",
+    "describe_variant",
+    "difference_table",
+    "explain_reading",
+    "format_table",
+    "headline",
+    "load_report",
+    "markdown_table",
+    "plot_cost_quality",
+    "plot_learning_curves",
+    "plot_pictures",
+    "summary_table",
+    "write_markdown",
+]
 
 COMPARED = ("concept/learned", "base_kept/all", "held_out_loss")
 DPI = 130

@@ -70,10 +70,17 @@ def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]], gap: f
     placed -= max(0.0, (placed - wanted).mean())  # the stack is centred on what it names
     for (step, value, text, color), height in zip(ordered, placed, strict=True):
         axes.annotate(
-            textwrap.shorten(text, 44, placeholder="…"), (step, value), (1.04, height), "data", "axes fraction", color=color, va="center",
-            fontsize=9, arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 0},
+            textwrap.shorten(text, 44, placeholder="…"),
+            (step, value),
+            (1.04, height),
+            "data",
+            "axes fraction",
+            color=color,
+            va="center",
+            fontsize=9,
+            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 0},
             annotation_clip=False,
-        )  # fmt: skip
+        )
 
 
 def plot_cost_quality(report: StudyReport, costs: Sequence[str] = ()) -> Figure:
@@ -89,16 +96,16 @@ def plot_cost_quality(report: StudyReport, costs: Sequence[str] = ()) -> Figure:
         figure.text(0.5, 0.5, "cost or quality was not measured", ha="center", color="0.5")
         return figure
     grid = figure.subplots(len(qualities), len(costs), squeeze=False, sharex="col", sharey="row")
-    labels = [[draw_panel(axes, report, cost, quality) for cost, axes in zip(costs, row, strict=True)] for quality, row in zip(qualities, grid, strict=True)]
-    for axes, cost in zip(grid[-1], costs, strict=True):
-        axes.set_xlabel(METRICS[cost].title)
+    panels = []
     for row, quality in zip(grid, qualities, strict=True):
         row[0].set_ylabel(METRICS[quality].title)
+        panels += [(axes, draw_panel(axes, report, cost, quality)) for axes, cost in zip(row, costs, strict=True)]
+    for axes, cost in zip(grid[-1], costs, strict=True):
+        axes.set_xlabel(METRICS[cost].title)
     figure.draw_without_rendering()  # axes have their final places only now, and labels are placed in pixels
     figure.set_layout_engine("none")
-    for row, panels in zip(grid, labels, strict=True):
-        for axes, points in zip(row, panels, strict=True):
-            place_labels(axes, points)
+    for axes, points in panels:
+        place_labels(axes, points)
     return figure
 
 
@@ -118,7 +125,8 @@ def draw_panel(axes: Axes, report: StudyReport, cost: str, quality: str) -> list
     if base:
         level = mean_interval(base.values()).mean
         axes.axhline(level, color="0.6", linewidth=1, linestyle="--", zorder=0)
-        axes.annotate("untouched base", (1, level), (-2, 2), ("axes fraction", "data"), "offset points", fontsize=7.5, color="0.5", ha="right")
+        place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "ha": "right"}
+        axes.annotate("untouched base", (1, level), (-2, 2), fontsize=7.5, color="0.5", **place)
     counts = [x for x, *_ in points]
     if METRICS[cost].kind == "count" and counts and min(counts) > 0 and max(counts) > 8 * min(counts):
         axes.set_xscale("log")
@@ -136,7 +144,8 @@ def place_labels(axes: Axes, points: Sequence[tuple[float, float, str, str]]) ->
     taken = [Bbox.from_extents(x - 5, y - 5, x + 5, y + 5) for x, y in pixels]
     taken += [text.get_window_extent() for text in axes.texts]
     frame = axes.get_window_extent()
-    reach = [(radius, angle) for radius in (9, 16, 26, 38, 52, 68, 86, 106) for angle in np.linspace(0, 2 * np.pi, 16, endpoint=False)]
+    angles = np.linspace(0, 2 * np.pi, 16, endpoint=False)
+    reach = [(radius, angle) for radius in (9, 16, 26, 38, 52, 68, 86, 106) for angle in angles]
     for (px, py), (_, _, name, color) in sorted(zip(pixels, points, strict=True), key=lambda pair: -pair[0][1]):
         text = axes.annotate(name, (px, py), (px, py), "figure pixels", fontsize=8, color=color, va="center", ha="center")
         size = text.get_window_extent()
@@ -157,9 +166,17 @@ def place_labels(axes: Axes, points: Sequence[tuple[float, float, str, str]]) ->
         inverse = axes.transAxes.inverted()
         line = {"arrowstyle": "-", "color": color, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3} if radius > 9 else None
         axes.annotate(
-            name, inverse.transform((px, py)), inverse.transform((x, y)), "axes fraction", "axes fraction", fontsize=8, color=color,
-            va="center", ha="center", arrowprops=line,
-        )  # fmt: skip
+            name,
+            inverse.transform((px, py)),
+            inverse.transform((x, y)),
+            "axes fraction",
+            "axes fraction",
+            fontsize=8,
+            color=color,
+            va="center",
+            ha="center",
+            arrowprops=line,
+        )
 
 
 def area(box: Bbox | None) -> float:

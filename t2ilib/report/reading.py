@@ -130,10 +130,18 @@ def load_report(folder: Path | str) -> StudyReport:
             runs[name, seed], dropped = read_run(path, name, seed, result)
             not_finite += dropped
     return StudyReport(
-        folder, study["name"], study.get("question", ""), study.get("preset", ""), study["reference"], study.get("base"),
-        tuple(study["seeds"]), {name: read_variant(name, told) for name, told in study["variants"].items()}, runs,
-        tuple(missing), tuple(not_finite),
-    )  # fmt: skip
+        folder,
+        study["name"],
+        study.get("question", ""),
+        study.get("preset", ""),
+        study["reference"],
+        study.get("base"),
+        tuple(study["seeds"]),
+        {name: read_variant(name, told) for name, told in study["variants"].items()},
+        runs,
+        tuple(missing),
+        tuple(not_finite),
+    )
 
 
 def read_variant(name: str, told: Mapping[str, Any]) -> Variant:
@@ -147,8 +155,8 @@ def read_run(path: Path, name: str, seed: int, result: Mapping[str, Any]) -> tup
     metrics = {key: float(value) for key, value in told.items() if math.isfinite(value)}
     dropped = [f"{name}, seed {seed}: {key} is {told[key]}" for key in told if key not in metrics]
     history = read_history(path / "metrics.jsonl")
-    run = Run(name, seed, path, result.get("seconds"), result.get("parameters") or {}, metrics, history, result.get("mlflow_run_id"))
-    return run, dropped
+    parameters = result.get("parameters") or {}
+    return Run(name, seed, path, result.get("seconds"), parameters, metrics, history, result.get("mlflow_run_id")), dropped
 
 
 def read_history(path: Path) -> dict[str, dict[int, float]]:

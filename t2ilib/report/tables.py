@@ -38,7 +38,7 @@ def write_number(value: float, metric: Metric, signed: bool = False) -> str:
 
 
 def write_mean(values: Mapping[int, float], metric: Metric) -> str:
-    """"81.0 ± 4.2 %" from {seed: value}; without ± for one seed or a quantity that seeds do not change."""
+    """ "81.0 ± 4.2 %" from {seed: value}; without ± for one seed or a quantity that seeds do not change."""
     if not values:
         return NOT_MEASURED
     interval = mean_interval(values.values())
@@ -133,7 +133,8 @@ def difference_table(report: StudyReport, metric: str, against: str | None = Non
 
 def caveats(report: StudyReport) -> list[str]:
     """What a reader must know before believing the tables: missing runs, too few seeds, what a CPU cannot measure."""
-    notes = [f"{report.variants[name].title}, seed {seed}: **did not finish**, so it is in no number here." for name, seed in report.missing]
+    titles = {name: variant.title for name, variant in report.variants.items()}
+    notes = [f"{titles[name]}, seed {seed}: **did not finish**, so it is in no number here." for name, seed in report.missing]
     notes += [f"Not finite, so counted as not measured: {text}." for text in report.not_finite]
     num_others = len(report.trained) - (report.reference in report.trained)
     least = smallest_p(len(report.seeds), max(1, num_others))
@@ -141,19 +142,21 @@ def caveats(report: StudyReport) -> list[str]:
         notes.append("One seed: nothing is tested. Differences may be seed noise, however large they look.")
     elif least >= 0.05:
         notes.append(
-            f"With {len(report.seeds)} seeds and {num_others} variants compared, no adjusted p-value can fall below {least:.2g} (2/2^n, times the"
-            " number of variants), so **no difference shown** is the only verdict this study can give on what it tests. It estimates;"
-            f" it does not decide. Read the intervals; to decide, run at least {seeds_to_decide(num_others)} seeds."
+            f"With {len(report.seeds)} seeds and {num_others} variants compared, no adjusted p-value can fall below {least:.2g}"
+            " (2/2^n, times the number of variants), so **no difference shown** is the only verdict that this study can give:"
+            " it estimates, it does not decide. Read the intervals; to decide, run at least"
+            f" {seeds_to_decide(num_others)} seeds."
         )
     if "peak_process_mib" in report.measured() and "peak_device_mib" not in report.measured():
-        notes.append("Measured on a CPU: process memory is mostly libraries. It bounds, but does not measure, what a GPU would need.")
+        notes.append("Measured on a CPU: process memory is mostly libraries, and says little about what a GPU would need.")
     if report.measured("steps_per_second"):
         notes.append("Steps per second of runs that shared a machine are comparable only as ratios within this study.")
-    slow = [report.variants[name].title for name in report.trained if optimizer_of(report, name) == "adamw8bit" and on_cpu(report, name)]
+    on_cpu = [name for name in report.trained if not report.values(name, "peak_device_mib")]
+    slow = [titles[name] for name in on_cpu if optimizer_of(report, name) == "adamw8bit"]
     if slow:
         notes.append(
-            f"{', '.join(slow)}: 8-bit AdamW costs some 35 times fused AdamW per step on a CPU (bitsandbytes has no fast kernel there)."
-            " Its speed here says nothing about a GPU."
+            f"{', '.join(slow)}: on a CPU, 8-bit AdamW costs some 35 times fused AdamW per step, so no conclusion about its speed"
+            " can be drawn here."
         )
     return notes
 
@@ -167,10 +170,6 @@ def optimizer_of(report: StudyReport, name: str) -> str | None:
     """From the runs' parameters, else from the variant's delta; the key is `optimizer` or `optimizer.name`."""
     sources = [run.parameters for run in report.runs_of(name)] + [report.variants[name].parameters]
     return next((source[key] for source in sources for key in ("optimizer.name", "optimizer") if key in source), None)
-
-
-def on_cpu(report: StudyReport, name: str) -> bool:
-    return not report.values(name, "peak_device_mib")
 
 
 def format_table(rows: Sequence[Row]) -> str:
@@ -191,5 +190,6 @@ def markdown_table(rows: Sequence[Row]) -> str:
     if not rows:
         return "*nothing to show*"
     columns = list(rows[0])
-    lines = [columns, ["---" if c in ("variant", "verdict") else "---:" for c in columns], *([row[c] for c in columns] for row in rows)]
+    rule = ["---" if column in ("variant", "verdict") else "---:" for column in columns]
+    lines = [columns, rule, *([row[column] for column in columns] for row in rows)]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

@@ -85,7 +85,7 @@ def result_text(report: StudyReport, name: str) -> str:
             line = f"- {METRICS[metric].title}: {write_mean(values, METRICS[metric])}"
             comparison = compare(report, metric).get(name) if name != report.reference else None
             lines.append(line + (f"; {against_reference(comparison, metric)}" if comparison else ""))
-    return "\n".join(lines[:1] + [""] + lines[1:])
+    return "\n".join([lines[0], "", *lines[1:]])
 
 
 def against_reference(comparison: Comparison, metric: str) -> str:
@@ -127,12 +127,14 @@ def fit(report: StudyReport, name: str) -> str:
     loss, learned = (compare(report, metric).get(name) for metric in ("held_out_loss", "concept/learned"))
     if loss is None:
         return ""
-    text = {"better": "Its held-out loss is lower than the reference's", "worse": "Its held-out loss is higher than the reference's"}
-    said = text.get(loss.verdict, f"On held-out loss: {loss.verdict}")
-    if learned is None or learned.verdict not in ("better", "worse") or loss.verdict not in ("better", "worse"):
+    if loss.verdict not in ("better", "worse"):
+        return f"On held-out loss: {loss.verdict}."
+    said = f"Its held-out loss is {'lower' if loss.verdict == 'better' else 'higher'} than the reference's"
+    if learned is None or learned.verdict not in ("better", "worse"):
         return said + "."
-    agree = learned.verdict == loss.verdict
-    return said + (", which fits what its pictures show." if agree else ", while its pictures show the opposite: here loss does not predict following.")
+    if learned.verdict == loss.verdict:
+        return said + ", which fits what its pictures show."
+    return said + ", while its pictures show the opposite: here the loss does not predict what is learned."
 
 
 def trade(report: StudyReport, name: str) -> str:
@@ -165,9 +167,10 @@ def overfitting(report: StudyReport, name: str) -> str:
     rise = means[steps[-1]] / means[lowest] - 1
     if lowest == steps[-1]:
         return f"Its held-out loss was lowest at the last measurement (step {lowest}): no sign of overfitting."
+    said = f"Its held-out loss was lowest at step {lowest} and ended"
     if rise < 0.01:
-        return f"Its held-out loss was lowest at step {lowest} and ended within 1 % of that: little left to gain, no clear overfitting."
-    return f"Its held-out loss was lowest at step {lowest} and ended {100 * rise:.0f} % above that: a sign of overfitting by step {steps[-1]}."
+        return f"{said} within 1 % of that: little left to gain, no clear overfitting."
+    return f"{said} {100 * rise:.0f} % above that: a sign of overfitting by step {steps[-1]}."
 
 
 def gaps(report: StudyReport, name: str) -> dict[int, float]:
@@ -220,8 +223,11 @@ def hypothesis_text(report: StudyReport, name: str) -> str:
     elif decided:
         close = "The measurements go both ways: it holds for what is better and fails for what is worse."
     else:
-        close = "On quality this neither supports nor refutes it: the intervals bound how large a difference could be." + power(report)
-    return f"\n\nThe hypothesis was: “{hypothesis}” Measured: " + "; ".join(f"{k}: {v}" for k, v in verdicts.items()) + f". {close}"
+        close = "On quality this neither supports nor refutes it: the intervals say how large a difference could be." + power(
+            report
+        )
+    measured = "; ".join(f"{title}: {told}" for title, told in verdicts.items())
+    return f"\n\nThe hypothesis was: “{hypothesis}” Measured: {measured}. {close}"
 
 
 def power(report: StudyReport) -> str:

@@ -112,12 +112,17 @@ def sync(path: Path) -> None:
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state as flat tensors `<parameter index>.<name>` and JSON values (Python floats survive JSON exactly)."""
+    """An optimizer's state as flat tensors `<parameter index>.<name>` and JSON values (Python floats survive JSON exactly).
+
+    bitsandbytes keeps its 8-bit moments one dict deeper; such names are joined with a slash.
+    """
     state = optimizer.state_dict()
     tensors, values = {}, {}
     for index, entries in state["state"].items():
         for name, value in entries.items():
-            (tensors if isinstance(value, Tensor) else values)[f"{index}.{name}"] = value
+            for inner, leaf in value.items() if isinstance(value, dict) else (("", value),):
+                address = f"{index}.{name}/{inner}" if inner else f"{index}.{name}"
+                (tensors if isinstance(leaf, Tensor) else values)[address] = leaf
     groups = [{key: pack_value(value) for key, value in group.items()} for group in state["param_groups"]]
     return {name: tensor.clone() for name, tensor in tensors.items()}, {"values": values, "groups": groups}
 
@@ -137,6 +142,11 @@ def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor
     state: dict[int, dict[str, Any]] = {}
     for address, value in (*tensors.items(), *packed["values"].items()):
         index, name = address.split(".", 1)
-        state.setdefault(int(index), {})[name] = value
+        entries = state.setdefault(int(index), {})
+        if "/" in name:
+            name, inner = name.split("/")
+            entries.setdefault(name, {})[inner] = value
+        else:
+            entries[name] = value
     groups = [{key: unpack_value(value) for key, value in group.items()} for group in packed["groups"]]
     optimizer.load_state_dict({"state": state, "param_groups": groups})

@@ -230,7 +230,7 @@ class TrainState:
             return
         tensors, optimizer = pack_optimizer(self.raw_optimizer)
         files = {"weights": dict(self.named), "optimizer": tensors}
-        meta = {"digest": self.run.training_digest(), "optimizer": optimizer, "schedule": plain_state(self.schedule)}
+        meta = {"digest": self.run.training_digest(), "optimizer": optimizer}
         if self.ema is not None:
             files["ema"] = {str(i): tensor for i, tensor in enumerate(self.ema.shadow_params)}
             meta["ema_steps"] = self.ema.optimization_step
@@ -252,7 +252,7 @@ class TrainState:
             for name, parameter in self.named.items():
                 parameter.copy_(checkpoint.tensors["weights"][name])
         unpack_optimizer(self.raw_optimizer, checkpoint.tensors["optimizer"], checkpoint.meta["optimizer"])
-        self.schedule.load_state_dict(checkpoint.meta["schedule"])
+        self.schedule.last_epoch = checkpoint.step  # the rates themselves are part of the optimizer's state
         if self.ema is not None:
             self.ema.shadow_params = [checkpoint.tensors["ema"][str(i)].to(p.device) for i, p in enumerate(self.parameters)]
             self.ema.optimization_step = checkpoint.meta["ema_steps"]
@@ -284,10 +284,6 @@ class TrainState:
         values = {"trainable_parameters": float(sum(p.numel() for p in self.parameters))}
         files = list((output / "adapter").glob("*.safetensors"))
         return values | ({"adapter_mib": sum(f.stat().st_size for f in files) / 2**20} if files else {})
-
-
-def plain_state(schedule) -> dict:
-    return {name: value for name, value in schedule.state_dict().items() if name != "lr_lambdas"}
 
 
 class History:

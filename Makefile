@@ -1,0 +1,42 @@
+# Bare `make` lists the targets. Everything happens in .venv; PYTHON is only used to make it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+JOBS ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint ui tiny-sdxl clean
+
+help:  ## List the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1	\2/' | expand -t 20
+
+$(BIN)/t2ilib: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip -c constraints.txt
+	@echo "installing into $(VENV): a few minutes the first time"
+	$(BIN)/python -m pip install --quiet --progress-bar on -c constraints.txt -e '.[dev]'
+	@touch $@
+
+install: $(BIN)/t2ilib  ## Make .venv and install the project with the tested versions
+
+demo: install  ## Run the adapters study in its quick preset and write its report
+	$(BIN)/t2ilib -q study run experiments/adapters.yaml --preset quick --jobs $(JOBS)
+
+test: install  ## Run the test suite
+	$(BIN)/python -m pytest
+
+lint: install  ## Check style, and that notebooks are committed without outputs
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/nbstripout --verify experiments/*.ipynb inference/*.ipynb
+
+ui: install  ## Open the MLflow UI on what was logged (loopback only)
+	$(BIN)/mlflow ui --backend-store-uri sqlite:///$(CURDIR)/results/mlflow.db --host 127.0.0.1
+
+tiny-sdxl: install  ## Train the tiny SDXL anew, all stages (about an hour on 2 cores)
+	$(BIN)/t2ilib tiny build work/tiny-sdxl/start
+	for stage in vae clip unet; do $(BIN)/t2ilib train experiments/tiny-sdxl/$$stage.yaml || exit 1; done
+	$(BIN)/t2ilib tiny pack work/tiny-sdxl t2ilib/models/weights/tiny-sdxl
+
+clean:  ## Remove .venv and caches; results and work stay
+	rm -rf $(VENV) .pytest_cache .ruff_cache

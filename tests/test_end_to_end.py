@@ -1,0 +1,75 @@
+"""What users of other programs see: diffusers alone loads the tiny SDXL and a trained adapter, and draws the same picture."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from t2ilib.config import build_run
+from t2ilib.evaluation.sampling import draw
+from t2ilib.models.components import SHIPPED, load_base
+from t2ilib.training.loop import train
+
+PROMPT = "a large upright red heart at the center on a white background"
+
+DIFFUSERS_ALONE = """
+import sys, torch, numpy as np
+from diffusers import StableDiffusionXLPipeline
+model, adapter, seed, out = sys.argv[1:]
+pipeline = StableDiffusionXLPipeline.from_pretrained(model, torch_dtype=torch.float32, use_safetensors=True)
+pipeline.load_lora_weights(adapter)
+generator = torch.Generator("cpu").manual_seed(int(seed))
+picture = pipeline([%r], generator=[generator], num_inference_steps=4, guidance_scale=2.0).images[0]
+np.save(out, np.asarray(picture))
+assert "t2ilib" not in sys.modules
+""" % PROMPT
+
+
+@pytest.fixture(scope="module", params=["lora", "dora"])
+def trained(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(request.param)
+    run = build_run(
+        {
+            "output": str(folder),
+            "adapter": {"kind": request.param, "rank": 4, "alpha": 12.0, "targets": "many", "text_encoder_targets": "many"},
+            "data": {"source": "shapes", "scenes": ["heart"], "num_pictures": 16},
+            "optimizer": {"learning_rate": 5e-3},
+            "training": {"steps": 8, "batch_size": 4},
+            "evaluation": {"validate_every": 0, "prompts": [PROMPT], "num_inference_steps": 4, "guidance_scale": 2.0},
+        }
+    )
+    return run, train(run)
+
+
+def test_diffusers_alone_draws_the_same_picture(trained, tmp_path: Path) -> None:
+    from t2ilib.evaluation.sampling import DRAW_SEED
+    from t2ilib.seeds import seed_for
+
+    run, result = trained
+    ours = np.asarray(draw(result.components, [PROMPT], run.evaluation)[0], int)
+    command = [sys.executable, "-c", DIFFUSERS_ALONE, str(SHIPPED["tiny-sdxl"]), str(run.output / "adapter")]
+    subprocess.run([*command, str(seed_for(DRAW_SEED, "picture", 0)), str(tmp_path / "theirs.npy")], check=True, cwd=tmp_path)
+    theirs = np.load(tmp_path / "theirs.npy").astype(int)
+    assert abs(ours - theirs).max() <= 1
+    base = np.asarray(draw(load_base(run.model), [PROMPT], run.evaluation)[0], int)
+    assert abs(ours - base).max() > 8, "the adapter changes nothing, so the comparison shows nothing"
+
+
+def test_generate_command_with_adapter_checkpoint_and_scale(trained, tmp_path: Path) -> None:
+    run, result = trained
+
+    def generate(*arguments: str) -> np.ndarray:
+        command = [sys.executable, "-m", "t2ilib.cli", "-q", "generate", "--prompt", PROMPT, "--steps", "4", "--out", str(tmp_path), *arguments]
+        subprocess.run(command, check=True)
+        return np.asarray(Image.open(tmp_path / "00.png"), int)
+
+    ours = np.asarray(draw(result.components, [PROMPT], run.evaluation)[0], int)
+    adapted = generate("--adapter", str(run.output))
+    assert abs(adapted - ours).max() <= 1
+    assert abs(generate("--adapter", str(run.output), "--checkpoint", "8") - ours).max() <= 1
+    base = generate()
+    assert abs(generate("--adapter", str(run.output), "--scale", "0") - base).max() <= (1 if run.adapter.kind == "lora" else 255)
+    assert abs(adapted - base).max() > 8
