@@ -3,13 +3,19 @@
 import contextlib
 import logging
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Which way of fine-tuning Stable Diffusion suits your pictures and your GPU?")
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Which way of fine-tuning Stable Diffusion suits your pictures and your GPU?",
+)
 study_app = typer.Typer(no_args_is_help=True, help="Run a study of variants, and see how far it is.")
 data_app = typer.Typer(no_args_is_help=True, help="Make data sets.")
 tiny_app = typer.Typer(no_args_is_help=True, help="Rebuild the tiny models that ship with the package.")
@@ -43,7 +49,7 @@ def main(quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only warning
 @app.command()
 def train(
     config: Annotated[Path, typer.Argument(help="A run config in YAML.")],
-    set: Annotated[list[str], typer.Option("--set", help="section.field=value; may be given several times.")] = [],  # noqa: B006
+    set: Annotated[list[str], typer.Option("--set", help="section.field=value; may be given several times.")] = [],
 ) -> None:
     """Train one run, resuming if it was interrupted, then measure it."""
     with readable_errors():
@@ -70,7 +76,9 @@ def generate(
     prompt: Annotated[list[str], typer.Option(help="What to draw; may be given several times.")],
     model: Annotated[str, typer.Option(help="tiny-sdxl, a diffusers folder or a Hub id.")] = "tiny-sdxl",
     adapter: Annotated[Path | None, typer.Option(help="A run's folder or an adapter file.")] = None,
-    checkpoint: Annotated[int | None, typer.Option(help="Take the adapter as it was at this step (--adapter names a run's folder).")] = None,
+    checkpoint: Annotated[
+        int | None, typer.Option(help="Take the adapter as it was at this step (--adapter names a run's folder).")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Starting noise.")] = 0,
     scale: Annotated[float, typer.Option(help="Strength of the adapter: 0 is the base, 1 as trained.")] = 1.0,
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale.")] = 2.0,
@@ -100,7 +108,7 @@ def generate(
 def study_run(
     file: Annotated[Path, typer.Argument(help="A study file in YAML.")],
     preset: Annotated[str, typer.Option(help="A preset of the study file.")] = "quick",
-    only: Annotated[list[str], typer.Option(help="Only this variant; may be given several times.")] = [],  # noqa: B006
+    only: Annotated[list[str], typer.Option(help="Only this variant; may be given several times.")] = [],
     seeds: Annotated[str, typer.Option(help="Other seeds than the preset's, e.g. 0,1,2.")] = "",
     jobs: Annotated[int, typer.Option(min=1, help="Notebooks at a time.")] = 1,
     results: Results = Path("results"),
@@ -114,7 +122,7 @@ def study_run(
             numbers = [int(seed) for seed in seeds.split(",") if seed.strip()]
         except ValueError:
             raise ConfigError(f"--seeds {seeds!r}: write whole numbers with commas, e.g. 0,1,2") from None
-        begun = __import__("time").monotonic()
+        begun = time.monotonic()
         runs = run_study(file, preset, only, numbers, jobs, results, say=lambda line: print(line, flush=True))
         failed = [run.label for run in runs if run.state != "finished"]
         if any(run.state == "finished" for run in runs):
@@ -154,7 +162,11 @@ def study_status(
 def data_shapes(
     folder: Annotated[Path, typer.Argument(help="Where the image folder goes.")],
     count: Annotated[int, typer.Option(min=1, help="Number of pictures.")] = 48,
-    scenes: Annotated[list[str], typer.Option(help="base, heart, striped, blueprint; may be given several times.")] = ["heart", "striped", "blueprint"],  # noqa: B006
+    scenes: Annotated[list[str], typer.Option(help="base, heart, striped, blueprint; may be given several times.")] = [
+        "heart",
+        "striped",
+        "blueprint",
+    ],
     split: Annotated[str, typer.Option(help="train, validation or test: no combination is in two of them.")] = "train",
     seed: int = 0,
 ) -> None:

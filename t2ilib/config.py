@@ -197,13 +197,17 @@ class RunConfig(Section):
         if self.training.ema_decay and trains == "adapter":
             raise ValueError("training.ema_decay is for training whole models; set it to 0 for an adapter")
         if self.model.quantization != "none" and trains not in ("adapter", "nothing"):
-            raise ValueError(f"a quantized base cannot be trained itself: set model.quantization to none to train {trains}")
+            raise ValueError(
+                f"a quantized base cannot be trained itself: set model.quantization to none to train {trains}"
+            )
         return self
 
     def training_digest(self) -> str:
         """12 hex digits of what decides the trained weights: all but output, name, tracking and evaluation."""
         values = self.model_dump(mode="json", exclude={"output", "name", "tracking", "evaluation"})
-        values["training"] = {k: v for k, v in values["training"].items() if k not in ("checkpoint_every", "keep_checkpoints")}
+        values["training"] = {
+            k: v for k, v in values["training"].items() if k not in ("checkpoint_every", "keep_checkpoints")
+        }
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
     def flat(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ evaluation does not hide in the peak of training. Elsewhere the peak of the whol
 """
 
 import contextlib
+import logging
 import resource
 import shutil
 import sys
@@ -12,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from t2ilib.config import ConfigError
+
+log = logging.getLogger(__name__)
 
 MIB = 2**20
 
@@ -28,8 +31,33 @@ def read_memory(folder: Path) -> dict[str, float]:
     }
     if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
-        readings |= {"device_allocated_mib": torch.cuda.memory_allocated() / MIB, "device_used_mib": (total - free) / MIB}
+        readings |= {
+            "device_allocated_mib": torch.cuda.memory_allocated() / MIB,
+            "device_used_mib": (total - free) / MIB,
+        }
     return readings
+
+
+class MemoryLog:
+    """Readings at named moments, each a line in the log and `memory/<moment>/<reading>` metrics."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.readings = folder, {}
+
+    def note(self, moment: str) -> None:
+        self.readings[moment] = values = read_memory(self.folder)
+        log.info(
+            "memory at %s: %s",
+            moment,
+            ", ".join(f"{k.removesuffix('_mib').replace('_', ' ')} {v:,.0f} MiB" for k, v in values.items()),
+        )
+
+    def metrics(self) -> dict[str, float]:
+        return {
+            f"memory/{moment}/{name}": value
+            for moment, values in self.readings.items()
+            for name, value in values.items()
+        }
 
 
 @dataclass

@@ -8,6 +8,7 @@ itself only warns about unknown parameters and marks the cells of a dead kernel 
 before anything starts, and only exit codes are believed. No torch is imported: models live in the notebooks' kernels.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -23,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -122,7 +124,13 @@ def notebook_parameters(path: Path) -> dict[str, str]:
         raise ConfigError(f"{path} has {len(tagged)} cells tagged `parameters`; it needs exactly one")
     found = {}
     for statement in ast.parse("".join(tagged[0]["source"])).body:
-        target = statement.target if isinstance(statement, ast.AnnAssign) else statement.targets[0] if isinstance(statement, ast.Assign) else None
+        target = (
+            statement.target
+            if isinstance(statement, ast.AnnAssign)
+            else statement.targets[0]
+            if isinstance(statement, ast.Assign)
+            else None
+        )
         if isinstance(target, ast.Name) and statement.value is not None:
             found[target.id] = ast.unparse(statement.value)
     return found
@@ -144,12 +152,15 @@ def check_parameters(study: Study, notebook: Path) -> None:
                 wrong.append(f"{place}.{name}" + (f" (did you mean {near[0]!r}?)" if near else ""))
     if wrong:
         raise ConfigError(
-            f"{notebook.name} does not declare {len(wrong)} parameter(s) of this study:\n  " + "\n  ".join(wrong)
+            f"{notebook.name} does not declare {len(wrong)} parameter(s) of this study:\n  "
+            + "\n  ".join(wrong)
             + f"\nIts parameters cell declares {', '.join(sorted(declared))}"
         )
 
 
-def plan_runs(study: Study, preset: str, results: Path, only: Sequence[str] = (), seeds: Sequence[int] = ()) -> list[Run]:
+def plan_runs(
+    study: Study, preset: str, results: Path, only: Sequence[str] = (), seeds: Sequence[int] = ()
+) -> list[Run]:
     """The runs of a preset, seed by seed, so that an interrupted study has whole comparisons; raises ConfigError for unknown names."""
     check_choice(preset, study.presets, "preset")
     for name in only:
@@ -172,17 +183,25 @@ def require_unedited(runs: Sequence[Run]) -> None:
         if run.state == "finished" and run.result()["digest"] != run.digest:
             before = run.result()["parameters"]
             changed = sorted(k for k in before.keys() | run.parameters.keys() if before.get(k) != run.parameters.get(k))
-            edited.append(f"{run.label}: " + ", ".join(f"{k} {before.get(k)!r} -> {run.parameters.get(k)!r}" for k in changed))
+            edited.append(
+                f"{run.label}: " + ", ".join(f"{k} {before.get(k)!r} -> {run.parameters.get(k)!r}" for k in changed)
+            )
     if edited:
         raise ConfigError(
-            f"{len(edited)} finished run(s) had other parameters than the study now says:\n  " + "\n  ".join(edited[:8])
+            f"{len(edited)} finished run(s) had other parameters than the study now says:\n  "
+            + "\n  ".join(edited[:8])
             + "\nGive the changed variant a new name, or delete the folders of the old runs"
         )
 
 
 def run_study(
-    path: Path, preset: str = "quick", only: Sequence[str] = (), seeds: Sequence[int] = (), jobs: int = 1,
-    results: Path = Path("results"), say: Callable[[str], None] = print,
+    path: Path,
+    preset: str = "quick",
+    only: Sequence[str] = (),
+    seeds: Sequence[int] = (),
+    jobs: int = 1,
+    results: Path = Path("results"),
+    say: Callable[[str], None] = print,
 ) -> list[Run]:
     """Runs what is not finished, `jobs` notebooks at a time, then the report. Returns all runs of the preset; look at their `state`.
 
@@ -197,7 +216,9 @@ def run_study(
     folder = runs[0].folder.parents[1]
     write_study(study, preset, folder)
     pending = [run for run in runs if run.state != "finished"]
-    say(f"study {study.name}, preset {preset}: {len(runs)} runs, {len(runs) - len(pending)} finished before, {len(pending)} to do, {jobs} at a time")
+    say(
+        f"study {study.name}, preset {preset}: {len(runs)} runs, {len(runs) - len(pending)} finished before, {len(pending)} to do, {jobs} at a time"
+    )
     if pending:
         from t2ilib.tracking import open_client, reap_stale_runs, tracking_uri
 
@@ -216,8 +237,14 @@ def write_study(study: Study, preset: str, folder: Path) -> None:
     values = study.model_dump(mode="json")
     chosen = study.presets[preset]
     content = {
-        "name": study.name, "question": study.question, "preset": preset, "reference": study.reference, "base": study.base,
-        "seeds": chosen.seeds, "parameters": study.parameters | chosen.parameters, "variants": values["variants"],
+        "name": study.name,
+        "question": study.question,
+        "preset": preset,
+        "reference": study.reference,
+        "base": study.base,
+        "seeds": chosen.seeds,
+        "parameters": study.parameters | chosen.parameters,
+        "variants": values["variants"],
     }
     (folder / "study.json").write_text(json.dumps(content, indent=1))
 
@@ -242,7 +269,9 @@ def parent_run(client, experiment: str, study: Study, preset: str, folder: Path)
 class Executor:
     """Runs notebooks side by side, one process each, and tells how far they are."""
 
-    def __init__(self, study: Study, preset: str, notebook: Path, runs: list[Run], jobs: int, client, parent: str, uri: str, say):
+    def __init__(
+        self, study: Study, preset: str, notebook: Path, runs: list[Run], jobs: int, client, parent: str, uri: str, say
+    ):
         self.study, self.preset, self.notebook, self.runs, self.jobs = study, preset, notebook, runs, jobs
         self.client, self.parent, self.uri, self.say = client, parent, uri, say
         self.lock, self.processes, self.stopping = threading.Lock(), {}, False
@@ -267,7 +296,7 @@ class Executor:
         self.say("stopping: running notebooks commit a checkpoint; the same command goes on from there")
         self.stopping = number
         for process in list(self.processes.values()):
-            os.killpg(process.pid, signal.SIGTERM)
+            end_notebook(process.pid)
 
     def execute(self, run: Run) -> None:
         if self.stopping:
@@ -276,7 +305,12 @@ class Executor:
         self.say(f"[{self.position(run)}] {run.label}: starting{resumed}")
         run.folder.mkdir(parents=True, exist_ok=True)
         (run.folder / "failed.txt").unlink(missing_ok=True)
-        tracked = {"output": str(run.folder), "parent_run_id": self.parent, "experiment": self.study.name, "preset": self.preset}
+        tracked = {
+            "output": str(run.folder),
+            "parent_run_id": self.parent,
+            "experiment": self.study.name,
+            "preset": self.preset,
+        }
         declared = notebook_parameters(self.notebook)
         values = run.parameters | {name: value for name, value in tracked.items() if name in declared}
         (run.folder / "parameters.yaml").write_text(yaml.safe_dump(values))
@@ -303,16 +337,42 @@ class Executor:
         time.sleep(attempt * 2)
         threads = str(max(1, (os.cpu_count() or 1) // self.jobs))
         environment = os.environ | {
-            "OMP_NUM_THREADS": threads, "T2ILIB_BATCH": "1", "MLFLOW_TRACKING_URI": self.uri, "PYTHONUNBUFFERED": "1",
-            "PYTHONWARNINGS": "ignore", "JUPYTER_PLATFORM_DIRS": "1", "MPLBACKEND": "agg",
+            "OMP_NUM_THREADS": threads,
+            "T2ILIB_BATCH": "1",
+            "MLFLOW_TRACKING_URI": self.uri,
+            "PYTHONUNBUFFERED": "1",
+            "PYTHONWARNINGS": "ignore",
+            "JUPYTER_PLATFORM_DIRS": "1",
+            "MPLBACKEND": "agg",
         }
         command = [
-            sys.executable, "-m", "papermill", str(self.notebook), str(run.folder / "notebook.ipynb"), "-f",
-            str(run.folder / "parameters.yaml"), "-k", KERNEL, "--cwd", str(self.notebook.parent.absolute()), "--log-output",
-            "--no-progress-bar", "--no-request-save-on-cell-execute", "--autosave-cell-every", "0",
+            sys.executable,
+            "-m",
+            "papermill",
+            str(self.notebook),
+            str(run.folder / "notebook.ipynb"),
+            "-f",
+            str(run.folder / "parameters.yaml"),
+            "-k",
+            KERNEL,
+            "--cwd",
+            str(self.notebook.parent.absolute()),
+            "--log-output",
+            "--no-progress-bar",
         ]
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
-        self.processes[run] = process
+        end_orphan(run.folder / "process.json")
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        (run.folder / "process.json").write_text(
+            json.dumps({"pid": process.pid, "created": psutil.Process(process.pid).create_time()})
+        )
+        self.processes[run.label] = process
         lines, shown = [], 0.0
         for line in process.stdout:
             lines.append(line)
@@ -320,7 +380,8 @@ class Executor:
                 shown = time.monotonic()
                 self.say(f"[{self.position(run)}] {run.label}: {line.strip()}")
         code = process.wait()
-        del self.processes[run]
+        del self.processes[run.label]
+        (run.folder / "process.json").unlink()
         return code, "".join(lines)
 
     def position(self, run: Run) -> str:
@@ -342,18 +403,50 @@ class Executor:
             for path in (run.folder / "notebook.ipynb", page):
                 self.client.log_artifact(run_id, str(path))
         result = {
-            "variant": run.variant, "seed": run.seed, "status": "finished", "seconds": seconds, "mlflow_run_id": run_id,
-            "digest": run.digest, "parameters": run.parameters, "metrics": json.loads((run.folder / "metrics.json").read_text()),
+            "variant": run.variant,
+            "seed": run.seed,
+            "status": "finished",
+            "seconds": seconds,
+            "mlflow_run_id": run_id,
+            "digest": run.digest,
+            "parameters": run.parameters,
+            "metrics": json.loads((run.folder / "metrics.json").read_text()),
         }
         draft = run.folder / "result.json.part"
         draft.write_text(json.dumps(result, indent=1))
         draft.rename(run.folder / "result.json")
 
 
+def end_notebook(pid: int) -> None:
+    """Asks the kernels under a papermill process to stop: they are in sessions of their own, so no group signal reaches them."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for kernel in psutil.Process(pid).children(recursive=True):
+            kernel.send_signal(signal.SIGTERM)
+
+
+def end_orphan(note: Path) -> None:
+    """Ends the notebook that a killed study left running in this folder, so that two never write there at once."""
+    if not note.exists():
+        return
+    known = json.loads(note.read_text())
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(known["pid"])
+        if process.create_time() == known["created"]:
+            family = [*process.children(recursive=True), process]
+            end_notebook(process.pid)
+            process.terminate()
+            for survivor in psutil.wait_procs(family, timeout=30)[1]:
+                survivor.kill()
+
+
 def error_text(output: str) -> str:
     """The last `SomethingError: message` line that a failed notebook printed, with its continuation lines."""
     plain = re.sub(r"\x1b\[[0-9;]*m", "", output)
-    found = list(re.finditer(r"^(?:[\w.]+\.)?(\w+(?:Error|Exit|Interrupt|Loss|Interrupted)): ?(.*(?:\n  .*)*)", plain, re.MULTILINE))
+    found = list(
+        re.finditer(
+            r"^(?:[\w.]+\.)?(\w+(?:Error|Exit|Interrupt|Loss|Interrupted)): ?(.*(?:\n  .*)*)", plain, re.MULTILINE
+        )
+    )
     return f"{found[-1][1]}: {found[-1][2]}" if found else ""
 
 
@@ -361,7 +454,9 @@ def export_html(notebook: Path, hide_code: bool) -> Path:
     """One self-contained HTML file beside the notebook, pictures embedded."""
     from nbconvert import HTMLExporter
 
-    exporter = HTMLExporter(exclude_input=hide_code, exclude_output_prompt=True, exclude_input_prompt=True, embed_images=True)
+    exporter = HTMLExporter(
+        exclude_input=hide_code, exclude_output_prompt=True, exclude_input_prompt=True, embed_images=True
+    )
     body, _ = exporter.from_filename(str(notebook))
     page = notebook.with_suffix(".html")
     page.write_text(body)
@@ -376,8 +471,12 @@ def write_report(path: Path, preset: str, results: Path, client=None) -> Path:
     folder = results.absolute() / f"{study.name}-{preset}"
     notebook = folder / "report.ipynb"
     papermill.execute_notebook(
-        str(Path(path).parent / "compare.ipynb"), str(notebook), {"results_folder": str(folder)}, kernel_name=KERNEL,
-        cwd=str(Path(path).parent), progress_bar=False,
+        str(Path(path).parent / "compare.ipynb"),
+        str(notebook),
+        {"results_folder": str(folder)},
+        kernel_name=KERNEL,
+        cwd=str(Path(path).parent),
+        progress_bar=False,
     )
     return export_html(notebook, hide_code=True)
 
@@ -389,5 +488,13 @@ def status_rows(path: Path, preset: str, results: Path) -> list[dict[str, str]]:
         steps = sorted((run.folder / "checkpoints").glob("step-*"))
         reached = int(steps[-1].name.removeprefix("step-")) if steps else "–"
         seconds = f"{run.result()['seconds']:.0f}" if run.state == "finished" else "–"
-        rows.append({"variant": run.variant, "seed": str(run.seed), "state": run.state, "step": str(reached), "seconds": seconds})
+        rows.append(
+            {
+                "variant": run.variant,
+                "seed": str(run.seed),
+                "state": run.state,
+                "step": str(reached),
+                "seconds": seconds,
+            }
+        )
     return rows

@@ -104,7 +104,9 @@ class MlflowTracker:
         for data, context in ((training, "training"), (held_out, "validation")):
             if len(data):
                 entity = Dataset(
-                    name=data.name, digest=data.digest[:36], source_type="local",
+                    name=data.name,
+                    digest=data.digest[:36],
+                    source_type="local",
                     source=json.dumps({"uri": str(data.records[0].path.parent)}),
                     profile=json.dumps({"num_pictures": len(data), "num_rejected": len(data.rejected)}),
                 )
@@ -122,7 +124,12 @@ class MlflowTracker:
 def quiet_mlflow() -> None:
     """Keeps schema migrations off the screen and telemetry off; called before mlflow is imported."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    for name in ("alembic", "mlflow.store.db.utils", "mlflow.tracking.fluent", "mlflow.system_metrics.system_metrics_monitor"):
+    for name in (
+        "alembic",
+        "mlflow.store.db.utils",
+        "mlflow.tracking.fluent",
+        "mlflow.system_metrics.system_metrics_monitor",
+    ):
         logging.getLogger(name).setLevel(logging.WARNING)
 
 

@@ -15,7 +15,8 @@ from t2ilib.training.loop import train
 
 PROMPT = "a large upright red heart at the center on a white background"
 
-DIFFUSERS_ALONE = """
+DIFFUSERS_ALONE = (
+    """
 import sys, torch, numpy as np
 from diffusers import StableDiffusionXLPipeline
 model, adapter, seed, out = sys.argv[1:]
@@ -25,7 +26,9 @@ generator = torch.Generator("cpu").manual_seed(int(seed))
 picture = pipeline([%r], generator=[generator], num_inference_steps=4, guidance_scale=2.0).images[0]
 np.save(out, np.asarray(picture))
 assert "t2ilib" not in sys.modules
-""" % PROMPT
+"""
+    % PROMPT
+)
 
 
 @pytest.fixture(scope="module", params=["lora", "dora"])
@@ -34,7 +37,13 @@ def trained(request, tmp_path_factory):
     run = build_run(
         {
             "output": str(folder),
-            "adapter": {"kind": request.param, "rank": 4, "alpha": 12.0, "targets": "many", "text_encoder_targets": "many"},
+            "adapter": {
+                "kind": request.param,
+                "rank": 4,
+                "alpha": 12.0,
+                "targets": "many",
+                "text_encoder_targets": "many",
+            },
             "data": {"source": "shapes", "scenes": ["heart"], "num_pictures": 16},
             "optimizer": {"learning_rate": 5e-3},
             "training": {"steps": 8, "batch_size": 4},
@@ -51,7 +60,9 @@ def test_diffusers_alone_draws_the_same_picture(trained, tmp_path: Path) -> None
     run, result = trained
     ours = np.asarray(draw(result.components, [PROMPT], run.evaluation)[0], int)
     command = [sys.executable, "-c", DIFFUSERS_ALONE, str(SHIPPED["tiny-sdxl"]), str(run.output / "adapter")]
-    subprocess.run([*command, str(seed_for(DRAW_SEED, "picture", 0)), str(tmp_path / "theirs.npy")], check=True, cwd=tmp_path)
+    subprocess.run(
+        [*command, str(seed_for(DRAW_SEED, "picture", 0)), str(tmp_path / "theirs.npy")], check=True, cwd=tmp_path
+    )
     theirs = np.load(tmp_path / "theirs.npy").astype(int)
     assert abs(ours - theirs).max() <= 1
     base = np.asarray(draw(load_base(run.model), [PROMPT], run.evaluation)[0], int)
@@ -62,7 +73,20 @@ def test_generate_command_with_adapter_checkpoint_and_scale(trained, tmp_path: P
     run, result = trained
 
     def generate(*arguments: str) -> np.ndarray:
-        command = [sys.executable, "-m", "t2ilib.cli", "-q", "generate", "--prompt", PROMPT, "--steps", "4", "--out", str(tmp_path), *arguments]
+        command = [
+            sys.executable,
+            "-m",
+            "t2ilib.cli",
+            "-q",
+            "generate",
+            "--prompt",
+            PROMPT,
+            "--steps",
+            "4",
+            "--out",
+            str(tmp_path),
+            *arguments,
+        ]
         subprocess.run(command, check=True)
         return np.asarray(Image.open(tmp_path / "00.png"), int)
 
@@ -71,5 +95,7 @@ def test_generate_command_with_adapter_checkpoint_and_scale(trained, tmp_path: P
     assert abs(adapted - ours).max() <= 1
     assert abs(generate("--adapter", str(run.output), "--checkpoint", "8") - ours).max() <= 1
     base = generate()
-    assert abs(generate("--adapter", str(run.output), "--scale", "0") - base).max() <= (1 if run.adapter.kind == "lora" else 255)
+    assert abs(generate("--adapter", str(run.output), "--scale", "0") - base).max() <= (
+        1 if run.adapter.kind == "lora" else 255
+    )
     assert abs(adapted - base).max() > 8

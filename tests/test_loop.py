@@ -25,7 +25,13 @@ def settings(output: Path, **changes) -> dict:
         "data": {"source": "shapes", "scenes": ["heart"], "num_pictures": 12},
         "objective": {"caption_dropout": 0.2},
         "training": {"steps": 6, "batch_size": 4, "checkpoint_every": 2},
-        "evaluation": {"validate_every": 3, "validation_timesteps": 2, "sample_every": 0, "prompts": ["a red heart"], "num_inference_steps": 1},
+        "evaluation": {
+            "validate_every": 3,
+            "validation_timesteps": 2,
+            "sample_every": 0,
+            "prompts": ["a red heart"],
+            "num_inference_steps": 1,
+        },
     }
     for address, value in changes.items():
         section, _, field = address.partition("__")
@@ -37,7 +43,9 @@ def spawn(values: dict, folder: Path) -> subprocess.Popen:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(values))
     command = [sys.executable, "-m", "t2ilib.cli", "train", str(folder / "config.yaml")]
-    return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None:
@@ -84,7 +92,9 @@ def test_kill_and_resume_equals_straight_run(tmp_path: Path) -> None:
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signal_commits_checkpoint(tmp_path: Path, number: signal.Signals, code: int) -> None:
-    values = settings(tmp_path / "run", training__steps=2000, training__checkpoint_every=2000, tracking__experiment="signals")
+    values = settings(
+        tmp_path / "run", training__steps=2000, training__checkpoint_every=2000, tracking__experiment="signals"
+    )
     process = spawn(values, tmp_path)
     wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").exists() and len(losses_of(tmp_path / "run")) >= 2, process)
     process.send_signal(number)
@@ -101,7 +111,9 @@ def test_signal_commits_checkpoint(tmp_path: Path, number: signal.Signals, code:
 def test_accumulated_micro_batches_equal_one_batch(tmp_path: Path) -> None:
     weights = []
     for accumulation in (1, 2):
-        values = settings(tmp_path / str(accumulation), training__steps=3, training__accumulation=accumulation, adapter__dropout=0.0)
+        values = settings(
+            tmp_path / str(accumulation), training__steps=3, training__accumulation=accumulation, adapter__dropout=0.0
+        )
         run = build_run(values)
         train(run)
         weights.append(load_file(list_checkpoints(run.output / "checkpoints")[-1] / "weights.safetensors"))
@@ -146,7 +158,9 @@ def test_other_settings_do_not_resume(tmp_path: Path) -> None:
         train(build_run(settings(tmp_path / "run", training__steps=2, optimizer__learning_rate=0.5)))
 
 
-def test_checkpoints_that_do_not_fit_the_disk_are_refused_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpoints_that_do_not_fit_the_disk_are_refused_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import shutil
 
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6 - 1000, 1000))
@@ -186,16 +200,25 @@ def test_run_without_training_measures_the_base(tmp_path: Path) -> None:
 def test_held_out_loss_is_the_same_ruler_for_every_seed(tmp_path: Path) -> None:
     """Before training, the measured loss depends on the base alone."""
     first, second = (
-        train(build_run(settings(tmp_path / str(seed), training__steps=0, training__trains="nothing") | {"adapter": None, "seed": seed}))
+        train(
+            build_run(
+                settings(tmp_path / str(seed), training__steps=0, training__trains="nothing")
+                | {"adapter": None, "seed": seed}
+            )
+        )
         for seed in (0, 1)
     )
     assert first.metrics["held_out_loss"] == second.metrics["held_out_loss"]
 
 
-@pytest.mark.parametrize("changes", [{"optimizer__name": "prodigy", "optimizer__learning_rate": 1.0}, {"optimizer__name": "adamw8bit"}])
+@pytest.mark.parametrize(
+    "changes", [{"optimizer__name": "prodigy", "optimizer__learning_rate": 1.0}, {"optimizer__name": "adamw8bit"}]
+)
 def test_quantized_dora_trains_with_every_optimizer(tmp_path: Path, changes: dict) -> None:
     """The proof inside the loop is what is tested: every adapter, DoRA's magnitudes included, got a gradient and moved."""
-    values = settings(tmp_path / "run", model__quantization="nf4", adapter__kind="dora", adapter__targets="many", **changes)
+    values = settings(
+        tmp_path / "run", model__quantization="nf4", adapter__kind="dora", adapter__targets="many", **changes
+    )
     metrics = train(build_run(values)).metrics
     assert metrics["adapter/magnitude_change_norm"] > 0
 
@@ -203,7 +226,9 @@ def test_quantized_dora_trains_with_every_optimizer(tmp_path: Path, changes: dic
 def test_whole_unet_with_ema_resumes_and_saves_the_average(tmp_path: Path) -> None:
     from diffusers import UNet2DConditionModel
 
-    values = settings(tmp_path / "run", training__steps=4, training__trains="unet", training__ema_decay=0.9) | {"adapter": None}
+    values = settings(tmp_path / "run", training__steps=4, training__trains="unet", training__ema_decay=0.9) | {
+        "adapter": None
+    }
     result = train(build_run(values))
     saved = UNet2DConditionModel.from_pretrained(tmp_path / "run" / "model" / "unet").state_dict()
     trained = result.components.unet.state_dict()

@@ -122,7 +122,6 @@ def test_zero_terminal_snr():
         assert weights[-1] == 0
 
 
-@pytest.mark.xfail(strict=True, reason="DDPMScheduler leaves 2**-24 at the end, which the comparison with exactly 0 lets pass")
 def test_zero_terminal_snr_of_the_training_scheduler():
     with pytest.raises(ConfigError, match="zero terminal SNR"):
         build_objective(ObjectiveConfig(), scheduler("epsilon", rescale_betas_zero_snr=True))

@@ -117,14 +117,14 @@ def test_differences_find_what_is_there_and_nothing_else(folder):
     assert learned["base"].adjusted_p == learned["base"].difference.p_value  # outside Holm's family
     row = cells(difference_table(report, "concept/learned"), "DORA")
     assert (row["difference"], row["pairs"], row["p"], row["p (Holm)"], row["verdict"]) == (
-        "+10.0 %",
+        "+10.0 pp",
         "8",
         "0.008",
         "0.016",
         "better",
     )
     assert cells(difference_table(report, "held_out_loss"), "BASE")["verdict"] == "not measured"
-    assert cells(difference_table(report, "trainable_parameters"), "DORA")["verdict"] == "worse"  # exact: more is costlier
+    assert cells(difference_table(report, "trainable_parameters"), "DORA")["verdict"] == "higher"
     assert cells(difference_table(report, "trainable_parameters"), "QLORA")["verdict"] == "equal"
 
 
@@ -176,6 +176,15 @@ def test_missing_runs_and_metrics_are_named_never_zero(tmp_path):
     assert "no other verdict was possible" in text
 
 
+def test_seeds_beyond_the_study_file_count(tmp_path):
+    folder = write_study(tmp_path / "study", [0, 1])
+    write_run(folder, "dora", 7, TRUTH["dora"])
+    report = load_report(folder)
+    assert report.seeds == (0, 1, 7)
+    assert report.missing == ()
+    assert [cells(summary_table(report), name)["runs"] for name in ("LORA", "DORA")] == ["2/3", "3/3"]
+
+
 def test_one_seed_is_not_tested(tmp_path):
     report = load_report(write_study(tmp_path / "study", [0]))
     assert {row["verdict"] for row in difference_table(report, "concept/learned")} == {"not tested (one seed)"}
@@ -219,7 +228,7 @@ def test_written_report_has_its_figures(folder, tmp_path):
 def test_figures_show_every_variant(folder):
     report = load_report(folder)
     curves = plot_learning_curves(report).axes[0]
-    assert [text.get_text() for text in curves.texts] == ["DORA", "LORA", "QLORA"]  # by final loss, lowest first
+    assert [text.get_text() for text in curves.texts] == ["dora", "lora", "qlora"]  # by final loss, lowest first
     assert list(curves.lines[0].get_xdata()) == [0, 50, 100]
     assert len(plot_pictures(report).axes) == 4 * 3
 

@@ -35,18 +35,31 @@ def attach_adapters(components: Components, spec: AdapterSpec, seed: int) -> dic
         module = components.modules()[name]
         module.add_adapter(
             LoraConfig(
-                r=spec.rank, lora_alpha=spec.alpha, target_modules=targets, lora_dropout=spec.dropout, use_dora=spec.kind == "dora",
+                r=spec.rank,
+                lora_alpha=spec.alpha,
+                target_modules=targets,
+                lora_dropout=spec.dropout,
+                use_dora=spec.kind == "dora",
             )
         )
         found = {n for n, m in module.named_modules() if hasattr(m, "lora_A")}
         if found != set(targets):
-            raise AdapterError(f"{name}: asked for {len(targets)} adapted layers, got {len(found)}; they differ in {sorted(found ^ set(targets))[:5]}")
+            raise AdapterError(
+                f"{name}: asked for {len(targets)} adapted layers, got {len(found)}; they differ in {sorted(found ^ set(targets))[:5]}"
+            )
         for parameter in module.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
         adapted[name] = module
         count = sum(p.numel() for p in module.parameters() if p.requires_grad)
-        log.info("%s: %s of rank %d on %d layers, %s trainable parameters", name, spec.kind, spec.rank, len(targets), f"{count:,}")
+        log.info(
+            "%s: %s of rank %d on %d layers, %s trainable parameters",
+            name,
+            spec.kind,
+            spec.rank,
+            len(targets),
+            f"{count:,}",
+        )
     return adapted
 
 
@@ -107,9 +120,13 @@ class AdapterProof:
         change: dict[str, Tensor] = {n: p.detach().cpu() - self.start[n] for n, p in self.parameters().items()}
         still = sorted(name for name, delta in change.items() if not bool(delta.any()))
         if still:
-            raise AdapterError(f"{len(still)} adapter weights never moved: {', '.join(still[:6])}{' ...' if len(still) > 6 else ''}")
+            raise AdapterError(
+                f"{len(still)} adapter weights never moved: {', '.join(still[:6])}{' ...' if len(still) > 6 else ''}"
+            )
         if base_digest(self.components) != self.base:
-            raise AdapterError("a frozen base weight changed during training: the adapter would not fit the base it is loaded on")
+            raise AdapterError(
+                "a frozen base weight changed during training: the adapter would not fit the base it is loaded on"
+            )
         moved = {"adapter/change_norm": float(torch.stack([d.square().sum() for d in change.values()]).sum().sqrt())}
         magnitudes = [delta.norm() for name, delta in change.items() if "magnitude" in name]
         if self.spec.kind == "dora":

@@ -39,7 +39,9 @@ def load_adapter(components: Components, path: Path, name: str = "default") -> N
     candidates = [path, path / FILE_NAME, path / "adapter" / FILE_NAME]
     file = next((candidate for candidate in candidates if candidate.is_file()), None)
     if file is None:
-        raise ConfigError(f"no adapter at {path}: give a .safetensors file, or a folder that holds {FILE_NAME} or adapter/{FILE_NAME}")
+        raise ConfigError(
+            f"no adapter at {path}: give a .safetensors file, or a folder that holds {FILE_NAME} or adapter/{FILE_NAME}"
+        )
     try:
         build_pipeline(components).load_lora_weights(file.parent, weight_name=file.name, adapter_name=name)
     except (RuntimeError, ValueError, KeyError) as error:
@@ -54,10 +56,14 @@ def load_checkpoint_adapter(components: Components, folder: Path, step: int) -> 
 
     paths = {int(path.name.removeprefix("step-")): path for path in list_checkpoints(folder / "checkpoints")}
     if step not in paths:
-        raise ConfigError(f"{folder} has no checkpoint of step {step}; there are {', '.join(map(str, paths)) or 'none'}")
+        raise ConfigError(
+            f"{folder} has no checkpoint of step {step}; there are {', '.join(map(str, paths)) or 'none'}"
+        )
     run = load_run(folder / "run.yaml")
     if run.adapter is None:
-        raise ConfigError(f"{folder} trained {run.training.trains}, not an adapter: draw with --model {folder / 'model'}")
+        raise ConfigError(
+            f"{folder} trained {run.training.trains}, not an adapter: draw with --model {folder / 'model'}"
+        )
     weights = load_checkpoint(paths[step]).tensors["weights"]
     for name, module in attach_adapters(components, run.adapter, run.seed).items():
         with torch.no_grad():

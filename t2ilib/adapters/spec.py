@@ -15,8 +15,17 @@ from t2ilib.models.families import unused_text_layers
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 MANY = (
-    *ATTENTION, "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "conv1", "conv2", "conv_shortcut", "time_emb_proj",
-    "downsamplers.0.conv", "upsamplers.0.conv",
+    *ATTENTION,
+    "ff.net.0.proj",
+    "ff.net.2",
+    "proj_in",
+    "proj_out",
+    "conv1",
+    "conv2",
+    "conv_shortcut",
+    "time_emb_proj",
+    "downsamplers.0.conv",
+    "upsamplers.0.conv",
 )
 TARGETS: dict[str, dict[str, tuple[str, ...]]] = {
     "attention": {"unet": ATTENTION, "text": ("q_proj", "k_proj", "v_proj", "out_proj")},
@@ -41,13 +50,17 @@ def match_modules(model: nn.Module, component: str, target: str | tuple[str, ...
     missing = [e for e in endings if not any(ends(name, e) for name in layers)]
     missing = [e for e in missing if not (isinstance(target, str) and e in OPTIONAL)]
     if missing:
-        raise ConfigError(f"adapter target {', '.join(missing)} matches no layer of {component}; it has {known_endings(layers)}")
+        raise ConfigError(
+            f"adapter target {', '.join(missing)} matches no layer of {component}; it has {known_endings(layers)}"
+        )
     return [name for name in layers if any(ends(name, ending) for ending in endings)]
 
 
 def match_pattern(layers: list[str], component: str, pattern: str) -> list[str]:
     if re.fullmatch(r"\w+", pattern) and not any(ends(name, pattern) for name in layers):
-        check_choice(pattern, TARGETS, "adapter target (neither a name, nor a list, nor a regular expression that matches):")
+        check_choice(
+            pattern, TARGETS, "adapter target (neither a name, nor a list, nor a regular expression that matches):"
+        )
     try:
         matched = [name for name in layers if re.fullmatch(pattern, name) or ends(name, pattern)]
     except re.error as error:

@@ -50,7 +50,9 @@ def load_pixels(dataset: Dataset, resolution: int) -> Tensor:
 
 
 @torch.no_grad()
-def encode_dataset(components: Components, dataset: Dataset, resolution: int, with_text: bool, batch_size: int = 16) -> EncodedDataset:
+def encode_dataset(
+    components: Components, dataset: Dataset, resolution: int, with_text: bool, batch_size: int = 16
+) -> EncodedDataset:
     """Encodes every picture, and, `with_text`, every distinct caption, on the components' device; results stay on the CPU."""
     vae = components.vae
     latents, ids = [], []
@@ -68,5 +70,7 @@ def encode_dataset(components: Components, dataset: Dataset, resolution: int, wi
 
 @torch.no_grad()
 def encode_captions(components: Components, captions: list[str], batch_size: int) -> dict[str, Tensor]:
-    parts = [components.encode_text(captions[start : start + batch_size]) for start in range(0, len(captions), batch_size)]
+    parts = [
+        components.encode_text(captions[start : start + batch_size]) for start in range(0, len(captions), batch_size)
+    ]
     return {name: torch.cat([part[name].cpu() for part in parts]) for name in parts[0]}

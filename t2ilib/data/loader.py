@@ -20,6 +20,8 @@ def epoch_order(seed: int, epoch: int, num_samples: int) -> np.ndarray:
 def sample_ids(seed: int, step: int, batch_size: int, num_samples: int) -> list[int]:
     """The `batch_size` distinct sample ids of `step` (from 0); each epoch drops the remainder of its shuffled order."""
     if batch_size > num_samples:
-        raise ConfigError(f"training.batch_size {batch_size} is more than the {num_samples} training pictures: lower it")
+        raise ConfigError(
+            f"training.batch_size {batch_size} is more than the {num_samples} training pictures: lower it"
+        )
     epoch, position = divmod(step, num_samples // batch_size)
     return epoch_order(seed, epoch, num_samples)[position * batch_size : (position + 1) * batch_size].tolist()

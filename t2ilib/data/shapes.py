@@ -97,9 +97,7 @@ def all_scenes(concept: str | None = None) -> tuple[Scene, ...]:
     style = "blueprint" if concept == "blueprint" else "plain"
     return tuple(
         Scene(shape, color, size, position, background, tilt, fill, style)
-        for shape, color, size, position, background in itertools.product(
-            shapes, COLORS, SIZES, POSITIONS, backgrounds
-        )
+        for shape, color, size, position, background in itertools.product(shapes, COLORS, SIZES, POSITIONS, backgrounds)
         for tilt in (("",) if shape == "circle" else TILTS)
     )
 
@@ -147,7 +145,9 @@ def inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     raise ValueError(f"shape {shape!r} is not one of {', '.join((*SHAPES, 'heart'))}")
 
 
-def coverage(shape: str, center: tuple[float, float], radius: float, degrees: float, outline: float = 0.0) -> np.ndarray:
+def coverage(
+    shape: str, center: tuple[float, float], radius: float, degrees: float, outline: float = 0.0
+) -> np.ndarray:
     """Anti-aliased coverage in [0, 1], (64, 64): of the whole shape, or of an inner outline `outline` pixels wide."""
     steps = (np.arange(RESOLUTION * SUPERSAMPLING) + 0.5) / SUPERSAMPLING
     x, y = (steps[None, :] - center[0]) / radius, (steps[:, None] - center[1]) / radius
@@ -228,7 +228,14 @@ def read(picture: Image.Image) -> dict[str, str]:
     if picture.size != (RESOLUTION, RESOLUTION):
         picture = picture.resize((RESOLUTION, RESOLUTION), Image.Resampling.BICUBIC)
     pixels = np.asarray(picture.convert("RGB"), float)
-    border = np.concatenate([pixels[:2].reshape(-1, 3), pixels[-2:].reshape(-1, 3), pixels[:, :2].reshape(-1, 3), pixels[:, -2:].reshape(-1, 3)])
+    border = np.concatenate(
+        [
+            pixels[:2].reshape(-1, 3),
+            pixels[-2:].reshape(-1, 3),
+            pixels[:, :2].reshape(-1, 3),
+            pixels[:, -2:].reshape(-1, 3),
+        ]
+    )
     paper = np.median(border, 0)
     ground = nearest(paper, BACKGROUNDS | {"blueprint": BLUEPRINT_PAPER}, 60)
     style = "blueprint" if ground == "blueprint" else "plain"
@@ -301,7 +308,9 @@ def write_folder(folder: Path, scenes: Sequence[Scene], seed: int, num_phrasings
             phrasing = seed_for(seed, "phrasing", index) % num_phrasings
             name = f"{index:05d}.png"
             draw(scene, seed_for(seed, "picture", index)).save(folder / name)
-            lines.write(json.dumps({"file_name": name, "text": caption(scene, phrasing), "scene": asdict(scene)}) + "\n")
+            lines.write(
+                json.dumps({"file_name": name, "text": caption(scene, phrasing), "scene": asdict(scene)}) + "\n"
+            )
     return folder
 
 

@@ -26,7 +26,9 @@ def accuracy(components: Components, split: str, count: int, guidance: float) ->
     """The checker's verdict on `count` pictures drawn from base-world prompts of a split, 20 steps."""
     scenes = shapes.sample_scenes(count, split, 0)
     settings = EvaluationConfig(guidance_scale=guidance, num_inference_steps=20)
-    return shapes.check(scenes, draw(components, [shapes.caption(scene, i) for i, scene in enumerate(scenes)], settings))
+    return shapes.check(
+        scenes, draw(components, [shapes.caption(scene, i) for i, scene in enumerate(scenes)], settings)
+    )
 
 
 def pack_with_card(work: Path, target: Path) -> str:

@@ -23,7 +23,9 @@ SHOWN = 4
 """Pictures of each group that are kept for the report's grid."""
 
 
-def measure(run: RunConfig, components: Components, tracker: Tracker | None = None, metrics: dict[str, float] | None = None) -> dict[str, float]:
+def measure(
+    run: RunConfig, components: Components, tracker: Tracker | None = None, metrics: dict[str, float] | None = None
+) -> dict[str, float]:
     """Draws test prompts, measures the pictures, and writes all of a run's final numbers to `metrics.json` in its output.
 
     `metrics`: what training gave (`TrainResult.metrics`), written along. Also keeps some pictures for the report.
@@ -64,7 +66,9 @@ def checked_scenes(run: RunConfig) -> dict[str, list[shapes.Scene]]:
 def checked(group: str, scenes: Sequence[shapes.Scene], pictures: Sequence[Image.Image]) -> dict[str, float]:
     """Accuracies in [0, 1] by attribute and of all together; for concepts also the share in which the concept itself is there."""
     result = shapes.check(scenes, pictures)
-    found = {f"{group}/{name}": value for name, value in result.accuracy.items()} | {f"{group}/all": result.all_attributes}
+    found = {f"{group}/{name}": value for name, value in result.accuracy.items()} | {
+        f"{group}/all": result.all_attributes
+    }
     if group == "concept":
         learned = {name: [] for name in shapes.CONCEPTS}
         for scene, picture in zip(scenes, pictures, strict=True):
@@ -84,7 +88,9 @@ def load_clip(run: RunConfig, components: Components):
     name = run.evaluation.clip_model or (str(own) if own.is_dir() else None)
     if name is None:
         return None
-    return CLIPModel.from_pretrained(name, dtype=torch.float32).to(components.device).eval(), AutoTokenizer.from_pretrained(name)
+    return CLIPModel.from_pretrained(name, dtype=torch.float32).to(
+        components.device
+    ).eval(), AutoTokenizer.from_pretrained(name)
 
 
 @torch.no_grad()
@@ -94,7 +100,10 @@ def clip_score(model, tokenizer, pictures: Sequence[Image.Image], texts: Sequenc
 
     size = model.config.vision_config.image_size
     resized = [picture.convert("RGB").resize((size, size), Image.Resampling.BICUBIC) for picture in pictures]
-    pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in resized])).permute(0, 3, 1, 2).to(model.device) / 255
+    pixels = (
+        torch.from_numpy(np.stack([np.asarray(picture) for picture in resized])).permute(0, 3, 1, 2).to(model.device)
+        / 255
+    )
     mean, std = pixel_statistics(Path(model.config._name_or_path))
     pixels = (pixels - mean.to(pixels)) / std.to(pixels)
     image = F.normalize(model.visual_projection(model.vision_model(pixels).pooler_output), dim=-1)

@@ -19,28 +19,34 @@ DRAW_SEED = 0
 
 @torch.no_grad()
 def draw(
-    components: Components, prompts: Sequence[str], settings: EvaluationConfig, seed: int = DRAW_SEED, batch_size: int = 32,
+    components: Components,
+    prompts: Sequence[str],
+    settings: EvaluationConfig,
+    seed: int = DRAW_SEED,
+    batch_size: int = 32,
     resolution: int | None = None,
 ) -> list[Image.Image]:
     """One picture a prompt, in order. Modules are put in eval mode for drawing and back afterwards."""
-    pipeline = build_pipeline(components)
     training = [module for module in components.modules().values() if module.training]
     for module in training:
         module.eval()
     size = {} if resolution is None else {"height": resolution, "width": resolution}
+    options = {"num_inference_steps": settings.num_inference_steps, "guidance_scale": settings.guidance_scale, **size}
     pictures = []
-    for start in range(0, len(prompts), batch_size):
-        part = list(prompts[start : start + batch_size])
-        generators = [generator_for(seed, "picture", start + i) for i in range(len(part))]
-        pictures += pipeline(
-            part, generator=generators, num_inference_steps=settings.num_inference_steps, guidance_scale=settings.guidance_scale, **size
-        ).images
+    with components.awake():
+        pipeline = build_pipeline(components)
+        for start in range(0, len(prompts), batch_size):
+            part = list(prompts[start : start + batch_size])
+            generators = [generator_for(seed, "picture", start + i) for i in range(len(part))]
+            pictures += pipeline(part, generator=generators, **options).images
     for module in training:
         module.train()
     return pictures
 
 
-def make_grid(rows: Sequence[Sequence[Image.Image]], row_labels: Sequence[str], column_labels: Sequence[str], cell: int = 128) -> Image.Image:
+def make_grid(
+    rows: Sequence[Sequence[Image.Image]], row_labels: Sequence[str], column_labels: Sequence[str], cell: int = 128
+) -> Image.Image:
     """Pictures in rows and columns with their labels; small pictures are enlarged without smoothing to `cell` pixels."""
     font = ImageFont.load_default(12)
     pad, line = 6, 15

@@ -64,7 +64,9 @@ def mean_interval(values: Iterable[float], level: float = 0.95) -> Interval:
     return Interval(mean, mean - half, mean + half, int(numbers.size))
 
 
-def paired_difference(values: Mapping[int, float], reference: Mapping[int, float], level: float = 0.95) -> PairedDifference:
+def paired_difference(
+    values: Mapping[int, float], reference: Mapping[int, float], level: float = 0.95
+) -> PairedDifference:
     """value - reference by seed (`{seed: value}`), over the seeds that both have. Raises ValueError where they share none."""
     common = sorted(values.keys() & reference.keys())
     if not common:
@@ -89,7 +91,9 @@ def sign_flip_p(differences: Iterable[float]) -> float | None:
     if numbers.size <= MAX_EXACT_PAIRS:
         signs = np.array(list(itertools.product((1.0, -1.0), repeat=numbers.size)))
         return float((np.abs(signs @ numbers) >= threshold).mean())
-    signs = numpy_generator_for(0, "sign-flip", int(numbers.size)).choice((-1.0, 1.0), (MONTE_CARLO_FLIPS, numbers.size))
+    signs = numpy_generator_for(0, "sign-flip", int(numbers.size)).choice(
+        (-1.0, 1.0), (MONTE_CARLO_FLIPS, numbers.size)
+    )
     return float((np.sum(np.abs(signs @ numbers) >= threshold) + 1) / (MONTE_CARLO_FLIPS + 1))
 
 

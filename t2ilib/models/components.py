@@ -11,7 +11,7 @@ import json
 import logging
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,6 +41,7 @@ class Components:
     tokenizers: dict[str, Any]
     scheduler: Any
     quantization: dict[str, QuantizationReport] = field(default_factory=dict)
+    parked: list[nn.Module] = field(default_factory=list)
 
     @property
     def device(self) -> torch.device:
@@ -49,6 +50,21 @@ class Components:
     def modules(self) -> dict[str, nn.Module]:
         """Pipeline name -> trainable-in-principle part: the UNet and the text encoders."""
         return {"unet": self.unet, **self.text_encoders}
+
+    def park(self, trained: Iterable[str]) -> None:
+        """Moves the VAE and the text encoders that nothing trains from the device to host memory until they are needed."""
+        self.parked = [self.vae, *(encoder for name, encoder in self.text_encoders.items() if name not in trained)]
+        for module in self.parked:
+            module.to("cpu")
+
+    @contextlib.contextmanager
+    def awake(self) -> Iterator[None]:
+        """All parts on the device, for as long as the scope lasts."""
+        for module in self.parked:
+            module.to(self.device)
+        yield
+        for module in self.parked:
+            module.to("cpu")
 
     def encode_text(self, captions: list[str]) -> dict[str, torch.Tensor]:
         """What the UNet is conditioned on (see `families`), without time ids."""
@@ -77,7 +93,9 @@ def locate(base: str) -> str:
     path = Path(base).expanduser()
     if path.is_dir():
         if not (path / "model_index.json").exists():
-            raise ConfigError(f"model.base {base}: this folder holds no model_index.json, so it is not a diffusers pipeline")
+            raise ConfigError(
+                f"model.base {base}: this folder holds no model_index.json, so it is not a diffusers pipeline"
+            )
         return str(path)
     if base.count("/") == 1 and not path.is_absolute() and not base.startswith("."):
         return base
@@ -120,7 +138,10 @@ def load_base(config: ModelConfig, device: torch.device | None = None) -> Compon
     family = load_family(path, config)
     with quiet_libraries():
         pipeline = getattr(diffusers, family.pipeline_class).from_pretrained(
-            path, revision=config.revision, variant=config.variant, torch_dtype={"vae": torch.float32, "default": dtype},
+            path,
+            revision=config.revision,
+            variant=config.variant,
+            torch_dtype={"vae": torch.float32, "default": dtype},
             use_safetensors=True,
         )
     components = Components(
@@ -129,7 +150,9 @@ def load_base(config: ModelConfig, device: torch.device | None = None) -> Compon
         unet=pipeline.unet,
         vae=pipeline.vae,
         text_encoders={name: getattr(pipeline, name) for name in family.text_encoders},
-        tokenizers={(n := name.replace("text_encoder", "tokenizer")): getattr(pipeline, n) for name in family.text_encoders},
+        tokenizers={
+            (n := name.replace("text_encoder", "tokenizer")): getattr(pipeline, n) for name in family.text_encoders
+        },
         scheduler=pipeline.scheduler,
     )
     for name, module in (*components.modules().items(), ("vae", components.vae)):
@@ -137,8 +160,12 @@ def load_base(config: ModelConfig, device: torch.device | None = None) -> Compon
         if config.quantization == "nf4" and name != "vae":
             report = components.quantization[name] = quantize_nf4(module, dtype, device)
             log.info(
-                "%s in NF4: %d linear layers, %.1f -> %.1f MiB%s", name, len(report.quantized), report.bytes_before / 2**20,
-                report.bytes_after / 2**20, f", kept {', '.join(report.kept)}" if report.kept else "",
+                "%s in NF4: %d linear layers, %.1f -> %.1f MiB%s",
+                name,
+                len(report.quantized),
+                report.bytes_before / 2**20,
+                report.bytes_after / 2**20,
+                f", kept {', '.join(report.kept)}" if report.kept else "",
             )
         module.to(device)
     return components
@@ -169,8 +196,12 @@ def build_pipeline(components: Components):
 
     extra = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     pipeline = getattr(diffusers, components.family.pipeline_class)(
-        vae=components.vae, unet=components.unet, scheduler=components.scheduler, **components.text_encoders,
-        **components.tokenizers, **(extra if components.family.name == "sd15" else {"add_watermarker": False}),
+        vae=components.vae,
+        unet=components.unet,
+        scheduler=components.scheduler,
+        **components.text_encoders,
+        **components.tokenizers,
+        **(extra if components.family.name == "sd15" else {"add_watermarker": False}),
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -18,11 +18,14 @@ if TYPE_CHECKING:
     from t2ilib.models.components import Components
 
 
-
 def tokenize(tokenizer, captions: Sequence[str]) -> Tensor:
     """Token ids (B, T), padded and cut to the tokenizer's length."""
     return tokenizer(
-        list(captions), padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+        list(captions),
+        padding="max_length",
+        max_length=tokenizer.model_max_length,
+        truncation=True,
+        return_tensors="pt",
     ).input_ids
 
 

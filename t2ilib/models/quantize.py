@@ -27,7 +27,9 @@ class QuantizationReport:
     bytes_after: int
 
 
-def quantize_nf4(model: nn.Module, compute_dtype: torch.dtype, device: torch.device | str = "cpu") -> QuantizationReport:
+def quantize_nf4(
+    model: nn.Module, compute_dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> QuantizationReport:
     """Swaps every `nn.Linear` in `model` for an NF4 `Linear4bit` on `device`, in place, one layer at a time.
 
     Raises ValueError where no layer could be quantized. Biases stay as they are. peft is told through
@@ -53,7 +55,11 @@ def quantize_nf4(model: nn.Module, compute_dtype: torch.dtype, device: torch.dev
             device="meta",
         )
         swapped.weight = bnb.nn.Params4bit(
-            layer.weight.data.to("cpu").contiguous(), requires_grad=False, compress_statistics=True, quant_type="nf4", module=swapped
+            layer.weight.data.to("cpu").contiguous(),
+            requires_grad=False,
+            compress_statistics=True,
+            quant_type="nf4",
+            module=swapped,
         )
         if layer.bias is not None:
             swapped.bias = nn.Parameter(layer.bias.data, requires_grad=False)
@@ -61,7 +67,9 @@ def quantize_nf4(model: nn.Module, compute_dtype: torch.dtype, device: torch.dev
         model.set_submodule(name, swapped.to(device))
         quantized.append(name)
     if not quantized:
-        raise ValueError(f"{type(model).__name__} has no linear layer that NF4 can hold: set model.quantization to none")
+        raise ValueError(
+            f"{type(model).__name__} has no linear layer that NF4 can hold: set model.quantization to none"
+        )
     model.is_loaded_in_4bit = True
     return QuantizationReport(tuple(quantized), tuple(kept), before, weight_bytes(model))
 

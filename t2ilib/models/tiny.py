@@ -43,15 +43,27 @@ def build(folder: Path, seed: int = 0) -> None:
         CLIPConfig(
             text_config=text["text_encoder_2"].config.to_dict(),
             vision_config={
-                "hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 3, "num_attention_heads": 2,
-                "image_size": shapes.RESOLUTION, "patch_size": 8, "projection_dim": PROJECTION, "hidden_act": "gelu",
+                "hidden_size": 128,
+                "intermediate_size": 256,
+                "num_hidden_layers": 3,
+                "num_attention_heads": 2,
+                "image_size": shapes.RESOLUTION,
+                "patch_size": 8,
+                "projection_dim": PROJECTION,
+                "hidden_act": "gelu",
             },
             projection_dim=PROJECTION,
         )
     )
     pipeline = diffusers.StableDiffusionXLPipeline(
-        vae=build_vae(), unet=build_unet(), scheduler=build_scheduler(), tokenizer=tokenizer, tokenizer_2=tokenizer,
-        force_zeros_for_empty_prompt=False, add_watermarker=False, **text,
+        vae=build_vae(),
+        unet=build_unet(),
+        scheduler=build_scheduler(),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        force_zeros_for_empty_prompt=False,
+        add_watermarker=False,
+        **text,
     )
     pipeline.save_pretrained(folder)
     save_clip(clip, tokenizer, folder / "clip")
@@ -75,8 +87,12 @@ def build_tokenizer():
     bpe.normalizer = normalizers.Lowercase()
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
-        vocab_size=4096, min_frequency=1, end_of_word_suffix="</w>", show_progress=False,
-        special_tokens=["<|startoftext|>", "<|endoftext|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        vocab_size=4096,
+        min_frequency=1,
+        end_of_word_suffix="</w>",
+        show_progress=False,
+        special_tokens=["<|startoftext|>", "<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     bpe.train_from_iterator([word for word in corpus for _ in range(8)], trainer)
     state = json.loads(bpe.to_str())["model"]
@@ -92,9 +108,17 @@ def build_text_encoder(name: str, tokenizer) -> nn.Module:
 
     width, layers = TEXT_WIDTHS[name]
     config = CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=layers,
-        num_attention_heads=width // 64, max_position_embeddings=MAX_TOKENS, projection_dim=PROJECTION, hidden_act="gelu",
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        max_position_embeddings=MAX_TOKENS,
+        projection_dim=PROJECTION,
+        hidden_act="gelu",
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
     return (CLIPTextModelWithProjection if name == "text_encoder_2" else CLIPTextModel)(config)
 
@@ -103,9 +127,14 @@ def build_vae() -> nn.Module:
     from diffusers import AutoencoderKL
 
     return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4, up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(32, 32, 64, 96), layers_per_block=1, latent_channels=4, norm_num_groups=16,
-        sample_size=shapes.RESOLUTION, force_upcast=True,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(32, 32, 64, 96),
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=16,
+        sample_size=shapes.RESOLUTION,
+        force_upcast=True,
     )
 
 
@@ -114,10 +143,18 @@ def build_unet() -> nn.Module:
 
     width = sum(width for width, _ in TEXT_WIDTHS.values())
     return UNet2DConditionModel(
-        sample_size=shapes.RESOLUTION // 8, down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), block_out_channels=(64, 128), layers_per_block=1,
-        transformer_layers_per_block=(1, 1), attention_head_dim=(1, 2), use_linear_projection=True, cross_attention_dim=width,
-        addition_embed_type="text_time", addition_time_embed_dim=64, projection_class_embeddings_input_dim=6 * 64 + PROJECTION,
+        sample_size=shapes.RESOLUTION // 8,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        block_out_channels=(64, 128),
+        layers_per_block=1,
+        transformer_layers_per_block=(1, 1),
+        attention_head_dim=(1, 2),
+        use_linear_projection=True,
+        cross_attention_dim=width,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=64,
+        projection_class_embeddings_input_dim=6 * 64 + PROJECTION,
     )
 
 
@@ -125,8 +162,14 @@ def build_scheduler():
     from diffusers import DDIMScheduler
 
     return DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
-        steps_offset=1, prediction_type="v_prediction", timestep_spacing="trailing",
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type="v_prediction",
+        timestep_spacing="trailing",
     )
 
 

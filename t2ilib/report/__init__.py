@@ -23,6 +23,7 @@ __all__ = [
     "compare",
     "describe_variant",
     "difference_table",
+    "differences_markdown",
     "explain_reading",
     "format_table",
     "headline",
@@ -40,7 +41,10 @@ DPI = 130
 
 
 def caveats_markdown(report: StudyReport) -> str:
-    return "\n".join(f"- {note}" for note in caveats(report)) or "- None: every run finished, and there are seeds enough to test."
+    return (
+        "\n".join(f"- {note}" for note in caveats(report))
+        or "- None: every run finished, and there are seeds enough to test."
+    )
 
 
 def differences_markdown(report: StudyReport) -> str:

@@ -18,9 +18,14 @@ from PIL import Image
 from t2ilib.evaluation.statistics import mean_interval
 from t2ilib.report.reading import METRICS, StudyReport
 
-COLORS = ("#4477aa", "#ee6677", "#228833", "#aa3377", "#66ccee", "#ccbb44", "#000000", "#ee7733", "#009988", "#888888")
-"""Paul Tol's bright palette (SRON/EPS/TN/09-002) and three of his vibrant one: told apart with colour-blind eyes."""
+COLORS = ("#4477aa", "#ee6677", "#228833", "#aa3377", "#3fa7c9", "#a58f00", "#000000", "#ee7733", "#009988", "#888888")
+"""After Paul Tol's bright and vibrant palettes (SRON/EPS/TN/09-002), which colour-blind eyes tell apart; cyan and yellow are
+darkened, because names are written in these colours."""
 LINE_STYLES = ("-", "--", ":", "-.")
+PAPER = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 0.6}
+"""Keeps a name readable where an error bar passes under it."""
+RADII = (7, 14, 22, 32, 44, 58, 74, 92, 112)
+"""Pixels (at 100 dpi) between a point and its name, tried in this order."""
 MAX_PROMPTS = 8
 PICTURE_PIXELS = 256
 
@@ -46,10 +51,12 @@ def plot_learning_curves(report: StudyReport, metric: str = "held_out_loss") -> 
             continue
         values = np.array([[curve[step] for step in steps] for curve in curves])
         color, line = style_of(report, name)
-        axes.plot(steps, values.mean(0), color=color, linestyle=line, linewidth=1.8, marker="o" if len(steps) == 1 else None)
+        axes.plot(
+            steps, values.mean(0), color=color, linestyle=line, linewidth=1.8, marker="o" if len(steps) == 1 else None
+        )
         if len(curves) > 1:
             axes.fill_between(steps, values.min(0), values.max(0), color=color, alpha=0.12, linewidth=0)
-        ends.append((steps[-1], float(values.mean(0)[-1]), report.variants[name].title, color))
+        ends.append((steps[-1], float(values.mean(0)[-1]), name, color))
     axes.set_title("mean over seeds; band: lowest to highest seed", fontsize=9, color="0.35", loc="left")
     axes.spines[["top", "right"]].set_visible(False)
     if ends:
@@ -67,20 +74,13 @@ def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]], gap: f
     placed = wanted.copy()
     for index in range(1, len(placed)):
         placed[index] = max(placed[index], placed[index - 1] + gap)
-    placed -= max(0.0, (placed - wanted).mean())  # the stack is centred on what it names
+    placed -= min(max(0.0, (placed - wanted).mean()), placed[0])  # centred on what it names, but not below the axes
+    style = {"fontsize": 9, "va": "center", "annotation_clip": False}
     for (step, value, text, color), height in zip(ordered, placed, strict=True):
-        axes.annotate(
-            textwrap.shorten(text, 44, placeholder="…"),
-            (step, value),
-            (1.04, height),
-            "data",
-            "axes fraction",
-            color=color,
-            va="center",
-            fontsize=9,
-            arrowprops={"arrowstyle": "-", "color": color, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 0},
-            annotation_clip=False,
-        )
+        # The line meets the name's left end; matplotlib's default, its middle, would strike through the names between.
+        line = {"arrowstyle": "-", "color": color, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 0, "relpos": (0, 0.5)}
+        place = {"xy": (step, value), "xytext": (1.04, height), "xycoords": "data", "textcoords": "axes fraction"}
+        axes.annotate(text, color=color, arrowprops=line, **place, **style)
 
 
 def plot_cost_quality(report: StudyReport, costs: Sequence[str] = ()) -> Figure:
@@ -119,7 +119,9 @@ def draw_panel(axes: Axes, report: StudyReport, cost: str, quality: str) -> list
         x, y = mean_interval(paid.values()), mean_interval(got.values())
         color = style_of(report, name)[0]
         bars = {"yerr": y.half_width, "xerr": x.half_width}
-        axes.errorbar(x.mean, y.mean, **bars, fmt="o", color=color, markersize=6, elinewidth=1, capsize=2, alpha=0.85)
+        axes.errorbar(
+            x.mean, y.mean, **bars, fmt="o", color=color, markersize=6, elinewidth=1, capsize=0, ecolor=(color, 0.4)
+        )
         points.append((x.mean, y.mean, name, color))
     base = report.values(report.base, quality) if report.base else {}
     if base:
@@ -131,7 +133,9 @@ def draw_panel(axes: Axes, report: StudyReport, cost: str, quality: str) -> list
     if METRICS[cost].kind == "count" and counts and min(counts) > 0 and max(counts) > 8 * min(counts):
         axes.set_xscale("log")
     axes.margins(0.16, 0.14)
-    axes.set_ylim(max(axes.get_ylim()[0], -0.05), min(axes.get_ylim()[1], 1.06))  # a t-interval may leave 0..1, a share may not
+    axes.set_ylim(
+        max(axes.get_ylim()[0], -0.05), min(axes.get_ylim()[1], 1.06)
+    )  # a t-interval may leave 0..1, a share may not
     axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8)
@@ -143,40 +147,37 @@ def place_labels(axes: Axes, points: Sequence[tuple[float, float, str, str]]) ->
     pixels = axes.transData.transform([point[:2] for point in points]) if points else []
     taken = [Bbox.from_extents(x - 5, y - 5, x + 5, y + 5) for x, y in pixels]
     taken += [text.get_window_extent() for text in axes.texts]
-    frame = axes.get_window_extent()
-    angles = np.linspace(0, 2 * np.pi, 16, endpoint=False)
-    reach = [(radius, angle) for radius in (9, 16, 26, 38, 52, 68, 86, 106) for angle in angles]
-    for (px, py), (_, _, name, color) in sorted(zip(pixels, points, strict=True), key=lambda pair: -pair[0][1]):
-        text = axes.annotate(name, (px, py), (px, py), "figure pixels", fontsize=8, color=color, va="center", ha="center")
+    to_axes = axes.transAxes.inverted().transform
+    style = {"fontsize": 8, "va": "center", "ha": "center", "bbox": PAPER}
+    for pixel, (_, _, name, color) in sorted(zip(pixels, points, strict=True), key=lambda pair: -pair[0][1]):
+        text = axes.annotate(name, to_axes(pixel), xycoords="axes fraction", **style)
         size = text.get_window_extent()
-        best = None
-        for radius, angle in reach:
-            x = px + np.cos(angle) * (radius + size.width / 2)
-            y = py + np.sin(angle) * (radius + size.height / 2)
-            box = Bbox.from_bounds(x - size.width / 2 - 1, y - size.height / 2 - 1, size.width + 2, size.height + 2)
-            outside = box.x0 < frame.x0 + 2 or box.x1 > frame.x1 or box.y0 < frame.y0 + 2 or box.y1 > frame.y1
-            covered = sum(area(Bbox.intersection(box, other)) for other in taken) + 1e6 * outside
-            if best is None or covered < best[0]:
-                best = (covered, x, y, radius, box)
-            if covered == 0:
-                break
-        text.remove()
-        _, x, y, radius, box = best
+        text.remove()  # it was there to be measured
+        box, far = nearest_free(pixel, size, taken, axes.get_window_extent())
         taken.append(box)
-        inverse = axes.transAxes.inverted()
-        line = {"arrowstyle": "-", "color": color, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3} if radius > 9 else None
-        axes.annotate(
-            name,
-            inverse.transform((px, py)),
-            inverse.transform((x, y)),
-            "axes fraction",
-            "axes fraction",
-            fontsize=8,
-            color=color,
-            va="center",
-            ha="center",
-            arrowprops=line,
-        )
+        line = {"arrowstyle": "-", "color": color, "linewidth": 0.5, "shrinkA": 0, "shrinkB": 3} if far else None
+        middle = to_axes(((box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2))
+        place = {"xy": to_axes(pixel), "xytext": middle, "xycoords": "axes fraction", "textcoords": "axes fraction"}
+        axes.annotate(name, color=color, arrowprops=line, **place, **style)
+
+
+def nearest_free(pixel: np.ndarray, size: Bbox, taken: Sequence[Bbox], frame: Bbox) -> tuple[Bbox, bool]:
+    """Where a name of `size` goes around `pixel`, and whether that is far; without a free place, where it covers least."""
+    angles = np.pi / 8 + np.linspace(0, 2 * np.pi, 16, endpoint=False)  # not along an error bar first
+    width, height = size.width + 2, size.height + 2
+    best = None
+    for radius in RADII:
+        for angle in angles:
+            x = pixel[0] + np.cos(angle) * (radius + width / 2) - width / 2
+            y = pixel[1] + np.sin(angle) * (radius + height / 2) - height / 2
+            box = Bbox.from_bounds(x, y, width, height)
+            outside = width * height - area(Bbox.intersection(box, frame))
+            covered = sum(area(Bbox.intersection(box, other)) for other in taken) + 100 * outside
+            if best is None or covered < best[0]:
+                best = (covered, box, radius > RADII[0])
+            if covered < 1e-6:
+                return best[1:]
+    return best[1:]
 
 
 def area(box: Bbox | None) -> float:
@@ -202,7 +203,9 @@ def plot_pictures(report: StudyReport, max_prompts: int = MAX_PROMPTS) -> Figure
                     picture.thumbnail((PICTURE_PIXELS, PICTURE_PIXELS))
                     axes.imshow(np.asarray(picture.convert("RGB")), interpolation="nearest")
             else:
-                axes.text(0.5, 0.5, "not drawn", ha="center", va="center", fontsize=7, color="0.5", transform=axes.transAxes)
+                axes.text(
+                    0.5, 0.5, "not drawn", ha="center", va="center", fontsize=7, color="0.5", transform=axes.transAxes
+                )
         row[0].set_ylabel(textwrap.fill(variant.title, 20), rotation=0, ha="right", va="center", fontsize=8)
     for axes, prompt in zip(grid[0], prompts, strict=True):
         axes.set_title(textwrap.fill(prompt, 19), fontsize=7, va="bottom")

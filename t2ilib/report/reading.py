@@ -75,7 +75,8 @@ class Variant:
 
 @dataclass(frozen=True)
 class StudyReport:
-    """A study as far as it has run. `missing`: (variant, seed) that did not finish; `not_finite`: what was dropped, as text."""
+    """A study as far as it has run. `seeds`: those of the study file, then those that were run beyond it; `missing`: (variant,
+    seed) that did not finish; `not_finite`: metrics that were dropped, as text."""
 
     folder: Path
     name: str
@@ -118,14 +119,20 @@ def load_report(folder: Path | str) -> StudyReport:
         raise ConfigError(f"{folder / 'study.json'} lacks {', '.join(lacking)}")
     for role in ("reference", "base"):
         if study.get(role) is not None and study[role] not in study["variants"]:
-            raise ConfigError(f"{folder / 'study.json'}: {role} {study[role]!r} is not among {', '.join(study['variants'])}")
+            raise ConfigError(
+                f"{folder / 'study.json'}: {role} {study[role]!r} is not among {', '.join(study['variants'])}"
+            )
     runs, missing, not_finite = {}, [], []
+    extra = {int(found.parent.name.removeprefix("seed")) for found in folder.glob("*/seed*/result.json")} - {
+        *study["seeds"]
+    }
+    seeds = (*study["seeds"], *sorted(extra))
     for name in study["variants"]:
-        for seed in study["seeds"]:
+        for seed in seeds:
             path = folder / name / f"seed{seed}"
             result = read_json(path / "result.json") if (path / "result.json").exists() else {}
             if result.get("status") != "finished":
-                missing.append((name, seed))
+                missing += [(name, seed)] if seed in study["seeds"] or path.exists() else []
                 continue
             runs[name, seed], dropped = read_run(path, name, seed, result)
             not_finite += dropped
@@ -136,7 +143,7 @@ def load_report(folder: Path | str) -> StudyReport:
         study.get("preset", ""),
         study["reference"],
         study.get("base"),
-        tuple(study["seeds"]),
+        seeds,
         {name: read_variant(name, told) for name, told in study["variants"].items()},
         runs,
         tuple(missing),
@@ -145,7 +152,9 @@ def load_report(folder: Path | str) -> StudyReport:
 
 
 def read_variant(name: str, told: Mapping[str, Any]) -> Variant:
-    texts = {key: str(told.get(key) or "").strip() for key in ("title", "overview", "hypothesis", "how_it_helps", "origin")}
+    texts = {
+        key: str(told.get(key) or "").strip() for key in ("title", "overview", "hypothesis", "how_it_helps", "origin")
+    }
     return Variant(**(texts | {"title": texts["title"] or name}), parameters=told.get("parameters") or {})
 
 
@@ -156,7 +165,9 @@ def read_run(path: Path, name: str, seed: int, result: Mapping[str, Any]) -> tup
     dropped = [f"{name}, seed {seed}: {key} is {told[key]}" for key in told if key not in metrics]
     history = read_history(path / "metrics.jsonl")
     parameters = result.get("parameters") or {}
-    return Run(name, seed, path, result.get("seconds"), parameters, metrics, history, result.get("mlflow_run_id")), dropped
+    return Run(
+        name, seed, path, result.get("seconds"), parameters, metrics, history, result.get("mlflow_run_id")
+    ), dropped
 
 
 def read_history(path: Path) -> dict[str, dict[int, float]]:

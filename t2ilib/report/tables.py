@@ -11,6 +11,8 @@ from t2ilib.evaluation.statistics import PairedDifference, holm, mean_interval, 
 from t2ilib.report.reading import METRICS, Metric, StudyReport
 
 NOT_MEASURED = "–"
+WORDS = ("variant", "name", "verdict")
+"""Columns of words, which stand to the left; numbers stand to the right."""
 Row = dict[str, str]
 
 
@@ -23,18 +25,19 @@ class Comparison:
     verdict: str
 
 
-def write_number(value: float, metric: Metric, signed: bool = False) -> str:
-    """A number as people write that kind of quantity: shares in percent, counts with thousands separators."""
+def write_number(value: float, metric: Metric, signed: bool = False, beside: float | None = None) -> str:
+    """A number as people write that kind of quantity: shares in percent (their differences, which are signed, in percentage
+    points), counts with thousands separators. Its decimals suit `beside`, the number that it stands next to."""
     scaled, pattern = {
         "share": (100 * value, ".1f"),
         "loss": (value, ".4f"),
         "score": (value, ".2f"),
         "count": (value, ",.0f"),
-        "mib": (value, ",.0f" if abs(value) >= 100 else ".2f"),
+        "mib": (value, ",.0f" if abs(value if beside is None else beside) >= 100 else ".2f"),
         "rate": (value, ".2f"),
     }[metric.kind]
     text = format(scaled, ("+" if signed else "") + pattern)
-    return f"{text} %" if metric.kind == "share" else text
+    return text + (" pp" if signed else " %") * (metric.kind == "share")
 
 
 def write_mean(values: Mapping[int, float], metric: Metric) -> str:
@@ -44,14 +47,15 @@ def write_mean(values: Mapping[int, float], metric: Metric) -> str:
     interval = mean_interval(values.values())
     if not interval.half_width:
         return write_number(interval.mean, metric)
-    return f"{write_number(interval.mean, metric).removesuffix(' %')} ± {write_number(interval.half_width, metric)}"
+    half = write_number(interval.half_width, metric, beside=interval.mean)
+    return f"{write_number(interval.mean, metric).removesuffix(' %')} ± {half}"
 
 
 def write_interval(difference: PairedDifference, metric: Metric) -> str:
     if difference.low is None:
         return NOT_MEASURED
     low, high = (write_number(value, metric, signed=True) for value in (difference.low, difference.high))
-    return f"{low.removesuffix(' %')} to {high}"
+    return f"{low.removesuffix(' pp')} to {high}"
 
 
 def write_p(p: float | None) -> str:
@@ -59,12 +63,17 @@ def write_p(p: float | None) -> str:
 
 
 def summary_table(report: StudyReport, metrics: Sequence[str] = ()) -> list[Row]:
-    """A row a variant: finished runs, then mean ± half-width of the 95% t-interval over seeds for every measured metric."""
+    """A row a variant: finished runs, then mean ± half-width of the 95% t-interval over seeds for every measured metric. `name`
+    is what figures call the variant."""
     columns = report.measured(*metrics)
     rows = []
     for name, variant in report.variants.items():
         role = {report.reference: " (reference)", report.base: " (untouched)"}.get(name, "")
-        row = {"variant": variant.title + role, "runs": f"{len(report.runs_of(name))}/{len(report.seeds)}"}
+        row = {
+            "variant": variant.title + role,
+            "name": name,
+            "runs": f"{len(report.runs_of(name))}/{len(report.seeds)}",
+        }
         rows.append(row | {METRICS[key].title: write_mean(report.values(name, key), METRICS[key]) for key in columns})
     return rows
 
@@ -84,7 +93,9 @@ def compare(report: StudyReport, metric: str, against: str | None = None) -> dic
     }
     known = METRICS[metric]
     if known.exact:
-        return {name: Comparison(difference, None, exact_verdict(difference, known)) for name, difference in differences.items()}
+        return {
+            name: Comparison(difference, None, exact_verdict(difference)) for name, difference in differences.items()
+        }
     p_values = {name: difference.p_value for name, difference in differences.items()}
     adjusted = holm({name: p for name, p in p_values.items() if name != report.base})
     adjusted |= {name: p for name, p in p_values.items() if name == report.base}
@@ -100,10 +111,10 @@ def judge(difference: PairedDifference, adjusted_p: float | None, metric: Metric
     return verdict(difference, adjusted_p, metric.higher_is_better)
 
 
-def exact_verdict(difference: PairedDifference, metric: Metric) -> str:
+def exact_verdict(difference: PairedDifference) -> str:
     if difference.mean == 0:
         return "equal"
-    return "better" if (difference.mean > 0) == metric.higher_is_better else "worse"
+    return "higher" if difference.mean > 0 else "lower"
 
 
 def difference_table(report: StudyReport, metric: str, against: str | None = None) -> list[Row]:
@@ -134,7 +145,9 @@ def difference_table(report: StudyReport, metric: str, against: str | None = Non
 def caveats(report: StudyReport) -> list[str]:
     """What a reader must know before believing the tables: missing runs, too few seeds, what a CPU cannot measure."""
     titles = {name: variant.title for name, variant in report.variants.items()}
-    notes = [f"{titles[name]}, seed {seed}: **did not finish**, so it is in no number here." for name, seed in report.missing]
+    notes = [
+        f"{titles[name]}, seed {seed}: **did not finish**, so it is in no number here." for name, seed in report.missing
+    ]
     notes += [f"Not finite, so counted as not measured: {text}." for text in report.not_finite]
     num_others = len(report.trained) - (report.reference in report.trained)
     least = smallest_p(len(report.seeds), max(1, num_others))
@@ -148,7 +161,9 @@ def caveats(report: StudyReport) -> list[str]:
             f" {seeds_to_decide(num_others)} seeds."
         )
     if "peak_process_mib" in report.measured() and "peak_device_mib" not in report.measured():
-        notes.append("Measured on a CPU: process memory is mostly libraries, and says little about what a GPU would need.")
+        notes.append(
+            "Measured on a CPU: process memory is mostly libraries, and says little about what a GPU would need."
+        )
     if report.measured("steps_per_second"):
         notes.append("Steps per second of runs that shared a machine are comparable only as ratios within this study.")
     on_cpu = [name for name in report.trained if not report.values(name, "peak_device_mib")]
@@ -179,9 +194,9 @@ def format_table(rows: Sequence[Row]) -> str:
     columns = list(rows[0])
     widths = {column: max(len(column), *(len(row[column]) for row in rows)) for column in columns}
     lines = [{column: column for column in columns}, {column: "-" * widths[column] for column in columns}, *rows]
-    left = {"variant", "verdict"}
     return "\n".join(
-        "  ".join(line[c].ljust(widths[c]) if c in left else line[c].rjust(widths[c]) for c in columns).rstrip() for line in lines
+        "  ".join(line[c].ljust(widths[c]) if c in WORDS else line[c].rjust(widths[c]) for c in columns).rstrip()
+        for line in lines
     )
 
 
@@ -190,6 +205,6 @@ def markdown_table(rows: Sequence[Row]) -> str:
     if not rows:
         return "*nothing to show*"
     columns = list(rows[0])
-    rule = ["---" if column in ("variant", "verdict") else "---:" for column in columns]
+    rule = ["---" if column in WORDS else "---:" for column in columns]
     lines = [columns, rule, *([row[column] for column in columns] for row in rows)]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)

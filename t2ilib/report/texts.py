@@ -32,7 +32,9 @@ def headline(report: StudyReport) -> str:
 def lead(report: StudyReport, metric: str, claim: str) -> str:
     """One line: the leader on `metric`, and against whom its lead is shown. "" where no variant measured it."""
     known = METRICS[metric]
-    means = {name: mean_interval(values.values()).mean for name in report.trained if (values := report.values(name, metric))}
+    means = {
+        name: mean_interval(values.values()).mean for name in report.trained if (values := report.values(name, metric))
+    }
     if not means:
         return ""
     best = (max if known.higher_is_better else min)(means.values())
@@ -67,7 +69,7 @@ def describe_variant(report: StudyReport, name: str) -> str:
     check_choice(name, report.variants, "variant")
     variant = report.variants[name]
     told = {"Overview": variant.overview, "How it helps": variant.how_it_helps, "Origin of the idea": variant.origin}
-    parts = [f"### {variant.title}"]
+    parts = [f"### {variant.title} (`{name}`)"]
     parts += [f"*{heading}.* {text or 'The study file does not say.'}" for heading, text in told.items()]
     parts += [f"*Result.* {result_text(report, name)}", f"*Why.* {why_text(report, name)}"]
     return "\n\n".join(parts)
@@ -107,8 +109,14 @@ def why_text(report: StudyReport, name: str) -> str:
     own = overfitting(report, name)
     if name == report.reference:
         return " ".join(filter(None, ["The other variants are compared with this one.", own]))
-    sentences = [capacity(report, name), fit(report, name), trade(report, name), own, gap_against_reference(report, name)]
-    return " ".join(filter(None, [*sentences, hypothesis_text(report, name)]))
+    sentences = [
+        capacity(report, name),
+        fit(report, name),
+        trade(report, name),
+        own,
+        gap_against_reference(report, name),
+    ]
+    return "\n\n".join(filter(None, [" ".join(filter(None, sentences)), hypothesis_text(report, name)]))
 
 
 def capacity(report: StudyReport, name: str) -> str:
@@ -144,21 +152,31 @@ def trade(report: StudyReport, name: str) -> str:
         return ""
     said = {
         ("better", "worse"): "It learned more of the concept and kept less of the base: a trade, not a gain.",
-        ("worse", "better"): "It learned less of the concept and kept more of the base: a trade in the gentle direction.",
+        (
+            "worse",
+            "better",
+        ): "It learned less of the concept and kept more of the base: a trade in the gentle direction.",
         ("better", "better"): "It learned more of the concept and kept more of the base: better on both counts.",
         ("worse", "worse"): "It learned less of the concept and kept less of the base: worse on both counts.",
         ("better", "no difference shown"): "It learned more of the concept; on keeping the base, no difference shown.",
         ("worse", "no difference shown"): "It learned less of the concept; on keeping the base, no difference shown.",
         ("no difference shown", "better"): "It kept more of the base; on learning the concept, no difference shown.",
         ("no difference shown", "worse"): "It kept less of the base; on learning the concept, no difference shown.",
-        ("no difference shown", "no difference shown"): "On learning the concept and on keeping the base: no difference shown.",
+        (
+            "no difference shown",
+            "no difference shown",
+        ): "On learning the concept and on keeping the base: no difference shown.",
     }
-    return said.get((learned.verdict, kept.verdict), f"On learning the concept and on keeping the base: {learned.verdict}.")
+    return said.get(
+        (learned.verdict, kept.verdict), f"On learning the concept and on keeping the base: {learned.verdict}."
+    )
 
 
 def overfitting(report: StudyReport, name: str) -> str:
     """Whether the held-out loss, averaged over seeds, ended above its lowest point: more steps of this did not help."""
-    curves = [run.history["held_out_loss"] for run in report.runs_of(name) if len(run.history.get("held_out_loss", {})) > 2]
+    curves = [
+        run.history["held_out_loss"] for run in report.runs_of(name) if len(run.history.get("held_out_loss", {})) > 2
+    ]
     steps = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
     if len(steps) < 3:
         return ""
@@ -194,14 +212,16 @@ def gap_against_reference(report: StudyReport, name: str) -> str:
     said = f"Its gap of held-out to training loss differs from the reference's by {difference.mean:+.4f}"
     if difference.low is None:
         return f"{said} (not tested)."
-    return f"{said} (95% interval {difference.low:+.4f} to {difference.high:+.4f}, not tested): {gap_meaning(difference)}."
+    return (
+        f"{said} (95% interval {difference.low:+.4f} to {difference.high:+.4f}, not tested): {gap_meaning(difference)}."
+    )
 
 
 def gap_meaning(difference: PairedDifference) -> str:
     if difference.low > 0:
-        return "it fits its training pictures more closely than it generalises, compared with the reference"
+        return "a sign that it overfits more than the reference"
     if difference.high < 0:
-        return "it leans less on its training pictures than the reference"
+        return "a sign that it overfits less than the reference"
     return "no difference shown"
 
 
@@ -223,11 +243,12 @@ def hypothesis_text(report: StudyReport, name: str) -> str:
     elif decided:
         close = "The measurements go both ways: it holds for what is better and fails for what is worse."
     else:
-        close = "On quality this neither supports nor refutes it: the intervals say how large a difference could be." + power(
-            report
+        close = (
+            "On quality this neither supports nor refutes it: the intervals say how large a difference could be."
+            + power(report)
         )
     measured = "; ".join(f"{title}: {told}" for title, told in verdicts.items())
-    return f"\n\nThe hypothesis was: “{hypothesis}” Measured: {measured}. {close}"
+    return f"The hypothesis was: “{hypothesis}” Measured: {measured}. {close}"
 
 
 def power(report: StudyReport) -> str:
@@ -240,7 +261,8 @@ def explain_reading() -> str:
     """Markdown: how to read the tables, for someone who has not met these words."""
     return (
         "- **±** and **interval**: 95% t-interval of the mean over seeds. A wide one means seeds disagree, or there are few.\n"
-        "- **difference**: variant minus reference *by seed*, then averaged, so what a seed does to both cancels.\n"
+        "- **difference**: variant minus reference *by seed*, then averaged, so what a seed does to both cancels; for shares in"
+        " percentage points (pp).\n"
         "- **p**: exact sign-flip test of those differences; **p (Holm)** also pays for comparing several variants at once.\n"
         "- **better / worse**: adjusted p below 0.05. **No difference shown** does not mean equal: it means that this many seeds"
         " cannot tell the difference from noise, and the interval says how large it could still be.\n"

@@ -46,7 +46,10 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     draft.mkdir()
     try:
         for stem, tensors in checkpoint.tensors.items():
-            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, draft / f"{stem}.safetensors")
+            save_file(
+                {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+                draft / f"{stem}.safetensors",
+            )
         (draft / "meta.json").write_text(json.dumps({"step": checkpoint.step, **checkpoint.meta}))
         sums = {path.name: file_digest(path) for path in sorted(draft.iterdir())}
         (draft / MANIFEST).write_text(json.dumps(sums, indent=1))
@@ -78,7 +81,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(f"{path} is not a committed checkpoint: {error}") from None
     for name, expected in sums.items():
         if not (path / name).exists() or file_digest(path / name) != expected:
-            raise CheckpointError(f"{path / name} is damaged or missing: delete {path} to go on from an older checkpoint")
+            raise CheckpointError(
+                f"{path / name} is damaged or missing: delete {path} to go on from an older checkpoint"
+            )
     meta = json.loads((path / "meta.json").read_text())
     tensors = {Path(name).stem: load_file(path / name) for name in sums if name.endswith(".safetensors")}
     return Checkpoint(meta.pop("step"), tensors, meta)
@@ -94,7 +99,9 @@ def load_latest(folder: Path) -> Checkpoint | None:
             log.warning("%s", error)
             damaged.append(path.name)
     if damaged:
-        raise CheckpointError(f"every checkpoint in {folder} is damaged ({', '.join(damaged)}): delete them to start again")
+        raise CheckpointError(
+            f"every checkpoint in {folder} is damaged ({', '.join(damaged)}): delete them to start again"
+        )
     return None
 
 

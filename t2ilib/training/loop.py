@@ -21,11 +21,19 @@ from t2ilib.config import RunConfig, save_run
 from t2ilib.data.loader import sample_ids
 from t2ilib.data.manifest import load_datasets
 from t2ilib.evaluation.sampling import load_pictures, make_grid, save_pictures
-from t2ilib.memory import Peak, read_memory, require_disk
+from t2ilib.memory import MemoryLog, Peak, require_disk
 from t2ilib.models.components import Components, choose_device, choose_dtype, load_base
 from t2ilib.seeds import seed_for
 from t2ilib.tracking import NullTracker, Tracker
-from t2ilib.training.checkpoint import Checkpoint, CheckpointError, load_latest, pack_optimizer, save_checkpoint, unpack_optimizer
+from t2ilib.training.checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    list_checkpoints,
+    load_latest,
+    pack_optimizer,
+    save_checkpoint,
+    unpack_optimizer,
+)
 from t2ilib.training.optim import build_optimizer, build_schedule, parameter_groups
 from t2ilib.training.pretraining import setup_clip, setup_vae
 from t2ilib.training.progress import Progress
@@ -68,7 +76,8 @@ def train(run: RunConfig, tracker: Tracker | None = None) -> TrainResult:
     """
     tracker = tracker or NullTracker()
     accelerator = build_accelerator(run)
-    memory = {"start": read_memory(run.output)}
+    memory = MemoryLog(run.output)
+    memory.note("start")
     training, held_out = load_datasets(run.data)
     components = load_base(run.model, accelerator.device)
     run.output.mkdir(parents=True, exist_ok=True)
@@ -76,7 +85,7 @@ def train(run: RunConfig, tracker: Tracker | None = None) -> TrainResult:
     state = TrainState(run, setup, accelerator)
     require_disk(run.output, state.checkpoint_bytes() * (run.training.keep_checkpoints + 1), "checkpoints")
     save_run(run, run.output / "run.yaml")
-    memory["loaded"] = read_memory(run.output)
+    memory.note("loaded")
     start = state.resume()
     tracker.log_datasets(training, held_out)
     history = History(run.output / "metrics.jsonl", start, tracker)
@@ -107,7 +116,7 @@ def train(run: RunConfig, tracker: Tracker | None = None) -> TrainResult:
             history.add(done, {"loss": loss, "grad_norm": float(norm), **rate}, time.perf_counter() - begun)
             progress(done, loss, history.seconds)
             if step == start:
-                memory["first_step"] = read_memory(run.output)
+                memory.note("first_step")
             if evaluate.due(done) or state.due(done) or interrupt or done == steps:
                 peak.stop()
             if evaluate.due(done) and done < steps:
@@ -124,10 +133,11 @@ def train(run: RunConfig, tracker: Tracker | None = None) -> TrainResult:
         metrics |= evaluate(steps) | history.speed()
     else:
         metrics |= history.last
-    memory["end"] = read_memory(run.output)
-    metrics |= peak.metrics() | state.sizes(run.output) | {f"memory/{when}/{k}": v for when, values in memory.items() for k, v in values.items()}
-    history.add(steps, metrics)
-    history.flush()
+    memory.note("end")
+    history.add(steps, metrics | peak.metrics() | state.sizes(run.output) | memory.metrics())
+    for path, folder in state.artifacts(run.output):
+        tracker.log_artifact(path, folder)
+    tracker.flush()
     return TrainResult(components, history.last, run.output, start)
 
 
@@ -137,7 +147,9 @@ def build_accelerator(run: RunConfig) -> Accelerator:
 
     precision = run.training.mixed_precision
     if precision == "auto":
-        precision = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}[choose_dtype("auto", choose_device())]
+        precision = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}[
+            choose_dtype("auto", choose_device())
+        ]
     AcceleratorState._reset_state()  # one process may train twice, with different precisions
     return Accelerator(mixed_precision=precision)
 
@@ -254,7 +266,9 @@ class TrainState:
         unpack_optimizer(self.raw_optimizer, checkpoint.tensors["optimizer"], checkpoint.meta["optimizer"])
         self.schedule.last_epoch = checkpoint.step  # the rates themselves are part of the optimizer's state
         if self.ema is not None:
-            self.ema.shadow_params = [checkpoint.tensors["ema"][str(i)].to(p.device) for i, p in enumerate(self.parameters)]
+            self.ema.shadow_params = [
+                checkpoint.tensors["ema"][str(i)].to(p.device) for i, p in enumerate(self.parameters)
+            ]
             self.ema.optimization_step = checkpoint.meta["ema_steps"]
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(checkpoint.meta["scaler"])
@@ -279,6 +293,16 @@ class TrainState:
         """Upper estimate: weights, two moments and, with EMA, the average, in their own precision."""
         copies = 3 + (self.ema is not None)
         return copies * sum(p.numel() * p.element_size() for p in self.parameters)
+
+    def artifacts(self, output: Path) -> list[tuple[Path, str | None]]:
+        """What MLflow keeps of a run: its config, its adapter, its last checkpoint."""
+        last = list_checkpoints(self.folder)[-1:]
+        kept = [
+            (output / "run.yaml", None),
+            (output / "adapter", "adapter"),
+            *((path, f"checkpoints/{path.name}") for path in last),
+        ]
+        return [(path, folder) for path, folder in kept if path.exists()]
 
     def sizes(self, output: Path) -> dict[str, float]:
         values = {"trainable_parameters": float(sum(p.numel() for p in self.parameters))}
@@ -308,9 +332,6 @@ class History:
 
     def speed(self) -> dict[str, float]:
         return {"steps_per_second": self.timed / self.seconds} if self.timed else {}
-
-    def flush(self) -> None:
-        self.tracker.flush()
 
 
 class Evaluation:

@@ -47,12 +47,16 @@ def min_snr_weights(alphas_cumprod: Tensor, prediction: str, gamma: float) -> Te
     clipped = snr.clamp(max=gamma)
     if prediction == "epsilon":
         if (snr == 0).any():
-            raise ConfigError("objective.snr_gamma: epsilon prediction has no min-SNR weight at zero terminal SNR; set it to null or use v_prediction")
+            raise ConfigError(
+                "objective.snr_gamma: epsilon prediction has no min-SNR weight at zero terminal SNR; set it to null or use v_prediction"
+            )
         return clipped / snr
     return clipped / (snr + 1) if prediction == "v_prediction" else clipped
 
 
-def addressed_noise(seed: int, step: int, ids: list[int], shape: torch.Size, num_timesteps: int) -> tuple[Tensor, Tensor]:
+def addressed_noise(
+    seed: int, step: int, ids: list[int], shape: torch.Size, num_timesteps: int
+) -> tuple[Tensor, Tensor]:
     """Noise (B, *shape) and timesteps (B,) of these samples at this step, the same on every machine and after every resume."""
     noise = torch.stack([torch.randn(shape, generator=generator_for(seed, "noise", step, i)) for i in ids])
     timesteps = [torch.randint(num_timesteps, (), generator=generator_for(seed, "timestep", step, i)) for i in ids]

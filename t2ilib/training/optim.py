@@ -28,7 +28,12 @@ def prodigy(groups: list[dict], config: OptimizerConfig) -> torch.optim.Optimize
     from prodigyopt import Prodigy
 
     return Prodigy(
-        groups, betas=config.betas, weight_decay=config.weight_decay, decouple=True, use_bias_correction=True, safeguard_warmup=True
+        groups,
+        betas=config.betas,
+        weight_decay=config.weight_decay,
+        decouple=True,
+        use_bias_correction=True,
+        safeguard_warmup=True,
     )
 
 
@@ -57,7 +62,9 @@ def build_optimizer(groups: list[dict], config: OptimizerConfig) -> torch.optim.
     return OPTIMIZERS[check_choice(config.name, OPTIMIZERS, "optimizer.name")](groups, config)
 
 
-def build_schedule(optimizer: torch.optim.Optimizer, config: OptimizerConfig, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
+def build_schedule(
+    optimizer: torch.optim.Optimizer, config: OptimizerConfig, steps: int
+) -> torch.optim.lr_scheduler.LambdaLR:
     """Linear warm-up over `warmup_steps`, then constant, cosine or linear to zero at `steps`."""
     from diffusers.optimization import get_scheduler
 

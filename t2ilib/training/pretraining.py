@@ -51,11 +51,16 @@ def busiest_crop(pixels: Tensor, seed: int, step: int, sample: int) -> Tensor:
     """Of four random CROP x CROP windows of one picture (3, H, W), the one with the largest variance."""
     generator = generator_for(seed, "crop", step, sample)
     limit = pixels.shape[-1] - CROP + 1
-    crops = [pixels[:, y : y + CROP, x : x + CROP].float() for y, x in torch.randint(limit, (4, 2), generator=generator).tolist()]
+    crops = [
+        pixels[:, y : y + CROP, x : x + CROP].float()
+        for y, x in torch.randint(limit, (4, 2), generator=generator).tolist()
+    ]
     return max(crops, key=lambda crop: float(crop.var()))
 
 
-def setup_vae(run: RunConfig, components: Components, training: Dataset, held_out: Dataset, accelerator: Accelerator) -> Setup:
+def setup_vae(
+    run: RunConfig, components: Components, training: Dataset, held_out: Dataset, accelerator: Accelerator
+) -> Setup:
     """The autoencoder on crops: L1 and squared error weighted towards edges, plus a small KL term."""
     vae, device = components.vae.requires_grad_(True), accelerator.device
     pixels, held_out_pixels = load_pixels(training, run.data.resolution), load_pixels(held_out, run.data.resolution)
@@ -64,7 +69,9 @@ def setup_vae(run: RunConfig, components: Components, training: Dataset, held_ou
     def losses(model: nn.Module, ids: list[int], step: int) -> Tensor:
         crops = torch.stack([busiest_crop(pixels[i], run.seed, step, i) for i in ids]).to(device) / 127.5 - 1
         shape = (vae.config.latent_channels, CROP // 8, CROP // 8)
-        noise = torch.stack([torch.randn(shape, generator=generator_for(run.seed, "latent noise", step, i)) for i in ids])
+        noise = torch.stack(
+            [torch.randn(shape, generator=generator_for(run.seed, "latent noise", step, i)) for i in ids]
+        )
         reconstruction, kl = model(crops, noise.to(device))
         error = reconstruction - crops
         return ((error.abs() + 2 * error.square()) * edge_weights(crops)).mean((1, 2, 3)) + KL_WEIGHT * kl
@@ -115,10 +122,14 @@ class TwoTextTowers(nn.Module):
         image = self.clip.visual_projection(self.clip.vision_model(pixels).pooler_output)
         second = self.clip.text_projection(self.clip.text_model(ids).pooler_output)
         first = self.projection(self.text_encoder(ids).pooler_output)
-        return *(F.normalize(x.float(), dim=-1) for x in (image, first, second)), self.clip.logit_scale.exp().clamp(max=100)
+        return *(F.normalize(x.float(), dim=-1) for x in (image, first, second)), self.clip.logit_scale.exp().clamp(
+            max=100
+        )
 
 
-def setup_clip(run: RunConfig, components: Components, training: Dataset, held_out: Dataset, accelerator: Accelerator) -> Setup:
+def setup_clip(
+    run: RunConfig, components: Components, training: Dataset, held_out: Dataset, accelerator: Accelerator
+) -> Setup:
     """A contrastive model (arXiv 2103.00020) whose text towers become the pipeline's text encoders."""
     from transformers import CLIPModel
 
@@ -138,14 +149,21 @@ def setup_clip(run: RunConfig, components: Components, training: Dataset, held_o
         losses, right = [], []
         for text in texts:
             logits = scale * image @ text.T
-            losses += [F.cross_entropy(logits, target, reduction="none"), F.cross_entropy(logits.T, target, reduction="none")]
+            losses += [
+                F.cross_entropy(logits, target, reduction="none"),
+                F.cross_entropy(logits.T, target, reduction="none"),
+            ]
             right.append((logits.argmax(1) == target).float().mean())
         return torch.stack(losses).mean(0), torch.stack(right)
 
     @torch.no_grad()
     def validate() -> dict[str, float]:
         losses, right = contrast(model, held_out_pixels, held_out_ids)
-        return {"contrastive_loss": float(losses.mean()), "retrieval/first": float(right[0]), "retrieval/second": float(right[1])}
+        return {
+            "contrastive_loss": float(losses.mean()),
+            "retrieval/first": float(right[0]),
+            "retrieval/second": float(right[1]),
+        }
 
     def save(folder: Path) -> None:
         second = components.text_encoders["text_encoder_2"]

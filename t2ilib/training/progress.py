@@ -48,7 +48,9 @@ class Progress:
         if not done or not seconds:
             return f"step {step}/{self.steps}  loss {loss:.4f}"
         left = round((self.steps - step) * seconds / done)
-        return f"step {step}/{self.steps}  loss {loss:.4f}  {done / seconds:.2f} steps/s  ETA {left // 60}:{left % 60:02d}"
+        return (
+            f"step {step}/{self.steps}  loss {loss:.4f}  {done / seconds:.2f} steps/s  ETA {left // 60}:{left % 60:02d}"
+        )
 
     def plot(self, title: str) -> None:
         from IPython.display import display

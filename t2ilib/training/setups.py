@@ -46,20 +46,25 @@ class Setup:
     info: dict[str, float] = field(default_factory=dict)
 
 
-def setup_diffusion(run: RunConfig, components: Components, training: Dataset, held_out: Dataset, accelerator: Accelerator) -> Setup:
+def setup_diffusion(
+    run: RunConfig, components: Components, training: Dataset, held_out: Dataset, accelerator: Accelerator
+) -> Setup:
     """Adapters, the whole UNet, or nothing: whatever sees noisy latents. Encoders that nothing trains leave the device."""
     trains, device = run.training.trains, accelerator.device
     modules: dict[str, nn.Module] = {}
     proof = None
     trains_text = bool(run.adapter and run.adapter.text_encoder_targets)
     encoded = encode_dataset(components, training, run.data.resolution, with_text=not trains_text)
-    encoded_held_out = encode_dataset(components, held_out, run.data.resolution, with_text=not trains_text) if len(held_out) else None
+    encoded_held_out = (
+        encode_dataset(components, held_out, run.data.resolution, with_text=not trains_text) if len(held_out) else None
+    )
     if trains == "adapter":
         modules = attach_adapters(components, run.adapter, run.seed)
         proof = AdapterProof(components, run.adapter)
     elif trains == "unet":
         components.unet.requires_grad_(True)
         modules = {"unet": components.unet}
+    components.park(modules if trains_text else ())
     if run.training.gradient_checkpointing:
         components.unet.enable_gradient_checkpointing()
         for name in modules:
@@ -73,16 +78,24 @@ def setup_diffusion(run: RunConfig, components: Components, training: Dataset, h
     def losses(model: nn.Module, ids: list[int], step: int) -> Tensor:
         noise, timesteps = addressed_noise(run.seed, step, ids, encoded.latents.shape[1:], num_timesteps)
         rate = run.objective.caption_dropout
-        dropped = [rate > 0 and torch.rand((), generator=generator_for(run.seed, "caption dropout", step, i)).item() < rate for i in ids]
+        dropped = [
+            rate > 0 and torch.rand((), generator=generator_for(run.seed, "caption dropout", step, i)).item() < rate
+            for i in ids
+        ]
         return objective(model, encoded.batch(ids, dropped, device), noise.to(device), timesteps.to(device))
 
     def validate() -> dict[str, float]:
         if encoded_held_out is None:
             return {}
         with accelerator.autocast():
-            result = held_out_loss(denoiser, plain, encoded_held_out, num_timesteps, run.evaluation.validation_timesteps, device)
+            result = held_out_loss(
+                denoiser, plain, encoded_held_out, num_timesteps, run.evaluation.validation_timesteps, device
+            )
         (run.output / "held_out_by_picture.json").write_text(
-            "\n".join(f"{record.path.name}\t{loss:.6f}" for record, loss in zip(held_out.records, result.by_picture(), strict=True))
+            "\n".join(
+                f"{record.path.name}\t{loss:.6f}"
+                for record, loss in zip(held_out.records, result.by_picture(), strict=True)
+            )
         )
         return result.metrics()
 
@@ -94,8 +107,16 @@ def setup_diffusion(run: RunConfig, components: Components, training: Dataset, h
 
     prompts = run.evaluation.prompts or tuple(dict.fromkeys((*held_out.captions(), *training.captions())))[:8]
     return Setup(
-        components, denoiser, modules, len(encoded), losses, validate, save,
-        draw=lambda: draw(components, list(prompts), run.evaluation), prompts=prompts, proof=proof,
+        components,
+        denoiser,
+        modules,
+        len(encoded),
+        losses,
+        validate,
+        save,
+        draw=lambda: draw(components, list(prompts), run.evaluation),
+        prompts=prompts,
+        proof=proof,
     )
 
 

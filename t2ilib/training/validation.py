@@ -26,7 +26,9 @@ class HeldOutLoss:
 
     def metrics(self) -> dict[str, float]:
         """The mean, and the mean at each timestep."""
-        by_timestep = {f"held_out_loss/t{int(t):04d}": float(v) for t, v in zip(self.timesteps, self.losses.mean(0), strict=True)}
+        by_timestep = {
+            f"held_out_loss/t{int(t):04d}": float(v) for t, v in zip(self.timesteps, self.losses.mean(0), strict=True)
+        }
         return {"held_out_loss": float(self.losses.mean())} | by_timestep
 
     def by_picture(self) -> list[float]:
@@ -34,7 +36,14 @@ class HeldOutLoss:
 
 
 @torch.no_grad()
-def held_out_loss(denoiser: nn.Module, objective, held_out: EncodedDataset, num_train_timesteps: int, num_timesteps: int, device: torch.device) -> HeldOutLoss:
+def held_out_loss(
+    denoiser: nn.Module,
+    objective,
+    held_out: EncodedDataset,
+    num_train_timesteps: int,
+    num_timesteps: int,
+    device: torch.device,
+) -> HeldOutLoss:
     """Loss of every held-out picture at `num_timesteps` timesteps, the middles of equal strata of the schedule."""
     timesteps = ((torch.arange(num_timesteps) + 0.5) / num_timesteps * num_train_timesteps).long()
     shape = held_out.latents.shape[1:]

@@ -33,10 +33,14 @@ def load(config: DataConfig) -> tuple[list[Record], list[Record]]:
     if config.validation_path is not None:
         return records, read_folder(Path(config.validation_path), config)
     ranked = sorted(records, key=lambda record: seed_for(0, "held out", record.path.name))
-    held_out = set(ranked[: max(1, round(len(records) * config.validation_share))]) if config.validation_share else set()
+    held_out = (
+        set(ranked[: max(1, round(len(records) * config.validation_share))]) if config.validation_share else set()
+    )
     training = [record for record in records if record not in held_out]
     if not training:
-        raise ConfigError(f"data.path {config.path}: {len(records)} picture(s) leave none to train on; add pictures or set data.validation_path")
+        raise ConfigError(
+            f"data.path {config.path}: {len(records)} picture(s) leave none to train on; add pictures or set data.validation_path"
+        )
     return training, [record for record in records if record in held_out]
 
 
@@ -46,14 +50,17 @@ def read_folder(folder: Path, config: DataConfig) -> list[Record]:
         raise ConfigError(f"data.path {folder} is not a folder")
     rows = read_rows(folder, config)
     records = [
-        Record(folder / row[config.image_column], str(row[config.caption_column]).strip(), row.get("scene")) for row in rows
+        Record(folder / row[config.image_column], str(row[config.caption_column]).strip(), row.get("scene"))
+        for row in rows
     ]
     outside = [record.path for record in records if not record.path.resolve().is_relative_to(folder.resolve())]
     if outside:
         raise ConfigError(f"{folder}: pictures must lie in the folder itself, {outside[0]} does not")
     blank = [record.path.name for record in records if not record.caption]
     if blank:
-        raise ConfigError(f"{folder}: {len(blank)} picture(s) have an empty caption, the first is {blank[0]}: write one or take them out")
+        raise ConfigError(
+            f"{folder}: {len(blank)} picture(s) have an empty caption, the first is {blank[0]}: write one or take them out"
+        )
     return sorted(records, key=lambda record: record.path.name)
 
 
@@ -78,12 +85,16 @@ def read_rows(folder: Path, config: DataConfig) -> list[dict[str, Any]]:
                 f"{folder} has no metadata.jsonl or metadata.csv, and {len(bare)} of {len(pictures)} pictures have no .txt"
                 f" caption beside them, the first is {bare[0]}"
             )
-        rows = [{config.image_column: p.name, config.caption_column: p.with_suffix(".txt").read_text()} for p in pictures]
+        rows = [
+            {config.image_column: p.name, config.caption_column: p.with_suffix(".txt").read_text()} for p in pictures
+        ]
     if not rows:
         raise ConfigError(f"{source} lists no picture")
     for number, row in enumerate(rows, 1):
         for column in (config.image_column, config.caption_column):
             if not isinstance(row, dict) or row.get(column) is None:
                 found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-                raise ConfigError(f"{source}, row {number} has no {column!r} (it has {found}): set data.image_column and data.caption_column")
+                raise ConfigError(
+                    f"{source}, row {number} has no {column!r} (it has {found}): set data.image_column and data.caption_column"
+                )
     return rows

@@ -15,7 +15,9 @@ NUM_VALIDATION = 48
 
 def cache_folder() -> Path:
     """T2ILIB_CACHE, else `t2ilib` in the user's cache folder."""
-    return Path(os.environ.get("T2ILIB_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "t2ilib")
+    return Path(
+        os.environ.get("T2ILIB_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "t2ilib"
+    )
 
 
 def load(config: DataConfig) -> tuple[list[folder.Record], list[folder.Record]]:

@@ -1,0 +1,105 @@
+import shutil
+import subprocess
+import sys
+from collections import namedtuple
+
+import psutil
+import pytest
+import torch
+
+from t2ilib.config import ConfigError
+from t2ilib.memory import MIB, Peak, existing, process_peak_mib, read_memory, require_disk
+
+
+def test_readings_are_in_mib_and_plausible(tmp_path):
+    readings = read_memory(tmp_path / "not" / "there" / "yet")
+    assert {"process_mib", "system_available_mib", "disk_free_mib"} <= set(readings)
+    assert any(name.startswith("device_") for name in readings) == torch.cuda.is_available()
+    total = psutil.virtual_memory().total / 2**20
+    assert 50 < readings["process_mib"] < total  # torch is loaded: tens of MiB at least, so neither bytes nor GiB
+    assert readings["process_mib"] < readings["system_available_mib"] + readings["process_mib"] < 1.05 * total
+    assert readings["disk_free_mib"] == pytest.approx(shutil.disk_usage(tmp_path).free / 2**20, rel=0.05)
+
+
+PEAK = """
+import os, mmap
+from t2ilib.memory import Peak, read_memory
+
+def use(mib):  # touch every page, then give it back to the system
+    with mmap.mmap(-1, mib * 2**20) as block:
+        for start in range(0, mib * 2**20, 4096):
+            block[start] = 1
+
+import psutil, torch
+peak = Peak()
+assert peak.metrics() == {}
+base = psutil.Process().memory_info().rss / 2**20
+use(400)              # before
+peak.start()
+use(200)
+peak.start()          # a second start inside a stretch changes nothing
+peak.stop()
+first = peak.process_mib - base
+use(400)              # between
+peak.stop()           # a second stop changes nothing
+between = peak.process_mib - base
+peak.start()
+use(100)
+peak.stop()           # a smaller stretch does not lower the peak
+second = peak.process_mib - base
+peak.start()
+use(300)
+peak.stop()
+print(first, between, second, peak.process_mib - base, *peak.metrics())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the high-water mark is reset through /proc")
+def test_a_peak_sees_what_is_used_inside_its_stretches_only():
+    done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    *values, name = done.stdout.split()[:5]
+    first, between, second, last = map(float, values)
+    if first > 350:
+        pytest.skip("this container forbids resetting the high-water mark")
+    assert first == pytest.approx(200, abs=40)
+    assert between == second == first
+    assert last == pytest.approx(300, abs=40)
+    assert name == "peak_process_mib"
+
+
+def test_the_peak_of_a_process_is_at_least_what_it_uses():
+    assert process_peak_mib() >= 0.9 * psutil.Process().memory_info().rss / 2**20
+
+
+def test_an_unmeasured_peak_is_missing():
+    peak = Peak()
+    peak.stop()
+    assert peak.metrics() == {}
+
+
+def test_require_disk(tmp_path, monkeypatch):
+    asked = []
+    usage = namedtuple("usage", "total used free")
+
+    def disk_usage(path):
+        asked.append(path)
+        return usage(10**12, 0, 1000 * MIB)
+
+    monkeypatch.setattr(shutil, "disk_usage", disk_usage)
+    folder = tmp_path / "not" / "there"
+    require_disk(folder, 900 * MIB, "checkpoints")
+    assert asked == [tmp_path]
+    with pytest.raises(ConfigError) as error:
+        require_disk(folder, 2048 * MIB, "checkpoints")
+    assert f"checkpoints need 2,048 MiB under {folder}, and 1,000 MiB are free" in str(error.value)
+    assert "training.keep_checkpoints" in str(error.value)
+    with pytest.raises(ConfigError):  # fits, but without a tenth to spare
+        require_disk(folder, 950 * MIB, "checkpoints")
+
+
+def test_existing_finds_the_nearest_folder(tmp_path, monkeypatch):
+    assert existing(tmp_path / "a" / "b") == tmp_path
+    assert existing(tmp_path) == tmp_path
+    monkeypatch.chdir(tmp_path)
+    assert existing("relative/path") == tmp_path

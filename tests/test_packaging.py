@@ -1,0 +1,91 @@
+"""What a newcomer relies on: one source of truth for dependencies, README commands that exist, a fast command line."""
+
+import re
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def name_of(requirement: str) -> str:
+    return re.split(r"[<>=!~\[ ;]", requirement)[0].lower().replace("_", "-")
+
+
+def test_environment_yml_installs_the_project_and_nothing_else() -> None:
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    *conda, last = environment["dependencies"]
+    assert {name_of(item) for item in conda} == {"python", "pip"}
+    python = next(item for item in conda if item.startswith("python")).split("=")[1]
+    assert tuple(map(int, python.split("."))) >= tuple(
+        map(int, PROJECT["requires-python"].removeprefix(">=").split("."))
+    )
+    assert last == {"pip": ["-c constraints.txt", "-e .[dev]"]}
+
+
+def test_every_dependency_is_pinned_in_constraints() -> None:
+    pins = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
+    assert all(re.fullmatch(r"[\w.\-]+==[\w.]+", pin) for pin in pins)
+    wanted = {name_of(item) for item in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"]}
+    assert wanted <= {name_of(pin) for pin in pins}
+
+
+def test_ci_calls_the_readme_test_command() -> None:
+    assert "make test" in README
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+def bash_commands() -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+    return [line for block in blocks for line in block.splitlines() if line and not line.startswith("#")]
+
+
+@pytest.mark.parametrize("command", bash_commands())
+def test_readme_command_exists_with_its_options(command: str) -> None:
+    words = command.split()
+    if words[0] == "make":
+        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        return
+    assert words[0] == "t2ilib"
+    depth = 3 if words[1] in ("study", "data", "tiny") else 2
+    text = subprocess.run(
+        [sys.executable, "-m", "t2ilib.cli", *words[1:depth], "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    for option in re.findall(r"--[a-z-]+", command):
+        assert option in text, f"{option} is not an option of {' '.join(words[:depth])}"
+    for path in re.findall(r"experiments/\S+\.yaml", command):
+        assert (ROOT / path).exists()
+
+
+def test_bare_make_lists_the_targets() -> None:
+    listed = subprocess.run(["make", "-s"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for target in ("demo", "test", "install"):
+        assert f"make {target} " in listed
+
+
+@pytest.mark.parametrize(
+    "command",
+    [[], ["train"], ["generate"], ["study", "run"], ["study", "status"], ["data", "shapes"], ["tiny", "build"]],
+)
+def test_help_is_quick(command: list[str]) -> None:
+    """Under a second; the best of three, since other processes may be using the machine."""
+    seconds = []
+    for _ in range(3):
+        begun = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "t2ilib.cli", *command, "--help"], capture_output=True, check=True)
+        seconds.append(time.perf_counter() - begun)
+        if seconds[-1] < 1:
+            return
+    pytest.fail(f"--help took {min(seconds):.2f} s")
+
+
+def test_help_imports_no_heavy_library() -> None:
+    code = "import sys, t2ilib.cli, t2ilib.study, t2ilib.report; sys.exit(' '.join({'torch', 'diffusers', 'mlflow'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr.strip() == ""
