@@ -250,7 +250,9 @@ def test_every_mode_becomes_rgb(tmp_path, mode):
     assert load_picture(tmp_path / "x.png", 8).pixels.shape == (8, 8, 3)
 
 
-@pytest.mark.parametrize(("size", "crop"), [((32, 16), (0, 4)), ((16, 32), (4, 0)), ((8, 8), (0, 0)), ((4, 8), (4, 0)), ((33, 17), None)])
+@pytest.mark.parametrize(
+    ("size", "crop"), [((32, 16), (0, 4)), ((16, 32), (4, 0)), ((8, 8), (0, 0)), ((4, 8), (4, 0)), ((33, 17), None)]
+)
 def test_load_picture_cuts_the_centre_square(tmp_path, size, crop):
     width, height = size
     gradient = np.zeros((height, width, 3), np.uint8)
@@ -292,7 +294,8 @@ def test_every_epoch_is_a_permutation_without_its_remainder(num_samples, batch_s
         epochs.append(tuple(ids))
     assert len(set(epochs)) > 1
     if num_samples % batch_size:  # what one epoch drops another uses
-        assert set().union(*(loader.sample_ids(0, step, batch_size, num_samples) for step in range(40))) == set(range(num_samples))
+        used = set().union(*(loader.sample_ids(0, step, batch_size, num_samples) for step in range(40)))
+        assert used == set(range(num_samples))
 
 
 def test_a_step_addresses_its_samples_alone():

@@ -165,7 +165,7 @@ def test_checkpoints_that_do_not_fit_the_disk_are_refused_first(
 
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6 - 1000, 1000))
     run = build_run(settings(tmp_path / "run"))
-    with pytest.raises(ConfigError, match="checkpoints need .* MiB under"):
+    with pytest.raises(ConfigError, match=r"checkpoints need .* MiB under"):
         train(run)
     assert not (run.output / "checkpoints").exists()
 

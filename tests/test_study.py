@@ -17,7 +17,6 @@ import yaml
 
 from t2ilib.config import ConfigError
 from t2ilib.study import (
-    check_parameters,
     error_text,
     load_study,
     notebook_parameters,
@@ -68,14 +67,14 @@ def study_file(tmp_path: Path) -> Path:
         },
     }
     path = tmp_path / "toy.yaml"
-    path.write_text(yaml.safe_dump(content))
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
     return path
 
 
 def edit(path: Path, change) -> None:
     content = yaml.safe_load(path.read_text())
     change(content)
-    path.write_text(yaml.safe_dump(content))
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
 
 
 def executions(results: Path) -> dict[str, int]:
@@ -119,7 +118,7 @@ def test_mistakes_in_the_study_file(study_file: Path, change, message: str) -> N
 
 def test_unknown_preset_and_variant(study_file: Path) -> None:
     study = load_study(study_file)
-    with pytest.raises(ConfigError, match="preset 'ful' does not exist; choose from quick, full. Did you mean 'full'"):
+    with pytest.raises(ConfigError, match=r"preset 'ful' does not exist; choose from quick, full. Did you mean 'full'"):
         plan_runs(study, "ful", Path("results"))
     with pytest.raises(ConfigError, match="variant 'othr' does not exist"):
         plan_runs(study, "quick", Path("results"), only=["othr"])

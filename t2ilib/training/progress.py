@@ -53,17 +53,23 @@ class Progress:
         )
 
     def plot(self, title: str) -> None:
-        from IPython.display import display
+        """Draws the losses so far in place of the last plot; as PNG, which needs no matplotlib backend in the kernel."""
+        import io
+
+        from IPython.display import Image, display
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(7, 2.6), layout="constrained")
         axes = figure.add_subplot(xlabel="step", ylabel="loss", title=title)
         steps, losses = zip(*self.points, strict=True)
-        axes.plot(steps, losses, color="0.75", linewidth=0.8)
         window = max(1, len(losses) // 20)
-        smooth = [sum(losses[max(0, i - window) : i + 1]) / (i + 1 - max(0, i - window)) for i in range(len(losses))]
-        axes.plot(steps, smooth)
+        recent = [losses[max(0, i - window) : i + 1] for i in range(len(losses))]
+        axes.plot(steps, losses, color="0.75", linewidth=0.8)
+        axes.plot(steps, [sum(part) / len(part) for part in recent])
+        stream = io.BytesIO()
+        figure.savefig(stream, format="png", dpi=110)
+        picture = Image(stream.getvalue())
         if self.handle is None:
-            self.handle = display(figure, display_id=True)
+            self.handle = display(picture, display_id=True)
         else:
-            self.handle.update(figure)
+            self.handle.update(picture)
