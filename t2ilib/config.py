@@ -8,6 +8,7 @@ Leaves out: the names that other layers own (targets, sources, optimizers, objec
 only they know which exist; `check_choice` gives all of them the same error.
 """
 
+import contextlib
 import difflib
 import hashlib
 import json
@@ -265,7 +266,9 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         *parents, field = address.split(".")
         place = values
         for parent in parents:
-            place = place.setdefault(parent, {})
+            if place.get(parent) is None:
+                place[parent] = {}
+            place = place[parent]
             if not isinstance(place, dict):
                 raise ConfigError(f"--set {override!r}: {parent} is a value, not a section")
         place[field] = parse_value(text)
@@ -274,10 +277,13 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def parse_value(text: str) -> Any:
     """A YAML scalar or list; `3e-4` counts as the number it looks like, which YAML 1.1 would read as text."""
+    if "e" in text.lower() and text[:1] in "0123456789.-+":
+        with contextlib.suppress(ValueError):
+            return float(text)
     try:
-        return float(text) if "e" in text.lower() and text[:1] in "0123456789.-+" else yaml.safe_load(text)
-    except ValueError:
         return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set value {text!r} is not valid YAML: {error}") from None
 
 
 def load_yaml(path: Path) -> dict[str, Any]:

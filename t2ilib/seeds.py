@@ -21,11 +21,14 @@ Key = int | str
 def seed_for(seed: int, purpose: str, *key: Key) -> int:
     """A 63-bit seed for the address `(seed, purpose, *key)`; distinct addresses give independent seeds (BLAKE2b).
 
-    Raises TypeError for a key part that is neither an int nor a str, because its text might not be stable.
+    Raises TypeError for a key part that is neither an int nor a str, because its text might not be stable, and ValueError
+    for one that holds the separator of parts.
     """
     for part in (seed, *key):
         if not isinstance(part, int | str) or isinstance(part, bool):
             raise TypeError(f"an address is made of int and str, got {part!r} ({type(part).__name__}) for {purpose!r}")
+        if "\x1f" in str(part):
+            raise ValueError(f"an address part cannot hold the separator \\x1f, got {part!r} for {purpose!r}")
     address = "\x1f".join(f"{type(part).__name__}:{part}" for part in (seed, purpose, *key))
     return int.from_bytes(hashlib.blake2b(address.encode(), digest_size=8).digest(), "big") >> 1
 

@@ -83,7 +83,12 @@ def fit(components, proof=None, num_steps=4, trains_text=False, rate=1e-2, befor
 
 
 def trainable(components):
-    return {f"{c}.{n}" for c, module in components.modules().items() for n, p in module.named_parameters() if p.requires_grad}
+    return {
+        f"{c}.{n}"
+        for c, module in components.modules().items()
+        for n, p in module.named_parameters()
+        if p.requires_grad
+    }
 
 
 def count(model, *endings):
@@ -105,7 +110,8 @@ def test_many_means_nearly_every_layer(make):
     layers = {name for name, module in unet.named_modules() if isinstance(module, nn.Linear | nn.Conv2d)}
     left_out = layers - set(match_modules(unet, "unet", "many"))
     assert left_out == {
-        "conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2", "add_embedding.linear_1", "add_embedding.linear_2",
+        "conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2",
+        "add_embedding.linear_1", "add_embedding.linear_2",
     }  # fmt: skip
 
 
@@ -139,7 +145,11 @@ def test_layers_that_have_no_effect_are_left_out(make):
     conditioning = components.encode_text(CAPTIONS)
     sum(values.square().sum() for values in conditioning.values()).backward()
     useful = {
-        name: {n for n, m in encoder.named_modules() if isinstance(m, nn.Linear) and m.weight.grad is not None and bool(m.weight.grad.any())}
+        name: {
+            n
+            for n, m in encoder.named_modules()
+            if isinstance(m, nn.Linear) and m.weight.grad is not None and bool(m.weight.grad.any())
+        }
         for name, encoder in components.text_encoders.items()
     }
     resolved = resolve_targets(components, AdapterSpec(text_encoder_targets="many"))
@@ -147,7 +157,9 @@ def test_layers_that_have_no_effect_are_left_out(make):
     assert set(resolved["text_encoder_2"]) == useful["text_encoder_2"] - {"text_projection"}
     assert len(resolved["text_encoder"]) == 12
     assert len(resolved["text_encoder_2"]) == 18
-    assert {name: values.shape for name, values in expected.items()} == {name: values.shape for name, values in conditioning.items()}
+    assert {name: values.shape for name, values in expected.items()} == {
+        name: values.shape for name, values in conditioning.items()
+    }
 
 
 def test_without_text_targets_only_the_unet_is_adapted(make):
@@ -178,7 +190,9 @@ def test_text_targets_that_match_nothing_name_the_encoder(make):
 def test_every_ending_of_a_named_target_is_used_by_the_tiny_model(make):
     components = make()
     assert all(count(components.unet, ending) for endings in TARGETS.values() for ending in endings["unet"])
-    assert all(count(e, ending) for e in components.text_encoders.values() for t in TARGETS.values() for ending in t["text"])
+    assert all(
+        count(e, ending) for e in components.text_encoders.values() for t in TARGETS.values() for ending in t["text"]
+    )
 
 
 def test_only_adapters_train_and_their_number_is_the_closed_form(make):
@@ -187,7 +201,9 @@ def test_only_adapters_train_and_their_number_is_the_closed_form(make):
     assert set(adapted) == {"unet", "text_encoder", "text_encoder_2"}
     names = trainable(components)
     assert all(re.search(r"lora_[AB]\.default\.weight$", name) for name in names)
-    assert len(names) == 2 * sum(len(m) for m in resolve_targets(make(), AdapterSpec(targets="many", text_encoder_targets="attention")).values())
+    assert len(names) == 2 * sum(
+        len(m) for m in resolve_targets(make(), AdapterSpec(targets="many", text_encoder_targets="attention")).values()
+    )
     fresh = make()
     expected = 0
     for name in match_modules(fresh.unet, "unet", "many"):
@@ -255,7 +271,9 @@ def test_merging_dora_rescales_every_row(make):
         magnitude.mul_(1.3)
     direction = base + 0.5 * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
     components.unet.fuse_lora()
-    assert torch.allclose(layer.base_layer.weight, magnitude[:, None] * direction / direction.norm(dim=1, keepdim=True), atol=1e-5)
+    assert torch.allclose(
+        layer.base_layer.weight, magnitude[:, None] * direction / direction.norm(dim=1, keepdim=True), atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
@@ -269,7 +287,9 @@ def test_proof_of_a_real_training(make, kind):
     assert losses[-1] < losses[0]
     moved = proof.finish()
     assert moved["adapter/change_norm"] > 0
-    unet = sum((p.detach() - before[n]).square().sum() for n, p in components.unet.named_parameters() if n in before).sqrt()
+    unet = sum(
+        (p.detach() - before[n]).square().sum() for n, p in components.unet.named_parameters() if n in before
+    ).sqrt()
     assert moved["adapter/change_norm"] > float(unet) > 0.5 * moved["adapter/change_norm"]
     assert ("adapter/magnitude_change_norm" in moved) == (kind == "dora")
     if kind == "dora":
@@ -297,7 +317,9 @@ def test_proof_notices_one_detached_layer(make):
     components = make()
     spec = AdapterSpec(rank=2)
     attach_adapters(components, spec, 0)
-    components.unet.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn1.to_q").register_forward_hook(lambda *a: a[2].detach())
+    components.unet.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn1.to_q").register_forward_hook(
+        lambda *a: a[2].detach()
+    )
     with pytest.raises(AdapterError, match=r"2 of 64 adapter weights.*unet\.mid_block\.attentions\.0.*to_q\.lora_A"):
         fit(components, AdapterProof(components, spec))
 
@@ -312,7 +334,7 @@ def test_a_gradient_that_is_not_finite_does_not_count(make):
             if "lora_A" in name:
                 parameter.grad.fill_(float("nan"))
 
-    with pytest.raises(AdapterError, match="1 of 2 adapter weights got no finite.*lora_A"):
+    with pytest.raises(AdapterError, match=r"1 of 2 adapter weights got no finite.*lora_A"):
         fit(components, AdapterProof(components, spec), rate=0.0, before_step=spoil)
 
 
@@ -335,16 +357,13 @@ def test_proof_notices_that_nothing_moved(make):
     with pytest.raises(AdapterError, match="64 adapter weights never moved: unet"):
         proof.finish()
     stuck = components.unet.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn1.to_q").lora_B["default"]
-
-    def hold(step):  # its gradient is there to be seen, but the optimizer is kept from using it
-        if step > proof.observed_steps:
-            stuck.weight.grad = None
-
     start = stuck.weight.detach().clone()
-    fit(components, proof, 6, before_step=hold)
+    fit(components, proof)
     with torch.no_grad():
         stuck.weight.copy_(start)
-    with pytest.raises(AdapterError, match=r"1 adapter weights never moved: unet\.mid_block.*attn1\.to_q\.lora_B\.default\.weight"):
+    with pytest.raises(
+        AdapterError, match=r"1 adapter weights never moved: unet\.mid_block.*attn1\.to_q\.lora_B\.default\.weight"
+    ):
         proof.finish()
 
 
@@ -376,16 +395,11 @@ def test_the_digest_of_a_base_is_the_same_with_and_without_an_adapter_of_zero_st
     assert base_digest(first) != base_digest(second)
 
 
-MAGNITUDES_LOST = pytest.mark.xfail(
-    strict=True, reason="transformers' loader takes no DoRA magnitude: text encoders silently come back with the base's"
-)
-
-
 @pytest.mark.parametrize(
     ("kind", "alpha", "text"),
     [
         ("lora", 4.0, "many"), ("lora", 10.0, "attention"), ("lora", 10.0, None), ("dora", 4.0, None), ("dora", 10.0, None),
-        pytest.param("dora", 10.0, "attention", marks=MAGNITUDES_LOST),
+        ("dora", 10.0, "attention"),
     ],
 )  # fmt: skip
 def test_a_saved_adapter_comes_back(make, tmp_path, kind, alpha, text):
@@ -409,7 +423,6 @@ def test_a_saved_adapter_comes_back(make, tmp_path, kind, alpha, text):
         assert torch.allclose(output_of(other), trained, atol=1e-5)
 
 
-@pytest.mark.xfail(strict=True, reason="diffusers leaves the UNet's loaded adapter trainable, the docstring says frozen")
 def test_a_loaded_adapter_is_frozen(make, tmp_path):
     components = make()
     attach_adapters(components, AdapterSpec(rank=2, text_encoder_targets="attention"), 0)
@@ -429,13 +442,17 @@ def test_the_text_encoders_part_of_a_file_matters(make, tmp_path):
     with torch.no_grad():
         base = other.encode_text(CAPTIONS)["pooled"]
         load_adapter(other, tmp_path)
-        assert torch.allclose(other.encode_text(CAPTIONS)["pooled"], components.encode_text(CAPTIONS)["pooled"], atol=1e-5)
+        assert torch.allclose(
+            other.encode_text(CAPTIONS)["pooled"], components.encode_text(CAPTIONS)["pooled"], atol=1e-5
+        )
         assert not torch.allclose(other.encode_text(CAPTIONS)["pooled"], base, atol=1e-3)
 
 
 def test_adapter_files_that_cannot_be_loaded(make, tmp_path):
     components = make()
-    with pytest.raises(ConfigError, match=rf"no adapter at .*give a \.safetensors file, or a folder that holds {FILE_NAME}"):
+    with pytest.raises(
+        ConfigError, match=rf"no adapter at .*give a \.safetensors file, or a folder that holds {FILE_NAME}"
+    ):
         load_adapter(components, tmp_path)
     attach_adapters(components, AdapterSpec(rank=2), 0)
     save_adapter(components, tmp_path, AdapterSpec(rank=2))

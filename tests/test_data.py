@@ -59,7 +59,9 @@ def test_jsonl_csv_and_sidecars_read_alike(pictures):
 
 def test_other_column_names(pictures):
     write_jsonl(pictures, [{"image": "b.png", "prompt": "a bee", "text": "not this"}])
-    records = folder.read_folder(pictures, CONFIG.model_copy(update={"image_column": "image", "caption_column": "prompt"}))
+    records = folder.read_folder(
+        pictures, CONFIG.model_copy(update={"image_column": "image", "caption_column": "prompt"})
+    )
     assert [(r.path.name, r.caption) for r in records] == [("b.png", "a bee")]
 
 
@@ -74,7 +76,9 @@ def test_a_missing_column_is_named_with_those_there_are(pictures, kind):
 
 
 def test_broken_json_is_told_with_its_line(pictures):
-    (pictures / "metadata.jsonl").write_text('{"file_name": "b.png", "text": "a bee"}\n\n{"file_name": "a.jpg", "text": \n')
+    (pictures / "metadata.jsonl").write_text(
+        '{"file_name": "b.png", "text": "a bee"}\n\n{"file_name": "a.jpg", "text": \n'
+    )
     with pytest.raises(ConfigError, match=r"metadata.jsonl, line 3 is not JSON"):
         folder.read_folder(pictures, CONFIG)
     (pictures / "metadata.jsonl").write_text('["b.png", "a bee"]\n')
@@ -119,7 +123,6 @@ def test_pictures_in_a_subfolder_are_fine(tmp_path):
     assert len(examine("x", folder.read_folder(tmp_path, CONFIG), "stop")) == 1
 
 
-@pytest.mark.xfail(strict=True, reason="csv.DictReader puts the rest of the row under None: the caption is cut silently")
 def test_a_caption_with_a_bare_comma_in_csv_is_not_cut(pictures):
     (pictures / "metadata.csv").write_text("file_name,text\nb.png,a bee, striped\n")
     try:
@@ -129,13 +132,11 @@ def test_a_caption_with_a_bare_comma_in_csv_is_not_cut(pictures):
     assert records[0].caption == "a bee, striped"
 
 
-@pytest.mark.xfail(strict=True, reason="str.splitlines also splits at U+2028 and U+0085, which JSON allows inside a string")
 def test_a_line_separator_inside_a_json_caption(pictures):
     (pictures / "metadata.jsonl").write_text('{"file_name": "b.png", "text": "a bee\u2028on two lines"}\n')
     assert folder.read_folder(pictures, CONFIG)[0].caption == "a bee\u2028on two lines"
 
 
-@pytest.mark.xfail(strict=True, reason="read without utf-8-sig, Excel's byte order mark becomes part of the first column's name")
 def test_a_csv_as_excel_writes_it(pictures):
     (pictures / "metadata.csv").write_text("file_name,text\r\nb.png,a bee\r\n", encoding="utf-8-sig")
     assert folder.read_folder(pictures, CONFIG)[0].caption == "a bee"
@@ -170,14 +171,17 @@ def grown(tmp_path, monkeypatch):
 def test_a_new_picture_moves_at_most_one_other(tmp_path, monkeypatch):
     held_out = grown(tmp_path, monkeypatch)
     assert len(held_out[-1]) == 5
-    moved = [len((before ^ after) - {f"{16 + i:03d}.png"}) for i, (before, after) in enumerate(itertools.pairwise(held_out))]
+    moved = [
+        len((before ^ after) - {f"{16 + i:03d}.png"}) for i, (before, after) in enumerate(itertools.pairwise(held_out))
+    ]
     assert max(moved) <= 1
 
 
-@pytest.mark.xfail(strict=True, reason="held out is the n smallest hashes, so a new picture pushes another over the border")
 def test_a_new_picture_moves_no_other(tmp_path, monkeypatch):
     held_out = grown(tmp_path, monkeypatch)
-    assert all((before ^ after) <= {f"{16 + i:03d}.png"} for i, (before, after) in enumerate(itertools.pairwise(held_out)))
+    assert all(
+        (before ^ after) <= {f"{16 + i:03d}.png"} for i, (before, after) in enumerate(itertools.pairwise(held_out))
+    )
 
 
 @pytest.fixture
@@ -188,7 +192,10 @@ def damaged(pictures):
     (pictures / "half.jpg").write_bytes(jpeg[: len(jpeg) // 2])
     (pictures / "noise.png").write_bytes(np.random.default_rng(0).bytes(300))
     (pictures / "empty.png").write_bytes(b"")
-    return [folder.Record(pictures / name, "x") for name in ("a.jpg", "gone.png", "b.png", "half.jpg", "noise.png", "empty.png")]
+    return [
+        folder.Record(pictures / name, "x")
+        for name in ("a.jpg", "gone.png", "b.png", "half.jpg", "noise.png", "empty.png")
+    ]
 
 
 def test_every_unusable_picture_is_named(damaged):
@@ -279,7 +286,9 @@ def test_a_picture_of_the_right_size_is_untouched(tmp_path):
 def test_datasets_by_source(tmp_path):
     training, held_out = load_datasets(CONFIG.model_copy(update={"path": captioned(tmp_path / "pets", 8)}))
     assert (training.name, len(training), held_out.name, len(held_out)) == ("pets", 7, "pets-held-out", 1)
-    with pytest.raises(ConfigError, match=r"data.source 'foldr' does not exist; choose from folder.*Did you mean 'folder'"):
+    with pytest.raises(
+        ConfigError, match=r"data.source 'foldr' does not exist; choose from folder.*Did you mean 'folder'"
+    ):
         load_datasets(CONFIG.model_copy(update={"source": "foldr"}))
 
 
@@ -288,7 +297,11 @@ def test_every_epoch_is_a_permutation_without_its_remainder(num_samples, batch_s
     per_epoch = num_samples // batch_size
     epochs = []
     for epoch in range(4):
-        ids = [i for step in range(per_epoch) for i in loader.sample_ids(0, epoch * per_epoch + step, batch_size, num_samples)]
+        ids = [
+            i
+            for step in range(per_epoch)
+            for i in loader.sample_ids(0, epoch * per_epoch + step, batch_size, num_samples)
+        ]
         assert len(ids) == len(set(ids)) == per_epoch * batch_size
         assert set(ids) <= set(range(num_samples))
         epochs.append(tuple(ids))
@@ -335,7 +348,8 @@ def test_shapes_are_drawn_once(shapes_config, tmp_path, monkeypatch):
 
 def test_data_seed_and_scenes_have_folders_of_their_own(shapes_config):
     first, other_seed, other_scenes = (
-        shapes_source.load(shapes_config.model_copy(update=change))[0] for change in ({}, {"seed": 1}, {"scenes": ("base",)})
+        shapes_source.load(shapes_config.model_copy(update=change))[0]
+        for change in ({}, {"seed": 1}, {"scenes": ("base",)})
     )
     assert len({record.path.parent for records in (first, other_seed, other_scenes) for record in records}) == 3
     assert [r.scene for r in first] != [r.scene for r in other_seed]
@@ -385,7 +399,10 @@ def test_the_cache_folder_follows_the_environment(monkeypatch, tmp_path):
 
 
 def encoded(with_text):
-    text = {"encoder_hidden_states": torch.tensor([0.0, 10.0, 20.0]).view(3, 1, 1), "pooled": torch.tensor([[0.0], [1.0], [2.0]])}
+    text = {
+        "encoder_hidden_states": torch.tensor([0.0, 10.0, 20.0]).view(3, 1, 1),
+        "pooled": torch.tensor([[0.0], [1.0], [2.0]]),
+    }
     return EncodedDataset(
         captions=["a bee", "an ant", "a bee"],
         latents=torch.arange(3.0).view(3, 1, 1, 1).expand(3, 4, 2, 2),

@@ -15,24 +15,22 @@ from t2ilib.training.loop import train
 
 PROMPT = "a large upright red heart at the center on a white background"
 
-DIFFUSERS_ALONE = (
-    """
+DIFFUSERS_ALONE = f"""
 import sys, torch, numpy as np
 from diffusers import StableDiffusionXLPipeline
 model, adapter, seed, out = sys.argv[1:]
 pipeline = StableDiffusionXLPipeline.from_pretrained(model, torch_dtype=torch.float32, use_safetensors=True)
 pipeline.load_lora_weights(adapter)
 generator = torch.Generator("cpu").manual_seed(int(seed))
-picture = pipeline([%r], generator=[generator], num_inference_steps=4, guidance_scale=2.0).images[0]
+picture = pipeline(["{PROMPT}"], generator=[generator], num_inference_steps=4, guidance_scale=2.0).images[0]
 np.save(out, np.asarray(picture))
 assert "t2ilib" not in sys.modules
 """
-    % PROMPT
-)
 
 
 @pytest.fixture(scope="module", params=["lora", "dora"])
 def trained(request, tmp_path_factory):
+    text = "many" if request.param == "lora" else None  # diffusers' loader loses DoRA's magnitudes on text encoders
     folder = tmp_path_factory.mktemp(request.param)
     run = build_run(
         {
@@ -95,7 +93,5 @@ def test_generate_command_with_adapter_checkpoint_and_scale(trained, tmp_path: P
     assert abs(adapted - ours).max() <= 1
     assert abs(generate("--adapter", str(run.output), "--checkpoint", "8") - ours).max() <= 1
     base = generate()
-    assert abs(generate("--adapter", str(run.output), "--scale", "0") - base).max() <= (
-        1 if run.adapter.kind == "lora" else 255
-    )
+    assert abs(generate("--adapter", str(run.output), "--scale", "0") - base).max() == 0
     assert abs(adapted - base).max() > 8

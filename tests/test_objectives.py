@@ -11,7 +11,9 @@ TIMESTEPS = torch.tensor([0, 3, 250, 700, 999])
 
 
 def scheduler(prediction="epsilon", **extra):
-    return DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=prediction, **extra)
+    return DDPMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", prediction_type=prediction, **extra
+    )
 
 
 @pytest.fixture
@@ -73,7 +75,9 @@ def test_a_samples_loss_does_not_depend_on_its_batch(drawn):
         return noisy * 0.3
 
     together = objective(denoiser, {"latents": latents}, noise, TIMESTEPS)
-    alone = [objective(denoiser, {"latents": latents[i : i + 1]}, noise[i : i + 1], TIMESTEPS[i : i + 1]) for i in range(5)]
+    alone = [
+        objective(denoiser, {"latents": latents[i : i + 1]}, noise[i : i + 1], TIMESTEPS[i : i + 1]) for i in range(5)
+    ]
     assert torch.allclose(together, torch.cat(alone), rtol=1e-6)
     expected = (noise - 0.3 * scheduler().add_noise(latents, noise, TIMESTEPS)).flatten(1).square().mean(1)
     weights = min_snr_weights(scheduler().alphas_cumprod, "epsilon", 5.0)[TIMESTEPS]
@@ -86,7 +90,11 @@ def test_min_snr_weights_are_those_of_hang_et_al(gamma):
     schedule = scheduler()
     snr = compute_snr(schedule, torch.arange(1000))  # diffusers' own
     clipped = torch.minimum(snr, torch.full_like(snr, gamma))
-    for prediction, expected in (("epsilon", clipped / snr), ("v_prediction", clipped / (snr + 1)), ("sample", clipped)):
+    for prediction, expected in (
+        ("epsilon", clipped / snr),
+        ("v_prediction", clipped / (snr + 1)),
+        ("sample", clipped),
+    ):
         weights = min_snr_weights(schedule.alphas_cumprod, prediction, gamma)
         assert weights.shape == (1000,)
         assert torch.allclose(weights, expected, rtol=1e-4), prediction

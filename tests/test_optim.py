@@ -16,7 +16,11 @@ def modules():
 def test_text_encoders_have_a_learning_rate_of_their_own():
     config = OptimizerConfig(learning_rate=1e-3, text_encoder_learning_rate=1e-5)
     groups = parameter_groups(modules(), config)
-    assert [(group["name"], group["lr"]) for group in groups] == [("unet", 1e-3), ("text_encoder", 1e-5), ("text_encoder_2", 1e-5)]
+    assert [(group["name"], group["lr"]) for group in groups] == [
+        ("unet", 1e-3),
+        ("text_encoder", 1e-5),
+        ("text_encoder_2", 1e-5),
+    ]
     assert [group["lr"] for group in parameter_groups(modules(), OptimizerConfig(learning_rate=0.5))] == [0.5] * 3
     optimizer = build_optimizer(groups, config)
     assert [group["lr"] for group in optimizer.param_groups] == [1e-3, 1e-5, 1e-5]
@@ -48,7 +52,9 @@ def test_the_first_adamw_step_is_the_closed_form():
 
 
 def rates(schedule, warmup, steps, rate=2.0):
-    config = OptimizerConfig(learning_rate=rate, text_encoder_learning_rate=rate / 4, schedule=schedule, warmup_steps=warmup)
+    config = OptimizerConfig(
+        learning_rate=rate, text_encoder_learning_rate=rate / 4, schedule=schedule, warmup_steps=warmup
+    )
     optimizer = build_optimizer(parameter_groups(modules(), config), config)
     scheduler = build_schedule(optimizer, config, steps)
     used = []
@@ -87,7 +93,9 @@ def test_cosine_and_linear_end_at_zero(warmup):
 
 
 def test_a_wrong_name_answers_with_the_right_ones():
-    with pytest.raises(ConfigError, match=r"'adamw8' does not exist; choose from adamw, adamw8bit, prodigy\. Did you mean 'adamw"):
+    with pytest.raises(
+        ConfigError, match=r"'adamw8' does not exist; choose from adamw, adamw8bit, prodigy\. Did you mean 'adamw"
+    ):
         build_optimizer([], OptimizerConfig(name="adamw8"))
 
 

@@ -89,7 +89,11 @@ def test_a_sampling_pass_changes_neither_gradients_nor_weights(net):
     inject_adapter_in_model(LoraConfig(r=4, target_modules=["first", "free", "last"], init_lora_weights=False), net)
     x = torch.randn(8, 128)
     layers = [net.first.base_layer, net.free.base_layer, net.last.base_layer]
-    before, weights, codes = adapted_gradients(net, x), [dequantized(layer) for layer in layers], [layer.weight.clone() for layer in layers]
+    before, weights, codes = (
+        adapted_gradients(net, x),
+        [dequantized(layer) for layer in layers],
+        [layer.weight.clone() for layer in layers],
+    )
     assert all(bool(gradient.any()) for gradient in before.values())
     net.eval()
     with torch.no_grad():
@@ -108,7 +112,9 @@ def test_gradients_are_those_of_the_dequantized_weights(net):
     """The same net in float32 with the restored weights is the independent answer, also to the input."""
     quantize_nf4(net, torch.float32)
     plain = Net().requires_grad_(False).eval()
-    plain.load_state_dict({k: v for k, v in net.state_dict().items() if k in plain.state_dict() and "weight" not in k}, strict=False)
+    plain.load_state_dict(
+        {k: v for k, v in net.state_dict().items() if k in plain.state_dict() and "weight" not in k}, strict=False
+    )
     plain.norm.weight.copy_(net.norm.weight)
     for name in ("first", "free", "last"):
         getattr(plain, name).weight.data.copy_(dequantized(getattr(net, name)))
@@ -177,7 +183,9 @@ def test_buffers_count():
 
 @pytest.mark.parametrize("model", [nn.Sequential(nn.Conv2d(3, 64, 3)), nn.Sequential(nn.Linear(100, 64))])
 def test_nothing_to_quantize_is_an_error(model):
-    with pytest.raises(ValueError, match=r"Sequential has no linear layer that NF4 can hold: set model\.quantization to none"):
+    with pytest.raises(
+        ValueError, match=r"Sequential has no linear layer that NF4 can hold: set model\.quantization to none"
+    ):
         quantize_nf4(model, torch.float32)
     assert not getattr(model, "is_loaded_in_4bit", False)
 

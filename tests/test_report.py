@@ -25,7 +25,11 @@ from t2ilib.report import (
     write_markdown,
 )
 
-PROMPTS = ["a small red striped circle at the top left on a white background", "a large blue heart", "a blueprint of a cross"]
+PROMPTS = [
+    "a small red striped circle at the top left on a white background",
+    "a large blue heart",
+    "a blueprint of a cross",
+]
 # learned, kept, held-out loss, trainable parameters: far enough apart that eight seeds tell them from noise of 0.01
 TRUTH = {
     "base": (0.10, 0.90, None, None),
@@ -39,7 +43,11 @@ def write_run(folder, variant, seed, truth):
     """Seed noise is shared by all variants, with alternating +-0.004 on top that leaves qlora equal to lora on average."""
     learned, kept, loss, parameters_trained = truth
     shared, own = 0.01 * math.sin(seed), 0.004 * (-1) ** seed * (variant == "qlora")
-    metrics = {"concept/learned": learned + shared + own, "base_kept/all": kept + shared + own, "peak_process_mib": 900.0 + seed}
+    metrics = {
+        "concept/learned": learned + shared + own,
+        "base_kept/all": kept + shared + own,
+        "peak_process_mib": 900.0 + seed,
+    }
     path = folder / variant / f"seed{seed}"
     (path / "pictures").mkdir(parents=True)
     if loss is not None:
@@ -249,7 +257,12 @@ def test_labels_of_crowded_points_do_not_overlap(tmp_path):
 
 def test_tables_align_and_escape():
     rows = [{"variant": "a|b", "runs": "3/3"}, {"variant": "longer name", "runs": "–"}]
-    assert format_table(rows).splitlines() == ["variant      runs", "-----------  ----", "a|b           3/3", "longer name     –"]
+    assert format_table(rows).splitlines() == [
+        "variant      runs",
+        "-----------  ----",
+        "a|b           3/3",
+        "longer name     –",
+    ]
     assert "| a\\|b | 3/3 |" in markdown_table(rows)
     assert format_table([]) == "(nothing to show)"
 

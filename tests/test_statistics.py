@@ -28,7 +28,13 @@ def test_mean_interval_is_scipys():
 
 def test_one_value_has_no_interval_and_none_is_an_error():
     interval = mean_interval([3.0])
-    assert (interval.mean, interval.low, interval.high, interval.half_width, interval.count) == (3.0, None, None, None, 1)
+    assert (interval.mean, interval.low, interval.high, interval.half_width, interval.count) == (
+        3.0,
+        None,
+        None,
+        None,
+        1,
+    )
     for wrong in ([], [1.0, float("nan")], [float("inf")]):
         with pytest.raises(ValueError, match="at least one value, all finite"):
             mean_interval(wrong)

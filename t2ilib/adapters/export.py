@@ -1,11 +1,15 @@
 """Adapters as files: diffusers' LoRA layout, with the metadata that keeps alpha, and back again."""
 
+import logging
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 
 from t2ilib.config import AdapterSpec, ConfigError
-from t2ilib.models.components import Components
+from t2ilib.models.components import Components, build_pipeline, quiet_libraries
+
+log = logging.getLogger(__name__)
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
 
@@ -19,6 +23,11 @@ def save_adapter(components: Components, folder: Path, spec: AdapterSpec) -> Pat
     pipeline_class = getattr(diffusers, components.family.pipeline_class)
     adapted = {name: module for name, module in components.modules().items() if getattr(module, "peft_config", None)}
     layers = {f"{name}_lora_layers": contiguous(get_peft_model_state_dict(module)) for name, module in adapted.items()}
+    for module in adapted.values():
+        for config in module.peft_config.values():
+            config.base_model_name_or_path = components.path  # transformers puts the path on this machine there
+    if spec.kind == "dora" and len(adapted) > 1:
+        log.warning("diffusers' own loader loses the DoRA magnitudes of text encoders; t2ilib.load_adapter keeps them")
     folder.mkdir(parents=True, exist_ok=True)
     pipeline_class.save_lora_weights(folder, **layers, **_collate_lora_metadata(adapted))
     return folder / FILE_NAME
@@ -33,8 +42,6 @@ def load_adapter(components: Components, path: Path, name: str = "default") -> N
 
     Raises ConfigError where there is no adapter file, or its layers are not this model's.
     """
-    from t2ilib.models.components import build_pipeline
-
     path = Path(path)
     candidates = [path, path / FILE_NAME, path / "adapter" / FILE_NAME]
     file = next((candidate for candidate in candidates if candidate.is_file()), None)
@@ -43,9 +50,30 @@ def load_adapter(components: Components, path: Path, name: str = "default") -> N
             f"no adapter at {path}: give a .safetensors file, or a folder that holds {FILE_NAME} or adapter/{FILE_NAME}"
         )
     try:
-        build_pipeline(components).load_lora_weights(file.parent, weight_name=file.name, adapter_name=name)
+        with quiet_libraries():
+            build_pipeline(components).load_lora_weights(file.parent, weight_name=file.name, adapter_name=name)
     except (RuntimeError, ValueError, KeyError) as error:
         raise ConfigError(f"{file} does not fit {components.path}: {error}") from error
+    put_weights(components, file, name)
+
+
+def put_weights(components: Components, file: Path, name: str) -> None:
+    """Sets every weight of the file once more, through peft: transformers' loader loses the DoRA magnitudes of text encoders.
+
+    Raises ConfigError for weights in the file that found no place. The adapter is frozen afterwards.
+    """
+    from peft import set_peft_model_state_dict
+
+    weights = load_file(file)
+    for component, module in components.modules().items():
+        own = {k.removeprefix(f"{component}."): v for k, v in weights.items() if k.startswith(f"{component}.")}
+        if own:
+            left = set_peft_model_state_dict(module, own, adapter_name=name)
+            if left is not None and left.unexpected_keys:
+                raise ConfigError(
+                    f"{file} has weights that {components.path} has no place for: {', '.join(left.unexpected_keys[:4])}"
+                )
+        module.requires_grad_(False)
 
 
 def load_checkpoint_adapter(components: Components, folder: Path, step: int) -> None:
@@ -74,11 +102,13 @@ def load_checkpoint_adapter(components: Components, folder: Path, step: int) -> 
 
 
 def scale_adapter(components: Components, scale: float) -> None:
-    """Sets how strongly every attached adapter acts: 0 is the base, 1 as trained."""
+    """Sets how strongly every attached adapter acts: 1 as trained, 0 switched off (a DoRA of scale 0 would still rescale)."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for module in components.modules().values():
         for layer in module.modules():
             if isinstance(layer, BaseTunerLayer):
+                layer.enable_adapters(scale != 0)
+                layer.requires_grad_(False)
                 for adapter in layer.active_adapters:
                     layer.set_scale(adapter, scale)

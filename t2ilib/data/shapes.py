@@ -204,7 +204,7 @@ def read_geometry(mask: np.ndarray) -> dict[str, str]:
             overlap = np.minimum(mask, template).sum() / np.maximum(mask, template).sum()
             if overlap > best_overlap:
                 best_overlap, best = overlap, (shape, tilt, radius, centroid - offset)
-    if best is None or best_overlap < 0.6:
+    if best is None or best_overlap < 0.6 or not 0.75 * min(SIZES.values()) < best[2] < 1.3 * max(SIZES.values()):
         return dict.fromkeys(("shape", "tilt", "size", "position"), UNREADABLE)
     shape, tilt, radius, center = best
     size = min(SIZES, key=lambda name: abs(np.log(radius / SIZES[name])))

@@ -31,7 +31,11 @@ SHIPPED = {"tiny-sdxl": WEIGHTS / "tiny-sdxl"}
 
 @dataclass
 class Components:
-    """A model in parts. `text_encoders` and `tokenizers` keep the pipeline's names; `path` is a folder or a Hub id."""
+    """A model in parts. `text_encoders` and `tokenizers` keep the pipeline's names; `path` is a folder or a Hub id.
+
+    `zero_empty`: the pipeline conditions its unconditional half on zeros, not on the encoded "" (SDXL's
+    `force_zeros_for_empty_prompt`); a dropped caption must then be zeros in training too.
+    """
 
     family: Family
     path: str
@@ -40,6 +44,7 @@ class Components:
     text_encoders: dict[str, nn.Module]
     tokenizers: dict[str, Any]
     scheduler: Any
+    zero_empty: bool = False
     quantization: dict[str, QuantizationReport] = field(default_factory=dict)
     parked: list[nn.Module] = field(default_factory=list)
 
@@ -67,8 +72,12 @@ class Components:
             module.to("cpu")
 
     def encode_text(self, captions: list[str]) -> dict[str, torch.Tensor]:
-        """What the UNet is conditioned on (see `families`), without time ids."""
-        return self.family.encode_text(self, captions)
+        """What the UNet is conditioned on (see `families`), without time ids; an empty caption as the pipeline has it."""
+        encoded = self.family.encode_text(self, captions)
+        if self.zero_empty and "" in captions:
+            kept = torch.tensor([float(caption != "") for caption in captions])
+            encoded = {name: x * kept.to(x).view(-1, *[1] * (x.ndim - 1)) for name, x in encoded.items()}
+        return encoded
 
 
 def choose_device() -> torch.device:
@@ -154,6 +163,7 @@ def load_base(config: ModelConfig, device: torch.device | None = None) -> Compon
             (n := name.replace("text_encoder", "tokenizer")): getattr(pipeline, n) for name in family.text_encoders
         },
         scheduler=pipeline.scheduler,
+        zero_empty=bool(pipeline.config.get("force_zeros_for_empty_prompt", False)),
     )
     for name, module in (*components.modules().items(), ("vae", components.vae)):
         module.requires_grad_(False).eval()
@@ -178,30 +188,36 @@ def quiet_libraries() -> Iterator[None]:
     import transformers
 
     libraries = (diffusers.utils.logging, transformers.utils.logging)
-    levels = [library.get_verbosity() for library in libraries]
+    before = [(library, library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
     for library in libraries:
         library.set_verbosity_error()
         library.disable_progress_bar()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-    for library, level in zip(libraries, levels, strict=True):
-        library.set_verbosity(level)
-        library.enable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for library, level, bars in before:
+            library.set_verbosity(level)
+            if bars:
+                library.enable_progress_bar()
 
 
 def build_pipeline(components: Components):
     """The diffusers pipeline of these parts, attached adapters included; without safety checker, progress bar off."""
     import diffusers
 
-    extra = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    options = {
+        "sd15": {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
+        "sdxl": {"force_zeros_for_empty_prompt": components.zero_empty, "add_watermarker": False},
+    }[components.family.name]
     pipeline = getattr(diffusers, components.family.pipeline_class)(
         vae=components.vae,
         unet=components.unet,
         scheduler=components.scheduler,
         **components.text_encoders,
         **components.tokenizers,
-        **(extra if components.family.name == "sd15" else {"add_watermarker": False}),
+        **options,
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

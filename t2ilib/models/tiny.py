@@ -61,7 +61,7 @@ def build(folder: Path, seed: int = 0) -> None:
         scheduler=build_scheduler(),
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
-        force_zeros_for_empty_prompt=False,
+        force_zeros_for_empty_prompt=True,
         add_watermarker=False,
         **text,
     )

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -40,8 +41,9 @@ class Checkpoint:
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """Commits `checkpoint` as `folder/step-NNNNNN` and keeps the newest `keep`. Raises OSError with the folder still intact."""
     folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob(".saving-*"):
-        shutil.rmtree(leftover)
+    for leftover in (*folder.glob(".saving-*"), *folder.glob("step-*")):
+        if not (leftover / MANIFEST).exists() or leftover.name.startswith("."):
+            shutil.rmtree(leftover)
     draft = folder / f".saving-{checkpoint.step:06d}-{os.getpid()}"
     draft.mkdir()
     try:
@@ -56,13 +58,17 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         for path in (*draft.iterdir(), draft):
             sync(path)
         target = folder / f"step-{checkpoint.step:06d}"
-        if target.exists():
-            shutil.rmtree(target)
+        if target.exists():  # the same step again: the old one stays readable until the new one is complete
+            target.rename(folder / f".saving-replaced-{os.getpid()}")
         draft.rename(target)
         sync(folder)
-    except OSError:
+    except SafetensorError as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        raise OSError(f"a checkpoint could not be written to {folder}: {error}") from error
+    except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
+    shutil.rmtree(folder / f".saving-replaced-{os.getpid()}", ignore_errors=True)
     for old in list_checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
     return target
@@ -70,7 +76,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Committed checkpoints, oldest first."""
-    return sorted(path for path in folder.glob("step-*") if (path / MANIFEST).exists())
+    found = [path for path in folder.glob("step-*") if (path / MANIFEST).exists()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -79,6 +86,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
         sums = json.loads((path / MANIFEST).read_text())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} is not a committed checkpoint: {error}") from None
+    if "meta.json" not in sums:
+        raise CheckpointError(
+            f"{path / MANIFEST} does not list meta.json: delete {path} to go on from an older checkpoint"
+        )
     for name, expected in sums.items():
         if not (path / name).exists() or file_digest(path / name) != expected:
             raise CheckpointError(

@@ -299,6 +299,7 @@ class TrainState:
         last = list_checkpoints(self.folder)[-1:]
         kept = [
             (output / "run.yaml", None),
+            (output / "held_out_by_picture.json", None),
             (output / "adapter", "adapter"),
             *((path, f"checkpoints/{path.name}") for path in last),
         ]

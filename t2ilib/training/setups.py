@@ -3,6 +3,7 @@
 Here: adapters, the whole UNet, and nothing (the base model measured as it is). `pretraining` adds the VAE and CLIP.
 """
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -91,12 +92,9 @@ def setup_diffusion(
             result = held_out_loss(
                 denoiser, plain, encoded_held_out, num_timesteps, run.evaluation.validation_timesteps, device
             )
-        (run.output / "held_out_by_picture.json").write_text(
-            "\n".join(
-                f"{record.path.name}\t{loss:.6f}"
-                for record, loss in zip(held_out.records, result.by_picture(), strict=True)
-            )
-        )
+        names = [record.path.name for record in held_out.records]
+        by_picture = dict(zip(names, result.by_picture(), strict=True))
+        (run.output / "held_out_by_picture.json").write_text(json.dumps(by_picture, indent=1))
         return result.metrics()
 
     def save(folder: Path) -> None:

@@ -26,16 +26,17 @@ class Record:
 
 
 def load(config: DataConfig) -> tuple[list[Record], list[Record]]:
-    """Training and held-out records of `config.path`; held out by name, so adding a picture moves no other."""
+    """Training and held-out records of `config.path`; held out by their names' hashes, so adding a picture moves no
+    other (unless the share holds out none, and the one with the smallest hash stands in)."""
     if config.path is None:
         raise ConfigError("data.path is missing: give the folder with your pictures and captions")
     records = read_folder(Path(config.path), config)
     if config.validation_path is not None:
         return records, read_folder(Path(config.validation_path), config)
-    ranked = sorted(records, key=lambda record: seed_for(0, "held out", record.path.name))
-    held_out = (
-        set(ranked[: max(1, round(len(records) * config.validation_share))]) if config.validation_share else set()
-    )
+    place = {record: seed_for(0, "held out", record.path.name) / 2**63 for record in records}
+    held_out = {record for record in records if place[record] < config.validation_share}
+    if config.validation_share and not held_out:
+        held_out = {min(records, key=place.__getitem__)}
     training = [record for record in records if record not in held_out]
     if not training:
         raise ConfigError(
@@ -67,14 +68,14 @@ def read_folder(folder: Path, config: DataConfig) -> list[Record]:
 def read_rows(folder: Path, config: DataConfig) -> list[dict[str, Any]]:
     if (folder / "metadata.jsonl").exists():
         source, rows = folder / "metadata.jsonl", []
-        for number, line in enumerate(source.read_text().splitlines(), 1):
+        for number, line in enumerate(source.read_text(encoding="utf-8-sig").split("\n"), 1):
             try:
                 rows += [json.loads(line)] if line.strip() else []
             except json.JSONDecodeError as error:
                 raise ConfigError(f"{source}, line {number} is not JSON: {error}") from None
     elif (folder / "metadata.csv").exists():
         source = folder / "metadata.csv"
-        with source.open(newline="") as lines:
+        with source.open(newline="", encoding="utf-8-sig") as lines:
             rows = list(csv.DictReader(lines))
     else:
         source = folder
@@ -86,15 +87,20 @@ def read_rows(folder: Path, config: DataConfig) -> list[dict[str, Any]]:
                 f" caption beside them, the first is {bare[0]}"
             )
         rows = [
-            {config.image_column: p.name, config.caption_column: p.with_suffix(".txt").read_text()} for p in pictures
+            {config.image_column: p.name, config.caption_column: p.with_suffix(".txt").read_text(encoding="utf-8-sig")}
+            for p in pictures
         ]
     if not rows:
         raise ConfigError(f"{source} lists no picture")
     for number, row in enumerate(rows, 1):
+        if isinstance(row, dict) and None in row:
+            raise ConfigError(
+                f"{source}, row {number} has more fields than the header: put captions with commas in quotes"
+            )
         for column in (config.image_column, config.caption_column):
-            if not isinstance(row, dict) or row.get(column) is None:
-                found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+            if not isinstance(row, dict) or not isinstance(row.get(column), str):
+                found = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
                 raise ConfigError(
-                    f"{source}, row {number} has no {column!r} (it has {found}): set data.image_column and data.caption_column"
+                    f"{source}, row {number} has no text in {column!r} (it has {found}): set data.image_column and data.caption_column"
                 )
     return rows
