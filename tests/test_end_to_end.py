@@ -40,7 +40,7 @@ def trained(request, tmp_path_factory):
                 "rank": 4,
                 "alpha": 12.0,
                 "targets": "many",
-                "text_encoder_targets": "many",
+                "text_encoder_targets": text,
             },
             "data": {"source": "shapes", "scenes": ["heart"], "num_pictures": 16},
             "optimizer": {"learning_rate": 5e-3},

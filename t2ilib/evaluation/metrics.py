@@ -8,6 +8,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 from torch.nn import functional as F
@@ -64,19 +65,21 @@ def checked_scenes(run: RunConfig) -> dict[str, list[shapes.Scene]]:
 
 
 def checked(group: str, scenes: Sequence[shapes.Scene], pictures: Sequence[Image.Image]) -> dict[str, float]:
-    """Accuracies in [0, 1] by attribute and of all together; for concepts also the share in which the concept itself is there."""
+    """Accuracies in [0, 1] by attribute and of all together; for concepts also the share of pictures with the concept asked for,
+    and as `chance` the share when every picture is held against every prompt."""
     result = shapes.check(scenes, pictures)
-    found = {f"{group}/{name}": value for name, value in result.accuracy.items()} | {
-        f"{group}/all": result.all_attributes
-    }
+    found = {f"{group}/{name}": value for name, value in result.accuracy.items()}
+    found |= {f"{group}/all": result.all_attributes}
     if group == "concept":
-        learned = {name: [] for name in shapes.CONCEPTS}
-        for scene, picture in zip(scenes, pictures, strict=True):
-            reading = shapes.read(picture)
-            for name in scene.concepts:
-                learned[name].append(name in reading.values())
-        found |= {f"concept/{name}": sum(seen) / len(seen) for name, seen in learned.items() if seen}
-        found["concept/learned"] = sum(map(sum, learned.values())) / len(scenes)
+        shown = [set(shapes.read(picture).values()) for picture in pictures]
+        asked = [scene.concepts[0] for scene in scenes]
+        right = [concept in seen for concept, seen in zip(asked, shown, strict=True)]
+        for name in dict.fromkeys(asked):
+            found[f"concept/{name}"] = float(
+                np.mean([hit for hit, concept in zip(right, asked, strict=True) if concept == name])
+            )
+        found["concept/learned"] = float(np.mean(right))
+        found["concept/chance"] = float(np.mean([[concept in seen for seen in shown] for concept in asked]))
     return found
 
 
@@ -96,8 +99,6 @@ def load_clip(run: RunConfig, components: Components):
 @torch.no_grad()
 def clip_score(model, tokenizer, pictures: Sequence[Image.Image], texts: Sequence[str]) -> float:
     """Mean of 100 max(cos(image, text), 0) (CLIPScore without its factor of 2.5, arXiv 2104.08718)."""
-    import numpy as np
-
     size = model.config.vision_config.image_size
     resized = [picture.convert("RGB").resize((size, size), Image.Resampling.BICUBIC) for picture in pictures]
     pixels = (
