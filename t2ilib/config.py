@@ -80,6 +80,8 @@ class DataConfig(Section):
     image_column: str = "file_name"
     caption_column: str = "text"
     resolution: Annotated[int, Field(ge=8, multiple_of=8)] = 64
+    crop: Annotated[int, Field(ge=8, multiple_of=8)] | None = None
+    """For training an autoencoder: the side of random crops; None trains on whole pictures."""
     on_error: Literal["stop", "skip"] = "stop"
     """What a missing or corrupt picture does: stop the run, or be rejected, counted and logged."""
     num_pictures: Positive = 48

@@ -19,7 +19,7 @@ from t2ilib.training.pretraining import reconstruct
 
 GUIDANCE = (1.5, 2.0, 3.0, 4.0)
 NUM_TEST, NUM_CHOOSING = 256, 96
-STAGES = ("vae", "clip", "unet")
+STAGES = ("vae", "vae-whole", "clip", "unet")
 
 
 def accuracy(components: Components, split: str, count: int, guidance: float) -> shapes.CheckResult:

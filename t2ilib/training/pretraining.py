@@ -1,7 +1,8 @@
 """The two other parts of a latent diffusion model, as setups of the same loop: the autoencoder and a contrastive CLIP.
 
-The autoencoder learns on random crops: at a quarter of the pixels a step costs a quarter, and edges are what it has to
-learn, so of a few candidate crops the busiest is taken and pixels near edges weigh more. Leaves out: perceptual and
+The autoencoder can learn on random crops: at a quarter of the pixels a step costs a quarter, and edges are what it has to
+learn, so of a few candidate crops the busiest is taken and pixels near edges weigh more. A few steps on whole pictures
+must follow, because the statistics that its group norms see on crops are not those of whole pictures. Leaves out: perceptual and
 adversarial losses, which need networks that know the pictures already.
 """
 
@@ -24,7 +25,6 @@ from t2ilib.models.tiny import save_clip
 from t2ilib.seeds import generator_for
 from t2ilib.training.setups import Setup
 
-CROP = 32
 EDGE_WEIGHT = 4.0
 KL_WEIGHT = 1e-6
 
@@ -47,12 +47,14 @@ def edge_weights(pixels: Tensor) -> Tensor:
     return 1 + EDGE_WEIGHT * contrast.amax(1, keepdim=True).clamp(max=1)
 
 
-def busiest_crop(pixels: Tensor, seed: int, step: int, sample: int) -> Tensor:
-    """Of four random CROP x CROP windows of one picture (3, H, W), the one with the largest variance."""
+def busiest_crop(pixels: Tensor, size: int, seed: int, step: int, sample: int) -> Tensor:
+    """Of four random windows (3, size, size) of one picture (3, H, W), the one with the largest variance."""
+    limit = pixels.shape[-1] - size + 1
+    if limit == 1:
+        return pixels.float()
     generator = generator_for(seed, "crop", step, sample)
-    limit = pixels.shape[-1] - CROP + 1
     crops = [
-        pixels[:, y : y + CROP, x : x + CROP].float()
+        pixels[:, y : y + size, x : x + size].float()
         for y, x in torch.randint(limit, (4, 2), generator=generator).tolist()
     ]
     return max(crops, key=lambda crop: float(crop.var()))
@@ -61,14 +63,15 @@ def busiest_crop(pixels: Tensor, seed: int, step: int, sample: int) -> Tensor:
 def setup_vae(
     run: RunConfig, components: Components, training: Dataset, held_out: Dataset, accelerator: Accelerator
 ) -> Setup:
-    """The autoencoder on crops: L1 and squared error weighted towards edges, plus a small KL term."""
+    """The autoencoder, on crops or whole pictures: L1 and squared error weighted towards edges, plus a small KL term."""
     vae, device = components.vae.requires_grad_(True), accelerator.device
     pixels, held_out_pixels = load_pixels(training, run.data.resolution), load_pixels(held_out, run.data.resolution)
+    size = run.data.crop or run.data.resolution
     model = Reconstruction(vae)
 
     def losses(model: nn.Module, ids: list[int], step: int) -> Tensor:
-        crops = torch.stack([busiest_crop(pixels[i], run.seed, step, i) for i in ids]).to(device) / 127.5 - 1
-        shape = (vae.config.latent_channels, CROP // 8, CROP // 8)
+        crops = torch.stack([busiest_crop(pixels[i], size, run.seed, step, i) for i in ids]).to(device) / 127.5 - 1
+        shape = (vae.config.latent_channels, size // 8, size // 8)
         noise = torch.stack(
             [torch.randn(shape, generator=generator_for(run.seed, "latent noise", step, i)) for i in ids]
         )

@@ -1,0 +1,105 @@
+"""The shipped tiny SDXL: it is a real SDXL to diffusers, small, quantizable, and draws what it is asked."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from t2ilib.config import EvaluationConfig, ModelConfig
+from t2ilib.data import shapes
+from t2ilib.evaluation.card import accuracy, reconstruction_accuracy
+from t2ilib.evaluation.metrics import clip_score
+from t2ilib.evaluation.sampling import draw
+from t2ilib.models import tiny
+from t2ilib.models.components import SHIPPED, load_base
+
+FOLDER = SHIPPED["tiny-sdxl"]
+
+
+@pytest.fixture(scope="module")
+def components():
+    return load_base(ModelConfig(base="tiny-sdxl"))
+
+
+def test_is_small_and_has_a_card() -> None:
+    assert sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) <= 16e6
+    card = (FOLDER / "README.md").read_text()
+    for words in ("seconds in steps", "all attributes right in", "chance", "experiments/tiny-sdxl"):
+        assert words in card
+
+
+def test_diffusers_alone_loads_and_draws(tmp_path: Path) -> None:
+    code = (
+        "import sys; from diffusers import StableDiffusionXLPipeline as P;"
+        "p = P.from_pretrained(sys.argv[1], use_safetensors=True);"
+        "p('a small red circle', num_inference_steps=2).images[0].save(sys.argv[2])"
+    )
+    subprocess.run([sys.executable, "-c", code, str(FOLDER), str(tmp_path / "a.png")], check=True, cwd=tmp_path)
+    assert (tmp_path / "a.png").exists()
+
+
+def test_has_the_parts_of_sdxl(components) -> None:
+    unet = components.unet.config
+    assert unet.addition_embed_type == "text_time"
+    assert unet.use_linear_projection
+    assert unet.cross_attention_dim == sum(e.config.hidden_size for e in components.text_encoders.values())
+    assert type(components.text_encoders["text_encoder_2"]).__name__ == "CLIPTextModelWithProjection"
+    assert components.vae.config.latent_channels == 4
+    latents = components.vae.encode(torch.zeros(1, 3, 64, 64)).latent_dist.mode()
+    assert latents.shape == (1, 4, 8, 8)
+
+
+def test_every_linear_layer_is_quantized() -> None:
+    components = load_base(ModelConfig(base="tiny-sdxl", quantization="nf4"))
+    for name, module in components.modules().items():
+        left = [n for n, layer in module.named_modules() if type(layer) is nn.Linear]
+        assert left == [], f"{name} keeps {left}"
+
+
+def test_captions_fit_the_tokenizer_word_by_word(components) -> None:
+    tokenizer = components.tokenizers["tokenizer"]
+    for scene in shapes.mixed_scenes(300, "train", 0, ("base", *shapes.CONCEPTS)):
+        for phrasing in range(4):
+            text = shapes.caption(scene, phrasing)
+            pieces = tokenizer.tokenize(text)
+            assert len(pieces) + 2 <= tiny.MAX_TOKENS
+            assert len(pieces) == len(text.replace(",", " ,").replace(":", " :").split()), text
+    assert tokenizer.unk_token_id not in tokenizer("zebra über 7", add_special_tokens=False).input_ids
+
+
+def test_draws_what_it_is_asked(components) -> None:
+    """On test prompts, none of whose combinations was trained on. The card has the figures for 256 pictures."""
+    result = accuracy(components, "test", 64, 2.0)
+    assert result.all_attributes >= 0.7
+    for name, share in result.accuracy.items():
+        assert share >= 0.9, name
+        assert name in ("fill", "style") or share > 2 * result.chance[name], name
+
+
+def test_autoencoder_keeps_the_attributes(components) -> None:
+    assert reconstruction_accuracy(components, ("base",)) >= 0.97
+
+
+def test_has_not_seen_the_concepts(components) -> None:
+    for concept in shapes.CONCEPTS:
+        scenes = shapes.mixed_scenes(12, "test", 0, [concept])
+        pictures = draw(components, [shapes.caption(scene) for scene in scenes], EvaluationConfig(guidance_scale=2.0))
+        assert np.mean([concept in shapes.read(picture).values() for picture in pictures]) < 0.5, concept
+
+
+def test_clip_tells_captions_apart(components) -> None:
+    from transformers import AutoTokenizer, CLIPModel
+
+    clip, tokenizer = CLIPModel.from_pretrained(FOLDER / "clip").float(), AutoTokenizer.from_pretrained(FOLDER / "clip")
+    scenes = shapes.sample_scenes(40, "test", 0)
+    pictures = [shapes.draw(scene, 0) for scene in scenes]
+    texts = [shapes.caption(scene) for scene in scenes]
+    right, wrong = (
+        clip_score(clip, tokenizer, pictures, texts),
+        clip_score(clip, tokenizer, pictures, texts[1:] + texts[:1]),
+    )
+    assert right > wrong + 20
