@@ -3,19 +3,15 @@
     study file -> variants x seeds -> parameters checked against the notebook -> papermill -> results/<study>-<preset>/...
 
 A run that finished is not run again; one that failed or was interrupted resumes from its last checkpoint. A finished
-variant whose parameters were edited since is an error, because its results would silently mean something else. papermill
-itself only warns about unknown parameters and marks the cells of a dead kernel "completed", so names are checked here
-before anything starts, and only exit codes are believed. No torch is imported: models live in the notebooks' kernels.
+variant whose parameters were edited since is an error, because its results would silently mean something else. No torch is
+imported: models live in the notebooks' kernels.
 """
 
-import contextlib
 import hashlib
 import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -24,15 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from t2ilib.config import ConfigError, check_choice, load_yaml
+from t2ilib.notebooks import KERNEL, end_notebook, error_text, execute_notebook, export_html, notebook_parameters
 
-KERNEL = "python3"
-RETRIED = ("Kernel died before replying", "Address already in use", "address already in use")
-"""Kernels that start at the same moment may take the same port; such a start is tried again."""
 PROGRESS = re.compile(r"step (\d+)/(\d+)")
 
 
@@ -110,30 +103,6 @@ def load_study(path: Path) -> Study:
     for name in filter(None, (study.reference, study.base)):
         check_choice(name, study.variants, f"{path}: variant")
     return study
-
-
-def notebook_parameters(path: Path) -> dict[str, str]:
-    """Name -> source of the default, from the notebook's `parameters` cell; raises ConfigError where there is none."""
-    import ast
-
-    if not path.exists():
-        raise ConfigError(f"the notebook {path} does not exist")
-    cells = json.loads(path.read_text())["cells"]
-    tagged = [cell for cell in cells if "parameters" in cell.get("metadata", {}).get("tags", [])]
-    if len(tagged) != 1:
-        raise ConfigError(f"{path} has {len(tagged)} cells tagged `parameters`; it needs exactly one")
-    found = {}
-    for statement in ast.parse("".join(tagged[0]["source"])).body:
-        target = (
-            statement.target
-            if isinstance(statement, ast.AnnAssign)
-            else statement.targets[0]
-            if isinstance(statement, ast.Assign)
-            else None
-        )
-        if isinstance(target, ast.Name) and statement.value is not None:
-            found[target.id] = ast.unparse(statement.value)
-    return found
 
 
 def check_parameters(study: Study, notebook: Path) -> None:
@@ -266,6 +235,18 @@ def parent_run(client, experiment: str, study: Study, preset: str, folder: Path)
     return run.info.run_id
 
 
+class Follower:
+    """Passes on a notebook's progress lines, at most one in ten seconds."""
+
+    def __init__(self, say: Callable[[str], None]):
+        self.say, self.shown = say, 0.0
+
+    def __call__(self, line: str) -> None:
+        if PROGRESS.search(line) and time.monotonic() - self.shown > 10:
+            self.shown = time.monotonic()
+            self.say(line.strip())
+
+
 class Executor:
     """Runs notebooks side by side, one process each, and tells how far they are."""
 
@@ -295,8 +276,8 @@ class Executor:
     def stop(self, number: int, frame) -> None:
         self.say("stopping: running notebooks commit a checkpoint; the same command goes on from there")
         self.stopping = number
-        for process in list(self.processes.values()):
-            end_notebook(process.pid)
+        for pid in list(self.processes.values()):
+            end_notebook(pid)
 
     def execute(self, run: Run) -> None:
         if self.stopping:
@@ -315,11 +296,16 @@ class Executor:
         values = run.parameters | {name: value for name, value in tracked.items() if name in declared}
         (run.folder / "parameters.yaml").write_text(yaml.safe_dump(values))
         begun = time.monotonic()
-        for attempt in range(3):
-            code, output = self.papermill(run, attempt)
-            if not code or not any(text in output for text in RETRIED):
-                break
+        code, output = execute_notebook(
+            self.notebook,
+            run.folder / "notebook.ipynb",
+            run.folder / "parameters.yaml",
+            self.variables(),
+            Follower(lambda line: self.say(f"[{self.position(run)}] {run.label}: {line}")),
+            lambda pid: self.processes.update({run.label: pid}),
+        )
         seconds = time.monotonic() - begun
+        del self.processes[run.label]
         if self.stopping and code:
             return
         with self.lock:
@@ -332,57 +318,16 @@ class Executor:
             (run.folder / "failed.txt").write_text(f"exit code {code}\n{output[-20000:]}")
             self.say(f"[{self.position(run)}] {run.label}: FAILED: {reason}\n    see {run.folder / 'failed.txt'}")
 
-    def papermill(self, run: Run, attempt: int) -> tuple[int, str]:
-        """Executes the notebook; returns the exit code and everything printed. Progress lines are passed on as they come."""
-        time.sleep(attempt * 2)
-        threads = str(max(1, (os.cpu_count() or 1) // self.jobs))
-        environment = os.environ | {
-            "OMP_NUM_THREADS": threads,
+    def variables(self) -> dict[str, str]:
+        """Environment of the kernels: their share of the cores, plain progress, and the study's store."""
+        return {
+            "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.jobs)),
             "T2ILIB_BATCH": "1",
             "MLFLOW_TRACKING_URI": self.uri,
             "PYTHONUNBUFFERED": "1",
             "PYTHONWARNINGS": "ignore",
             "JUPYTER_PLATFORM_DIRS": "1",
-            "MPLBACKEND": "agg",
         }
-        command = [
-            sys.executable,
-            "-m",
-            "papermill",
-            str(self.notebook),
-            str(run.folder / "notebook.ipynb"),
-            "-f",
-            str(run.folder / "parameters.yaml"),
-            "-k",
-            KERNEL,
-            "--cwd",
-            str(self.notebook.parent.absolute()),
-            "--log-output",
-            "--no-progress-bar",
-        ]
-        end_orphan(run.folder / "process.json")
-        process = subprocess.Popen(
-            command,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
-        (run.folder / "process.json").write_text(
-            json.dumps({"pid": process.pid, "created": psutil.Process(process.pid).create_time()})
-        )
-        self.processes[run.label] = process
-        lines, shown = [], 0.0
-        for line in process.stdout:
-            lines.append(line)
-            if PROGRESS.search(line) and time.monotonic() - shown > 10:
-                shown = time.monotonic()
-                self.say(f"[{self.position(run)}] {run.label}: {line.strip()}")
-        code = process.wait()
-        del self.processes[run.label]
-        (run.folder / "process.json").unlink()
-        return code, "".join(lines)
 
     def position(self, run: Run) -> str:
         return f"{self.runs.index(run) + 1}/{len(self.runs)}"
@@ -415,52 +360,6 @@ class Executor:
         draft = run.folder / "result.json.part"
         draft.write_text(json.dumps(result, indent=1))
         draft.rename(run.folder / "result.json")
-
-
-def end_notebook(pid: int) -> None:
-    """Asks the kernels under a papermill process to stop: they are in sessions of their own, so no group signal reaches them."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        for kernel in psutil.Process(pid).children(recursive=True):
-            kernel.send_signal(signal.SIGTERM)
-
-
-def end_orphan(note: Path) -> None:
-    """Ends the notebook that a killed study left running in this folder, so that two never write there at once."""
-    if not note.exists():
-        return
-    known = json.loads(note.read_text())
-    with contextlib.suppress(psutil.NoSuchProcess):
-        process = psutil.Process(known["pid"])
-        if process.create_time() == known["created"]:
-            family = [*process.children(recursive=True), process]
-            end_notebook(process.pid)
-            process.terminate()
-            for survivor in psutil.wait_procs(family, timeout=30)[1]:
-                survivor.kill()
-
-
-def error_text(output: str) -> str:
-    """The last `SomethingError: message` line that a failed notebook printed, with its continuation lines."""
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", output)
-    found = list(
-        re.finditer(
-            r"^(?:[\w.]+\.)?(\w+(?:Error|Exit|Interrupt|Loss|Interrupted)): ?(.*(?:\n  .*)*)", plain, re.MULTILINE
-        )
-    )
-    return f"{found[-1][1]}: {found[-1][2]}" if found else ""
-
-
-def export_html(notebook: Path, hide_code: bool) -> Path:
-    """One self-contained HTML file beside the notebook, pictures embedded."""
-    from nbconvert import HTMLExporter
-
-    exporter = HTMLExporter(
-        exclude_input=hide_code, exclude_output_prompt=True, exclude_input_prompt=True, embed_images=True
-    )
-    body, _ = exporter.from_filename(str(notebook))
-    page = notebook.with_suffix(".html")
-    page.write_text(body)
-    return page
 
 
 def write_report(path: Path, preset: str, results: Path, client=None) -> Path:

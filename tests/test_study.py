@@ -16,10 +16,9 @@ import pytest
 import yaml
 
 from t2ilib.config import ConfigError
+from t2ilib.notebooks import error_text, notebook_parameters
 from t2ilib.study import (
-    error_text,
     load_study,
-    notebook_parameters,
     plan_runs,
     run_study,
     status_rows,
