@@ -273,7 +273,10 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
             place = place[parent]
             if not isinstance(place, dict):
                 raise ConfigError(f"--set {override!r}: {parent} is a value, not a section")
-        place[field] = parse_value(text)
+        try:
+            place[field] = parse_value(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {override!r} is not valid YAML: {error}") from None
     return build_run(values, str(path))
 
 
@@ -282,10 +285,7 @@ def parse_value(text: str) -> Any:
     if "e" in text.lower() and text[:1] in "0123456789.-+":
         with contextlib.suppress(ValueError):
             return float(text)
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set value {text!r} is not valid YAML: {error}") from None
+    return yaml.safe_load(text)
 
 
 def load_yaml(path: Path) -> dict[str, Any]:

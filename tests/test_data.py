@@ -71,7 +71,9 @@ def test_a_missing_column_is_named_with_those_there_are(pictures, kind):
         write_jsonl(pictures, [{"file_name": "b.png", "text": "a bee"}, {"file_name": "a.jpg", "caption": "an ant"}])
     else:
         (pictures / "metadata.csv").write_text("file_name,caption\nb.png,a bee\n")
-    with pytest.raises(ConfigError, match=r"row \d has no 'text' \(it has file_name, caption\): set data.image_column"):
+    with pytest.raises(
+        ConfigError, match=r"row \d has no text in 'text' \(it has file_name, caption\): set data.image_column"
+    ):
         folder.read_folder(pictures, CONFIG)
 
 
@@ -82,7 +84,7 @@ def test_broken_json_is_told_with_its_line(pictures):
     with pytest.raises(ConfigError, match=r"metadata.jsonl, line 3 is not JSON"):
         folder.read_folder(pictures, CONFIG)
     (pictures / "metadata.jsonl").write_text('["b.png", "a bee"]\n')
-    with pytest.raises(ConfigError, match=r"row 1 has no 'file_name'.*list"):
+    with pytest.raises(ConfigError, match=r"row 1 has no text in 'file_name'.*list"):
         folder.read_folder(pictures, CONFIG)
 
 
@@ -166,15 +168,6 @@ def grown(tmp_path, monkeypatch):
         monkeypatch.setattr(folder, "read_folder", lambda *_, records=records: records)
         held_out.append({r.path.name for r in folder.load(CONFIG.model_copy(update={"path": tmp_path}))[1]})
     return held_out
-
-
-def test_a_new_picture_moves_at_most_one_other(tmp_path, monkeypatch):
-    held_out = grown(tmp_path, monkeypatch)
-    assert len(held_out[-1]) == 5
-    moved = [
-        len((before ^ after) - {f"{16 + i:03d}.png"}) for i, (before, after) in enumerate(itertools.pairwise(held_out))
-    ]
-    assert max(moved) <= 1
 
 
 def test_a_new_picture_moves_no_other(tmp_path, monkeypatch):

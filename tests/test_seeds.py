@@ -37,8 +37,9 @@ def test_distinct_addresses_are_distinct():
     assert len({seed_for(*address) for address in addresses}) == len(addresses)
 
 
-def test_keys_with_the_separator_in_them_are_distinct():
-    assert seed_for(0, "p", "a\x1fstr:b") != seed_for(0, "p", "a", "b")
+def test_keys_with_the_separator_in_them_are_refused():
+    with pytest.raises(ValueError, match=r"cannot hold the separator"):
+        seed_for(0, "p", "a\x1fstr:b")
 
 
 def test_seeds_fit_a_generator_and_are_pinned():

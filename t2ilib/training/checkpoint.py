@@ -58,8 +58,9 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         for path in (*draft.iterdir(), draft):
             sync(path)
         target = folder / f"step-{checkpoint.step:06d}"
-        if target.exists():  # the same step again: the old one stays readable until the new one is complete
-            target.rename(folder / f".saving-replaced-{os.getpid()}")
+        replaced = folder / f".saving-replaced-{os.getpid()}"
+        if target.exists():  # the same step again: the old one is kept until the new one has its name
+            target.rename(replaced)
         draft.rename(target)
         sync(folder)
     except SafetensorError as error:
@@ -68,7 +69,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     except BaseException:
         shutil.rmtree(draft, ignore_errors=True)
         raise
-    shutil.rmtree(folder / f".saving-replaced-{os.getpid()}", ignore_errors=True)
+    if replaced.exists():
+        shutil.rmtree(replaced)
     for old in list_checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
     return target
