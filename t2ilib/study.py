@@ -27,6 +27,9 @@ from t2ilib.config import ConfigError, check_choice, load_yaml
 from t2ilib.notebooks import KERNEL, end_notebook, error_text, execute_notebook, export_html, notebook_parameters
 
 PROGRESS = re.compile(r"step (\d+)/(\d+)")
+SECONDS_BETWEEN_LINES = 10.0
+TRAINING_SHARE = 0.7
+"""Of a run's time; the rest is loading and measuring. Only the ETA depends on it."""
 
 
 class Part(BaseModel):
@@ -235,18 +238,6 @@ def parent_run(client, experiment: str, study: Study, preset: str, folder: Path)
     return run.info.run_id
 
 
-class Follower:
-    """Passes on a notebook's progress lines, at most one in ten seconds."""
-
-    def __init__(self, say: Callable[[str], None]):
-        self.say, self.shown = say, 0.0
-
-    def __call__(self, line: str) -> None:
-        if PROGRESS.search(line) and time.monotonic() - self.shown > 10:
-            self.shown = time.monotonic()
-            self.say(line.strip())
-
-
 class Executor:
     """Runs notebooks side by side, one process each, and tells how far they are."""
 
@@ -256,7 +247,7 @@ class Executor:
         self.study, self.preset, self.notebook, self.runs, self.jobs = study, preset, notebook, runs, jobs
         self.client, self.parent, self.uri, self.say = client, parent, uri, say
         self.lock, self.processes, self.stopping = threading.Lock(), {}, False
-        self.began, self.seconds = time.monotonic(), []
+        self.began, self.done, self.parts, self.shown = time.monotonic(), 0, {}, {}
 
     def run(self) -> None:
         """Until all are done; a signal is passed on to the notebooks, waited for, and raised again."""
@@ -301,7 +292,7 @@ class Executor:
             run.folder / "notebook.ipynb",
             run.folder / "parameters.yaml",
             self.variables(),
-            Follower(lambda line: self.say(f"[{self.position(run)}] {run.label}: {line}")),
+            lambda line: self.follow(run, line),
             lambda pid: self.processes.update({run.label: pid}),
         )
         seconds = time.monotonic() - begun
@@ -309,7 +300,8 @@ class Executor:
         if self.stopping and code:
             return
         with self.lock:
-            self.seconds.append(seconds)
+            self.done += 1
+            self.parts.pop(run.label, None)
         if code == 0 and (run.folder / "metrics.json").exists():
             self.finish(run, seconds)
             self.say(f"[{self.position(run)}] {run.label}: finished in {seconds:.0f} s{self.left()}")
@@ -332,12 +324,25 @@ class Executor:
     def position(self, run: Run) -> str:
         return f"{self.runs.index(run) + 1}/{len(self.runs)}"
 
+    def follow(self, run: Run, line: str) -> None:
+        """Passes on a notebook's progress lines, at most one in ten seconds, with the time left for the whole study."""
+        found = PROGRESS.search(line)
+        if not found:
+            return
+        with self.lock:
+            self.parts[run.label] = TRAINING_SHARE * int(found[1]) / int(found[2])
+        if time.monotonic() - self.shown.get(run.label, 0.0) > SECONDS_BETWEEN_LINES:
+            self.shown[run.label] = time.monotonic()
+            self.say(f"[{self.position(run)}] {run.label}: {line.strip()}{self.left()}")
+
     def left(self) -> str:
-        todo = len(self.runs) - len(self.seconds)
-        if not todo:
+        """The time left, from the share of the work that is done; "" where nothing is left."""
+        with self.lock:
+            share = (self.done + sum(self.parts.values())) / len(self.runs)
+        if not 0 < share < 1:
             return ""
-        left = round(sum(self.seconds) / len(self.seconds) * todo / self.jobs)
-        return f"; {todo} to go, ETA {left // 60}:{left % 60:02d}"
+        left = round((time.monotonic() - self.began) * (1 - share) / share)
+        return f"  |  study {share:.0%}, ETA {left // 60}:{left % 60:02d}"
 
     def finish(self, run: Run, seconds: float) -> None:
         """Commits result.json, and hangs the executed notebook and its HTML on the MLflow run."""
