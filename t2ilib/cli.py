@@ -23,6 +23,9 @@ app.add_typer(study_app, name="study")
 app.add_typer(data_app, name="data")
 app.add_typer(tiny_app, name="tiny")
 
+TERMINAL = ("name", "runs", "concept learned", "base kept", "held-out loss", "trainable parameters", "steps per second")
+"""Columns of the report's table that fit a terminal."""
+
 Results = Annotated[Path, typer.Option(help="Where results and the default MLflow store lie.")]
 
 
@@ -129,7 +132,8 @@ def study_run(
             page = write_report(file, preset, results)
             from t2ilib.report import format_table, load_report, summary_table
 
-            print("\n" + format_table(summary_table(load_report(page.parent))))
+            rows = summary_table(load_report(page.parent))
+            print("\n" + format_table([{name: row[name] for name in TERMINAL if name in row} for row in rows]))
             print(f"\nreport:     {page}\n            {page.with_suffix('.md')}")
         print(f"MLflow UI:  mlflow ui --backend-store-uri {tracked(results)}")
         print(f"{len(runs) - len(failed)} of {len(runs)} runs finished, {__import__('time').monotonic() - begun:.0f} s")

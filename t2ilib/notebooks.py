@@ -7,6 +7,7 @@ declare; so parameters are read from the `parameters` cell beforehand, and only 
 import ast
 import contextlib
 import json
+import logging
 import os
 import re
 import signal
@@ -52,8 +53,8 @@ def execute_notebook(
     output: Path,
     parameters: Path,
     variables: dict[str, str],
-    follow: Callable[[str], None],
-    started: Callable[[int], None],
+    follow: Callable[[str], None] = lambda line: None,
+    started: Callable[[int], None] = lambda pid: None,
 ) -> tuple[int, str]:
     """Runs `notebook` to `output` with a YAML file of parameters; returns the exit code and everything it printed.
 
@@ -126,9 +127,10 @@ def export_html(notebook: Path, hide_code: bool) -> Path:
     """One self-contained HTML file beside the notebook, pictures embedded."""
     from nbconvert import HTMLExporter
 
-    exporter = HTMLExporter(
-        exclude_input=hide_code, exclude_output_prompt=True, exclude_input_prompt=True, embed_images=True
-    )
+    quiet = logging.getLogger(f"{__name__}.export")
+    quiet.setLevel(logging.ERROR)  # nbconvert asks for alternative texts that notebooks cannot give
+    options = {"exclude_output_prompt": True, "exclude_input_prompt": True, "embed_images": True}
+    exporter = HTMLExporter(exclude_input=hide_code, log=quiet, **options)
     body, _ = exporter.from_filename(str(notebook))
     page = notebook.with_suffix(".html")
     page.write_text(body)

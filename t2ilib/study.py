@@ -24,7 +24,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from t2ilib.config import ConfigError, check_choice, load_yaml
-from t2ilib.notebooks import KERNEL, end_notebook, error_text, execute_notebook, export_html, notebook_parameters
+from t2ilib.notebooks import end_notebook, error_text, execute_notebook, export_html, notebook_parameters
 
 PROGRESS = re.compile(r"step (\d+)/(\d+)")
 SECONDS_BETWEEN_LINES = 10.0
@@ -367,21 +367,17 @@ class Executor:
         draft.rename(run.folder / "result.json")
 
 
-def write_report(path: Path, preset: str, results: Path, client=None) -> Path:
-    """Executes compare.ipynb beside the study file on the preset's results; returns the HTML report."""
-    import papermill
+def write_report(path: Path, preset: str, results: Path) -> Path:
+    """Executes compare.ipynb beside the study file on the preset's results; returns the HTML report.
 
-    study = load_study(path)
-    folder = results.absolute() / f"{study.name}-{preset}"
-    notebook = folder / "report.ipynb"
-    papermill.execute_notebook(
-        str(Path(path).parent / "compare.ipynb"),
-        str(notebook),
-        {"results_folder": str(folder)},
-        kernel_name=KERNEL,
-        cwd=str(Path(path).parent),
-        progress_bar=False,
-    )
+    Raises ConfigError with the notebook's error where it fails.
+    """
+    folder = results.absolute() / f"{load_study(path).name}-{preset}"
+    notebook, parameters = folder / "report.ipynb", folder / "report-parameters.yaml"
+    parameters.write_text(yaml.safe_dump({"results_folder": str(folder)}))
+    code, output = execute_notebook(Path(path).parent / "compare.ipynb", notebook, parameters, {"T2ILIB_BATCH": "1"})
+    if code:
+        raise ConfigError(f"the report could not be made: {error_text(output) or output[-2000:]}")
     return export_html(notebook, hide_code=True)
 
 
@@ -389,16 +385,15 @@ def status_rows(path: Path, preset: str, results: Path) -> list[dict[str, str]]:
     """Variant, seed, state, step reached and seconds of every run of a preset, for the terminal."""
     rows = []
     for run in plan_runs(load_study(path), preset, results.absolute()):
-        steps = sorted((run.folder / "checkpoints").glob("step-*"))
-        reached = int(steps[-1].name.removeprefix("step-")) if steps else "–"
+        steps = [path.name.removeprefix("step-") for path in (run.folder / "checkpoints").glob("step-*")]
+        reached = str(max(map(int, steps))) if steps else "–"
         seconds = f"{run.result()['seconds']:.0f}" if run.state == "finished" else "–"
-        rows.append(
-            {
-                "variant": run.variant,
-                "seed": str(run.seed),
-                "state": run.state,
-                "step": str(reached),
-                "seconds": seconds,
-            }
-        )
+        values = {
+            "variant": run.variant,
+            "seed": str(run.seed),
+            "state": run.state,
+            "step": reached,
+            "seconds": seconds,
+        }
+        rows.append(values)
     return rows

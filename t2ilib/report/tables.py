@@ -7,9 +7,17 @@ A row is a dict of plain strings, so one table serves a terminal (`format_table`
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from t2ilib.evaluation.statistics import PairedDifference, holm, mean_interval, paired_difference, smallest_p, verdict
+from t2ilib.evaluation.statistics import (
+    PairedDifference,
+    max_statistic,
+    mean_interval,
+    paired_difference,
+    smallest_p,
+    verdict,
+)
 from t2ilib.report.reading import METRICS, Metric, StudyReport
 
+SEEDS_TO_DECIDE = next(n for n in range(2, 64) if smallest_p(n) < 0.05)
 NOT_MEASURED = "–"
 WORDS = ("variant", "name", "verdict")
 """Columns of words, which stand to the left; numbers stand to the right."""
@@ -81,7 +89,7 @@ def summary_table(report: StudyReport, metrics: Sequence[str] = ()) -> list[Row]
 def compare(report: StudyReport, metric: str, against: str | None = None) -> dict[str, Comparison]:
     """Every variant that shares seeds with `against` (the reference if None), paired by seed.
 
-    Holm's family is the trained variants. The untouched base stands outside it with its own p-value: "does training change
+    The family that p-values are adjusted over is the trained variants. The untouched base stands outside it with its own p-value: "does training change
     anything?" is another question, and asking it must not cost the variants their power.
     """
     against = against or report.reference
@@ -97,7 +105,13 @@ def compare(report: StudyReport, metric: str, against: str | None = None) -> dic
             name: Comparison(difference, None, exact_verdict(difference)) for name, difference in differences.items()
         }
     p_values = {name: difference.p_value for name, difference in differences.items()}
-    adjusted = holm({name: p for name, p in p_values.items() if name != report.base})
+    by_seed = {name: report.values(name, metric) for name in differences if name != report.base}
+    adjusted = max_statistic(
+        {
+            name: {seed: v - reference[seed] for seed, v in values.items() if seed in reference}
+            for name, values in by_seed.items()
+        }
+    )
     adjusted |= {name: p for name, p in p_values.items() if name == report.base}
     return {
         name: Comparison(difference, adjusted[name], judge(difference, adjusted[name], known))
@@ -118,7 +132,7 @@ def exact_verdict(difference: PairedDifference) -> str:
 
 
 def difference_table(report: StudyReport, metric: str, against: str | None = None) -> list[Row]:
-    """A row a variant: its paired difference to the reference, 95% interval, p-values plain and Holm-adjusted, verdict."""
+    """A row a variant: its paired difference to the reference, 95% interval, p-values plain and adjusted, verdict."""
     known, compared = METRICS[metric], compare(report, metric, against)
     rows = []
     for name in report.variants:
@@ -126,7 +140,7 @@ def difference_table(report: StudyReport, metric: str, against: str | None = Non
             continue
         row = {"variant": report.variants[name].title}
         if name not in compared:
-            rest = dict.fromkeys(("difference", "95% interval", "pairs", "p", "p (Holm)"), NOT_MEASURED)
+            rest = dict.fromkeys(("difference", "95% interval", "pairs", "p", "p (adjusted)"), NOT_MEASURED)
             rows.append(row | rest | {"verdict": "not measured"})
             continue
         comparison = compared[name]
@@ -136,7 +150,7 @@ def difference_table(report: StudyReport, metric: str, against: str | None = Non
             "95% interval": NOT_MEASURED if known.exact else write_interval(difference, known),
             "pairs": str(difference.num_pairs),
             "p": NOT_MEASURED if known.exact else write_p(difference.p_value),
-            "p (Holm)": write_p(comparison.adjusted_p),
+            "p (adjusted)": write_p(comparison.adjusted_p),
             "verdict": comparison.verdict,
         })  # fmt: skip
     return rows
@@ -149,16 +163,14 @@ def caveats(report: StudyReport) -> list[str]:
         f"{titles[name]}, seed {seed}: **did not finish**, so it is in no number here." for name, seed in report.missing
     ]
     notes += [f"Not finite, so counted as not measured: {text}." for text in report.not_finite]
-    num_others = len(report.trained) - (report.reference in report.trained)
-    least = smallest_p(len(report.seeds), max(1, num_others))
+    least = smallest_p(len(report.seeds))
     if least is None:
         notes.append("One seed: nothing is tested. Differences may be seed noise, however large they look.")
     elif least >= 0.05:
         notes.append(
-            f"With {len(report.seeds)} seeds and {num_others} variants compared, no adjusted p-value can fall below {least:.2g}"
-            " (2/2^n, times the number of variants), so **no difference shown** is the only verdict that this study can give:"
-            " it estimates, it does not decide. Read the intervals; to decide, run at least"
-            f" {seeds_to_decide(num_others)} seeds."
+            f"With {len(report.seeds)} seeds no p-value can fall below {least:.2g} (2/2^n), so **no difference shown** is the only"
+            " verdict that this study can give: it estimates, it does not decide. Read the intervals; to decide, run at least"
+            f" {SEEDS_TO_DECIDE} seeds."
         )
     if "peak_process_mib" in report.measured() and "peak_device_mib" not in report.measured():
         notes.append(
@@ -174,11 +186,6 @@ def caveats(report: StudyReport) -> list[str]:
             " can be drawn here."
         )
     return notes
-
-
-def seeds_to_decide(num_tests: int, alpha: float = 0.05) -> int:
-    """The fewest seeds whose least adjusted p-value is below alpha."""
-    return next(n for n in range(2, 64) if smallest_p(n, max(1, num_tests)) < alpha)
 
 
 def optimizer_of(report: StudyReport, name: str) -> str | None:

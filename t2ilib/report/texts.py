@@ -253,7 +253,7 @@ def hypothesis_text(report: StudyReport, name: str) -> str:
 
 def power(report: StudyReport) -> str:
     """A reminder where the number of seeds alone ruled out any other verdict."""
-    least = smallest_p(len(report.seeds), max(1, len(report.trained) - 1))
+    least = smallest_p(len(report.seeds))
     return "" if least is not None and least < 0.05 else " With so few seeds, no other verdict was possible."
 
 
@@ -263,7 +263,7 @@ def explain_reading() -> str:
         "- **±** and **interval**: 95% t-interval of the mean over seeds. A wide one means seeds disagree, or there are few.\n"
         "- **difference**: variant minus reference *by seed*, then averaged, so what a seed does to both cancels; for shares in"
         " percentage points (pp).\n"
-        "- **p**: exact sign-flip test of those differences; **p (Holm)** also pays for comparing several variants at once.\n"
+        "- **p**: exact sign-flip test of those differences; **p (adjusted)** also pays for comparing several variants at once.\n"
         "- **better / worse**: adjusted p below 0.05. **No difference shown** does not mean equal: it means that this many seeds"
         " cannot tell the difference from noise, and the interval says how large it could still be.\n"
         "- **–**: not measured. Nothing here is filled in with a zero."
