@@ -77,13 +77,19 @@ def train(
 @app.command()
 def generate(
     prompt: Annotated[list[str], typer.Option(help="What to draw; may be given several times.")],
-    model: Annotated[str, typer.Option(help="tiny-sdxl, a diffusers folder or a Hub id.")] = "tiny-sdxl",
+    model: Annotated[
+        str | None,
+        typer.Option(help="tiny-sdxl, a diffusers folder or a Hub id; without it the base of the adapter's run."),
+    ] = None,
     adapter: Annotated[Path | None, typer.Option(help="A run's folder or an adapter file.")] = None,
     checkpoint: Annotated[
         int | None, typer.Option(help="Take the adapter as it was at this step (--adapter names a run's folder).")
     ] = None,
     seed: Annotated[int, typer.Option(help="Starting noise.")] = 0,
-    scale: Annotated[float, typer.Option(help="Strength of the adapter: 0 is the base, 1 as trained.")] = 1.0,
+    scale: Annotated[float | None, typer.Option(help="Strength of the adapter: 0 is the base, 1 as trained.")] = None,
+    quantization: Annotated[
+        str | None, typer.Option(help="none or nf4; without it as the adapter's run had its base.")
+    ] = None,
     guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale.")] = 2.0,
     steps: Annotated[int, typer.Option(help="Sampling steps.")] = 20,
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("pictures"),
@@ -91,17 +97,26 @@ def generate(
     """Draw pictures with a base model and, if given, an adapter."""
     with readable_errors():
         from t2ilib.adapters.export import load_adapter, load_checkpoint_adapter, scale_adapter
-        from t2ilib.config import EvaluationConfig, ModelConfig
+        from t2ilib.config import ConfigError, EvaluationConfig, build_run, load_run
         from t2ilib.evaluation.sampling import draw, save_pictures
         from t2ilib.models.components import load_base
 
-        components = load_base(ModelConfig(base=model))
+        if adapter is None and (checkpoint is not None or scale is not None):
+            raise ConfigError("--checkpoint and --scale are about an adapter: give one with --adapter")
+        recorded = adapter / "run.yaml" if adapter is not None else Path("run.yaml")
+        chosen = (
+            load_run(recorded).model if adapter is not None and recorded.exists() else build_run({"adapter": {}}).model
+        )
+        changes = {
+            name: value for name, value in (("base", model), ("quantization", quantization)) if value is not None
+        }
+        components = load_base(build_run({"adapter": {}, "model": chosen.model_dump() | changes}, "the command").model)
         if adapter is not None:
             if checkpoint is None:
                 load_adapter(components, adapter)
             else:
                 load_checkpoint_adapter(components, adapter, checkpoint)
-            scale_adapter(components, scale)
+            scale_adapter(components, 1.0 if scale is None else scale)
         pictures = draw(components, prompt, EvaluationConfig(guidance_scale=guidance, num_inference_steps=steps), seed)
         save_pictures(pictures, out)
         print(f"{len(pictures)} picture(s) in {out}")
@@ -135,7 +150,8 @@ def study_run(
             rows = summary_table(load_report(page.parent))
             print("\n" + format_table([{name: row[name] for name in TERMINAL if name in row} for row in rows]))
             print(f"\nreport:     {page}\n            {page.with_suffix('.md')}")
-        print(f"MLflow UI:  mlflow ui --backend-store-uri {tracked(results)}")
+        mlflow = Path(sys.executable).parent / "mlflow"
+        print(f"MLflow UI:  {mlflow} ui --backend-store-uri {tracked(results)} --host 127.0.0.1")
         print(f"{len(runs) - len(failed)} of {len(runs)} runs finished, {__import__('time').monotonic() - begun:.0f} s")
         if failed:
             typer.secho(f"not finished: {', '.join(failed)}", fg=typer.colors.RED, err=True)

@@ -95,6 +95,11 @@ class Peak:
         return {name: value for name, value in values.items() if value is not None}
 
 
+def pictures_at_once(resolution: int, most: int) -> int:
+    """How many pictures inference takes at once: as many as make one megapixel, at least 1, at most `most`."""
+    return max(1, min(most, 2**20 // resolution**2))
+
+
 def reset_process_peak() -> None:
     if sys.platform == "linux":
         with contextlib.suppress(OSError):  # a hardened container forbids it; the mark then covers the whole process

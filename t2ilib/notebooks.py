@@ -55,11 +55,13 @@ def execute_notebook(
     variables: dict[str, str],
     follow: Callable[[str], None] = lambda line: None,
     started: Callable[[int], None] = lambda pid: None,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> tuple[int, str]:
     """Runs `notebook` to `output` with a YAML file of parameters; returns the exit code and everything it printed.
 
-    `variables`: added to the environment. `follow` gets every line as it comes, `started` the process id. A note beside
-    `output` names the process while it lives, so that a later call can end what a killed study left running.
+    `variables`: added to the environment. `follow` gets every line as it comes, `started` the process id; once
+    `stopping` says so, nothing is tried again. A note beside `output` names the process while it lives, so that a later call
+    can end what a killed study left running. Raises ConfigError where another study is running this notebook.
     """
     command = [
         *(sys.executable, "-m", "papermill", str(notebook), str(output), "-f", str(parameters), "-k", KERNEL),
@@ -77,39 +79,58 @@ def execute_notebook(
             text=True,
             start_new_session=True,
         )
-        note.write_text(json.dumps({"pid": process.pid, "created": psutil.Process(process.pid).create_time()}))
+        owners = {"notebook": process.pid, "study": os.getpid()}
+        note.write_text(json.dumps({who: [pid, psutil.Process(pid).create_time()] for who, pid in owners.items()}))
         started(process.pid)
         lines = []
         for line in process.stdout:
             lines.append(line)
             follow(line)
         code, text = process.wait(), "".join(lines)
-        note.unlink()
-        if not code or not any(reason in text for reason in RETRIED):
+        note.unlink(missing_ok=True)
+        if not code or stopping() or not any(reason in text for reason in RETRIED):
             break
     return code, text
 
 
 def end_notebook(pid: int) -> None:
-    """Asks the kernels under a papermill process to stop: they are in sessions of their own, so no group signal reaches them."""
+    """Asks the kernels under a papermill process to stop: they are in sessions of their own, so no group signal reaches them.
+
+    A papermill that has no kernel yet is stopped itself.
+    """
     with contextlib.suppress(psutil.NoSuchProcess):
-        for kernel in psutil.Process(pid).children(recursive=True):
-            kernel.send_signal(signal.SIGTERM)
+        papermill = psutil.Process(pid)
+        for process in papermill.children(recursive=True) or [papermill]:
+            process.send_signal(signal.SIGTERM)
+
+
+def living(pid: int, created: float) -> psutil.Process | None:
+    """The process, if it is still the one that had this id then."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        process = psutil.Process(pid)
+        return process if process.create_time() == created and process.status() != psutil.STATUS_ZOMBIE else None
+    return None
 
 
 def end_orphan(note: Path) -> None:
-    """Ends the notebook that a killed study left running in this folder, so that two never write there at once."""
+    """Ends the notebook that a killed study left running, so that two never write to one folder; raises ConfigError where the
+    study lives and is still running it."""
     if not note.exists():
         return
     known = json.loads(note.read_text())
+    study, notebook = living(*known["study"]), living(*known["notebook"])
+    if notebook is None:
+        return
+    if study is not None and study.pid != os.getpid():
+        raise ConfigError(
+            f"{note.parent} is being run by another study (process {study.pid}): wait for it, or stop it first"
+        )
+    family = [*notebook.children(recursive=True), notebook]
+    end_notebook(notebook.pid)
     with contextlib.suppress(psutil.NoSuchProcess):
-        process = psutil.Process(known["pid"])
-        if process.create_time() == known["created"]:
-            family = [*process.children(recursive=True), process]
-            end_notebook(process.pid)
-            process.terminate()
-            for survivor in psutil.wait_procs(family, timeout=30)[1]:
-                survivor.kill()
+        notebook.terminate()
+    for survivor in psutil.wait_procs(family, timeout=30)[1]:
+        survivor.kill()
 
 
 def error_text(output: str) -> str:

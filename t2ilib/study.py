@@ -9,13 +9,7 @@ imported: models live in the notebooks' kernels.
 
 import hashlib
 import json
-import os
-import re
-import signal
-import threading
-import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,12 +18,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from t2ilib.config import ConfigError, check_choice, load_yaml
-from t2ilib.notebooks import end_notebook, error_text, execute_notebook, export_html, notebook_parameters
-
-PROGRESS = re.compile(r"step (\d+)/(\d+)")
-SECONDS_BETWEEN_LINES = 10.0
-TRAINING_SHARE = 0.7
-"""Of a run's time; the rest is loading and measuring. Only the ETA depends on it."""
+from t2ilib.executor import Executor
+from t2ilib.notebooks import error_text, execute_notebook, export_html, notebook_parameters
 
 
 class Part(BaseModel):
@@ -113,6 +103,11 @@ def check_parameters(study: Study, notebook: Path) -> None:
     import difflib
 
     declared = notebook_parameters(notebook)
+    needed = {"seed", "variant", "output"} - declared.keys()
+    if needed:
+        raise ConfigError(
+            f"{notebook} must declare the parameter(s) {', '.join(sorted(needed))}: papermill would only warn, and every run would be the same"
+        )
     places = {"parameters": study.parameters}
     places |= {f"presets.{name}.parameters": preset.parameters for name, preset in study.presets.items()}
     places |= {f"variants.{name}.parameters": variant.parameters for name, variant in study.variants.items()}
@@ -140,7 +135,7 @@ def plan_runs(
     chosen = study.presets[preset]
     folder = results / f"{study.name}-{preset}"
     runs = []
-    for seed in seeds or chosen.seeds:
+    for seed in dict.fromkeys(seeds or chosen.seeds):
         for name, variant in study.variants.items():
             if not only or name in only:
                 parameters = study.parameters | chosen.parameters | variant.parameters | {"seed": seed, "variant": name}
@@ -198,8 +193,10 @@ def run_study(
         client, experiment = open_client(uri, study.name, results)
         reap_stale_runs(client, experiment)
         parent = parent_run(client, experiment, study, preset, folder)
-        Executor(study, preset, notebook, pending, jobs, client, parent, uri, say).run()
-        client.set_terminated(parent, "FINISHED" if all(run.state == "finished" for run in runs) else "FAILED")
+        try:
+            Executor(study, preset, notebook, pending, jobs, client, parent, uri, say).run()
+        finally:
+            client.set_terminated(parent, "FINISHED" if all(run.state == "finished" for run in runs) else "FAILED")
     return runs
 
 
@@ -218,7 +215,9 @@ def write_study(study: Study, preset: str, folder: Path) -> None:
         "parameters": study.parameters | chosen.parameters,
         "variants": values["variants"],
     }
-    (folder / "study.json").write_text(json.dumps(content, indent=1))
+    text, target = json.dumps(content, indent=1), folder / "study.json"
+    if not target.exists() or target.read_text() != text:
+        target.write_text(text)
 
 
 def parent_run(client, experiment: str, study: Study, preset: str, folder: Path) -> str:
@@ -238,142 +237,18 @@ def parent_run(client, experiment: str, study: Study, preset: str, folder: Path)
     return run.info.run_id
 
 
-class Executor:
-    """Runs notebooks side by side, one process each, and tells how far they are."""
-
-    def __init__(
-        self, study: Study, preset: str, notebook: Path, runs: list[Run], jobs: int, client, parent: str, uri: str, say
-    ):
-        self.study, self.preset, self.notebook, self.runs, self.jobs = study, preset, notebook, runs, jobs
-        self.client, self.parent, self.uri, self.say = client, parent, uri, say
-        self.lock, self.processes, self.stopping = threading.Lock(), {}, False
-        self.began, self.done, self.parts, self.shown = time.monotonic(), 0, {}, {}
-
-    def run(self) -> None:
-        """Until all are done; a signal is passed on to the notebooks, waited for, and raised again."""
-        previous = {}
-        if threading.current_thread() is threading.main_thread():
-            previous = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            with ThreadPoolExecutor(self.jobs) as pool:
-                list(pool.map(self.execute, self.runs))
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
-        if self.stopping:
-            self.client.set_terminated(self.parent, "KILLED")
-            raise SystemExit(128 + self.stopping)
-
-    def stop(self, number: int, frame) -> None:
-        self.say("stopping: running notebooks commit a checkpoint; the same command goes on from there")
-        self.stopping = number
-        for pid in list(self.processes.values()):
-            end_notebook(pid)
-
-    def execute(self, run: Run) -> None:
-        if self.stopping:
-            return
-        resumed = " (resuming)" if (run.folder / "checkpoints").exists() else ""
-        self.say(f"[{self.position(run)}] {run.label}: starting{resumed}")
-        run.folder.mkdir(parents=True, exist_ok=True)
-        (run.folder / "failed.txt").unlink(missing_ok=True)
-        tracked = {
-            "output": str(run.folder),
-            "parent_run_id": self.parent,
-            "experiment": self.study.name,
-            "preset": self.preset,
-        }
-        declared = notebook_parameters(self.notebook)
-        values = run.parameters | {name: value for name, value in tracked.items() if name in declared}
-        (run.folder / "parameters.yaml").write_text(yaml.safe_dump(values))
-        begun = time.monotonic()
-        code, output = execute_notebook(
-            self.notebook,
-            run.folder / "notebook.ipynb",
-            run.folder / "parameters.yaml",
-            self.variables(),
-            lambda line: self.follow(run, line),
-            lambda pid: self.processes.update({run.label: pid}),
-        )
-        seconds = time.monotonic() - begun
-        del self.processes[run.label]
-        if self.stopping and code:
-            return
-        with self.lock:
-            self.done += 1
-            self.parts.pop(run.label, None)
-        if code == 0 and (run.folder / "metrics.json").exists():
-            self.finish(run, seconds)
-            self.say(f"[{self.position(run)}] {run.label}: finished in {seconds:.0f} s{self.left()}")
-        else:
-            reason = error_text(output) or f"the notebook process ended with exit code {code}"
-            (run.folder / "failed.txt").write_text(f"exit code {code}\n{output[-20000:]}")
-            self.say(f"[{self.position(run)}] {run.label}: FAILED: {reason}\n    see {run.folder / 'failed.txt'}")
-
-    def variables(self) -> dict[str, str]:
-        """Environment of the kernels: their share of the cores, plain progress, and the study's store."""
-        return {
-            "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // self.jobs)),
-            "T2ILIB_BATCH": "1",
-            "MLFLOW_TRACKING_URI": self.uri,
-            "PYTHONUNBUFFERED": "1",
-            "PYTHONWARNINGS": "ignore",
-            "JUPYTER_PLATFORM_DIRS": "1",
-        }
-
-    def position(self, run: Run) -> str:
-        return f"{self.runs.index(run) + 1}/{len(self.runs)}"
-
-    def follow(self, run: Run, line: str) -> None:
-        """Passes on a notebook's progress lines, at most one in ten seconds, with the time left for the whole study."""
-        found = PROGRESS.search(line)
-        if not found:
-            return
-        with self.lock:
-            self.parts[run.label] = TRAINING_SHARE * int(found[1]) / int(found[2])
-        if time.monotonic() - self.shown.get(run.label, 0.0) > SECONDS_BETWEEN_LINES:
-            self.shown[run.label] = time.monotonic()
-            self.say(f"[{self.position(run)}] {run.label}: {line.strip()}{self.left()}")
-
-    def left(self) -> str:
-        """The time left, from the share of the work that is done; "" where nothing is left."""
-        with self.lock:
-            share = (self.done + sum(self.parts.values())) / len(self.runs)
-        if not 0 < share < 1:
-            return ""
-        left = round((time.monotonic() - self.began) * (1 - share) / share)
-        return f"  |  study {share:.0%}, ETA {left // 60}:{left % 60:02d}"
-
-    def finish(self, run: Run, seconds: float) -> None:
-        """Commits result.json, and hangs the executed notebook and its HTML on the MLflow run."""
-        note = run.folder / "tracking.json"
-        run_id = json.loads(note.read_text())["run_id"] if note.exists() else None
-        page = export_html(run.folder / "notebook.ipynb", hide_code=False)
-        if run_id is not None:
-            for path in (run.folder / "notebook.ipynb", page):
-                self.client.log_artifact(run_id, str(path))
-        result = {
-            "variant": run.variant,
-            "seed": run.seed,
-            "status": "finished",
-            "seconds": seconds,
-            "mlflow_run_id": run_id,
-            "digest": run.digest,
-            "parameters": run.parameters,
-            "metrics": json.loads((run.folder / "metrics.json").read_text()),
-        }
-        draft = run.folder / "result.json.part"
-        draft.write_text(json.dumps(result, indent=1))
-        draft.rename(run.folder / "result.json")
-
-
 def write_report(path: Path, preset: str, results: Path) -> Path:
-    """Executes compare.ipynb beside the study file on the preset's results; returns the HTML report.
+    """Executes compare.ipynb beside the study file on the preset's results, unless nothing has changed since; returns the
+    HTML report.
 
     Raises ConfigError with the notebook's error where it fails.
     """
     folder = results.absolute() / f"{load_study(path).name}-{preset}"
     notebook, parameters = folder / "report.ipynb", folder / "report-parameters.yaml"
+    sources = [Path(path).parent / "compare.ipynb", folder / "study.json", *folder.rglob("result.json")]
+    page = notebook.with_suffix(".html")
+    if page.exists() and page.stat().st_mtime > max(source.stat().st_mtime for source in sources):
+        return page
     parameters.write_text(yaml.safe_dump({"results_folder": str(folder)}))
     code, output = execute_notebook(Path(path).parent / "compare.ipynb", notebook, parameters, {"T2ILIB_BATCH": "1"})
     if code:

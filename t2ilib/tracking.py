@@ -10,6 +10,10 @@ import contextlib
 import json
 import logging
 import os
+import re
+import signal
+import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -94,7 +98,13 @@ class MlflowTracker:
     def log_image(self, image: "Image", key: str, step: int) -> None:
         if "/" in key:
             raise ValueError(f"image key {key!r}: MLflow's image series cannot have a / in their key")
+        if self.resumed and any(re.search(rf"{key}\Wstep\W{step}\W", path) for path in self.images()):
+            return
         self.client.log_image(self.run_id, image, key=key, step=step)
+
+    def images(self) -> list[str]:
+        """Artifact paths of the images that are there."""
+        return [artifact.path for artifact in self.client.list_artifacts(self.run_id, "images")]
 
     def log_datasets(self, training: Any, held_out: Any) -> None:
         """Both data sets as inputs of the run, with digest and number of pictures."""
@@ -183,7 +193,7 @@ def open_tracker(run: RunConfig, results: Path | None = None) -> Iterator[Tracke
     tracker.flush()
     status = "FINISHED"
     try:
-        with system_metrics(uri, tracker):
+        with terminated_as_exit(), system_metrics(uri, tracker):
             yield tracker
     except (KeyboardInterrupt, SystemExit):
         status = "KILLED"
@@ -194,6 +204,19 @@ def open_tracker(run: RunConfig, results: Path | None = None) -> Iterator[Tracke
     finally:
         tracker.flush()
         client.set_terminated(tracker.run_id, status=status)
+
+
+@contextlib.contextmanager
+def terminated_as_exit() -> Iterator[None]:
+    """SIGTERM as SystemExit(143), so that the run is closed also where no training step is there to end on."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def known_run(client, note: Path, uri: str) -> str | None:

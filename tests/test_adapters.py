@@ -354,7 +354,7 @@ def test_proof_notices_that_nothing_moved(make):
     spec = AdapterSpec(rank=2)
     attach_adapters(components, spec, 0)
     proof = AdapterProof(components, spec)
-    with pytest.raises(AdapterError, match="64 adapter weights never moved: unet"):
+    with pytest.raises(AdapterError, match="64 adapter weights never moved, or are not finite: unet"):
         proof.finish()
     stuck = components.unet.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn1.to_q").lora_B["default"]
     start = stuck.weight.detach().clone()
@@ -362,7 +362,8 @@ def test_proof_notices_that_nothing_moved(make):
     with torch.no_grad():
         stuck.weight.copy_(start)
     with pytest.raises(
-        AdapterError, match=r"1 adapter weights never moved: unet\.mid_block.*attn1\.to_q\.lora_B\.default\.weight"
+        AdapterError,
+        match=r"1 adapter weights never moved, or are not finite: unet\.mid_block.*attn1\.to_q\.lora_B\.default\.weight",
     ):
         proof.finish()
 

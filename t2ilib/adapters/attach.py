@@ -87,6 +87,7 @@ class AdapterProof:
         self.spec = spec
         self.start = {name: parameter.detach().cpu().clone() for name, parameter in self.parameters().items()}
         self.got_gradient: set[str] = set()
+        self.observed = 0
         self.base = base_digest(components)
 
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -101,6 +102,7 @@ class AdapterProof:
         """Call between backward and the `num_steps`-th step of this process (from 1). Raises AdapterError after the last one observed."""
         if num_steps > self.observed_steps:
             return
+        self.observed = num_steps
         for name, parameter in self.parameters().items():
             if parameter.grad is not None and bool(torch.isfinite(parameter.grad).all()) and bool(parameter.grad.any()):
                 self.got_gradient.add(name)
@@ -111,17 +113,19 @@ class AdapterProof:
         without = sorted(set(self.start) - self.got_gradient)
         if without:
             raise AdapterError(
-                f"{len(without)} of {len(self.start)} adapter weights got no finite, non-zero gradient in {self.observed_steps} steps:"
+                f"{len(without)} of {len(self.start)} adapter weights got no finite, non-zero gradient in {self.observed} steps:"
                 f" {', '.join(without[:6])}{' ...' if len(without) > 6 else ''}. Take these layers out of the targets"
             )
 
     def finish(self) -> dict[str, float]:
         """At the end: all moved (DoRA's magnitudes and text encoders included), no base weight changed. Returns how far."""
+        if self.observed > 1:
+            self.require_gradients()
         change: dict[str, Tensor] = {n: p.detach().cpu() - self.start[n] for n, p in self.parameters().items()}
-        still = sorted(name for name, delta in change.items() if not bool(delta.any()))
+        still = sorted(name for name, delta in change.items() if not bool(delta.any() and torch.isfinite(delta).all()))
         if still:
             raise AdapterError(
-                f"{len(still)} adapter weights never moved: {', '.join(still[:6])}{' ...' if len(still) > 6 else ''}"
+                f"{len(still)} adapter weights never moved, or are not finite: {', '.join(still[:6])}{' ...' if len(still) > 6 else ''}"
             )
         if base_digest(self.components) != self.base:
             raise AdapterError(

@@ -13,8 +13,11 @@ import torch
 from torch import Tensor
 
 from t2ilib.data.manifest import Dataset, load_picture
+from t2ilib.memory import pictures_at_once
 from t2ilib.models.components import Components
 from t2ilib.models.families import time_ids
+
+CAPTIONS_AT_ONCE = 64
 
 
 @dataclass
@@ -55,6 +58,7 @@ def encode_dataset(
 ) -> EncodedDataset:
     """Encodes every picture, and, `with_text`, every distinct caption, on the components' device; results stay on the CPU."""
     vae = components.vae
+    batch_size = pictures_at_once(resolution, batch_size)
     latents, ids = [], []
     for start in range(0, len(dataset), batch_size):
         pictures = [load_picture(record.path, resolution) for record in dataset.records[start : start + batch_size]]
@@ -63,7 +67,7 @@ def encode_dataset(
         ids += [time_ids(p.original, p.crop, (resolution, resolution)) for p in pictures]
     captions = dataset.captions()
     distinct = list(dict.fromkeys(["", *captions]))
-    text = encode_captions(components, distinct, batch_size * 4) if with_text else None
+    text = encode_captions(components, distinct, CAPTIONS_AT_ONCE) if with_text else None
     where = {caption: index for index, caption in enumerate(distinct)}
     return EncodedDataset(captions, torch.cat(latents), torch.stack(ids), [where[c] for c in captions], text)
 

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from t2ilib.config import check_choice
+from t2ilib.config import ConfigError, check_choice
 from t2ilib.seeds import numpy_generator_for, seed_for
 
 RESOLUTION = 64
@@ -318,6 +318,8 @@ def mixed_scenes(count: int, split: str, seed: int, kinds: Sequence[str]) -> lis
     """`count` scenes shared evenly among `kinds`: "base" and the names in CONCEPTS; raises ValueError for another name."""
     for kind in kinds:
         check_choice(kind, ("base", *CONCEPTS), "data.scenes")
+    if not kinds or len(set(kinds)) < len(kinds):
+        raise ConfigError(f"data.scenes {', '.join(kinds) or 'is empty'}: name each kind once, at least one")
     shares = [count // len(kinds) + (i < count % len(kinds)) for i in range(len(kinds))]
     return [
         scene

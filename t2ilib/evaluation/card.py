@@ -12,10 +12,9 @@ import torch
 
 from t2ilib.config import EvaluationConfig, ModelConfig, load_yaml
 from t2ilib.data import shapes
-from t2ilib.evaluation.sampling import draw
+from t2ilib.evaluation.sampling import draw, reconstruct
 from t2ilib.models.components import Components, load_base
 from t2ilib.models.tiny import pack
-from t2ilib.training.pretraining import reconstruct
 
 GUIDANCE = (1.5, 2.0, 3.0, 4.0)
 NUM_TEST, NUM_CHOOSING = 256, 96

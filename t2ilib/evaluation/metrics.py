@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from t2ilib.config import RunConfig
 from t2ilib.data import shapes
 from t2ilib.evaluation.sampling import draw, save_pictures
-from t2ilib.models.components import SHIPPED, Components
+from t2ilib.models.components import Components, clip_folder
 from t2ilib.models.families import tokenize
 from t2ilib.tracking import NullTracker, Tracker
 
@@ -39,7 +39,7 @@ def measure(
     shown: list[tuple[str, Image.Image]] = []
     clip = load_clip(run, components)
     for name, texts in prompts.items():
-        pictures = draw(components, texts, run.evaluation)
+        pictures = draw(components, texts, run.evaluation, resolution=run.data.resolution)
         shown += list(zip(texts, pictures, strict=True))[:: max(1, len(texts) // SHOWN)][:SHOWN]
         if name in groups:
             found |= checked(name, groups[name], pictures)
@@ -87,8 +87,7 @@ def load_clip(run: RunConfig, components: Components):
     """(CLIP model, tokenizer) for scoring, or None where neither the run names one nor the base brings one."""
     from transformers import AutoTokenizer, CLIPModel
 
-    own = SHIPPED.get(components.path, Path(components.path)) / "clip"
-    name = run.evaluation.clip_model or (str(own) if own.is_dir() else None)
+    name = run.evaluation.clip_model or clip_folder(components)
     if name is None:
         return None
     return CLIPModel.from_pretrained(name, dtype=torch.float32).to(

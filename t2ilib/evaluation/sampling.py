@@ -6,10 +6,13 @@ A picture of prompt i is the same whatever the batch size and whichever variant 
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor, nn
 
 from t2ilib.config import EvaluationConfig
+from t2ilib.memory import pictures_at_once
 from t2ilib.models.components import Components, build_pipeline
 from t2ilib.seeds import generator_for
 
@@ -32,16 +35,44 @@ def draw(
         module.eval()
     size = {} if resolution is None else {"height": resolution, "width": resolution}
     options = {"num_inference_steps": settings.num_inference_steps, "guidance_scale": settings.guidance_scale, **size}
+    batch_size = pictures_at_once(resolution or components.unet.config.sample_size * components.vae_scale, batch_size)
     pictures = []
     with components.awake():
         pipeline = build_pipeline(components)
         for start in range(0, len(prompts), batch_size):
             part = list(prompts[start : start + batch_size])
             generators = [generator_for(seed, "picture", start + i) for i in range(len(part))]
-            pictures += pipeline(part, generator=generators, **options).images
+            latents = pipeline(part, generator=generators, output_type="latent", **options).images
+            pictures += decode(components.vae, latents, pipeline.image_processor)
     for module in training:
         module.train()
     return pictures
+
+
+def decode(vae, latents: Tensor, image_processor) -> list[Image.Image]:
+    """Latents (B, 4, h, w) as pictures, in the VAE's own precision: it stays float32 beside a half-precision UNet."""
+    latents = latents.to(vae.dtype)
+    if getattr(vae.config, "latents_mean", None) is not None and getattr(vae.config, "latents_std", None) is not None:
+        mean, std = (
+            torch.tensor(v).view(1, -1, 1, 1).to(latents) for v in (vae.config.latents_mean, vae.config.latents_std)
+        )
+        latents = latents * std / vae.config.scaling_factor + mean
+    else:
+        latents = latents / vae.config.scaling_factor
+    return image_processor.postprocess(vae.decode(latents, return_dict=False)[0].detach())
+
+
+@torch.no_grad()
+def reconstruct(vae: nn.Module, pixels: Tensor) -> tuple[list[Image.Image], float]:
+    """Encodes and decodes (N, 3, H, W) uint8; returns pictures and the mean squared error on the [-1, 1] scale."""
+    pictures, errors = [], []
+    for part in pixels.split(64):
+        scaled = part.float() / 127.5 - 1
+        decoded = vae.decode(vae.encode(scaled).latent_dist.mode()).sample.float()
+        errors.append((decoded - scaled).square().mean((1, 2, 3)))
+        rounded = ((decoded.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        pictures += [Image.fromarray(np.ascontiguousarray(picture)) for picture in rounded]
+    return pictures, float(torch.cat(errors).mean())
 
 
 def make_grid(
@@ -89,4 +120,4 @@ def save_pictures(pictures: Sequence[Image.Image], folder: Path) -> None:
 
 def load_pictures(folder: Path) -> list[Image.Image]:
     """The pictures that `save_pictures` wrote, in order."""
-    return [Image.open(path).convert("RGB") for path in sorted(folder.glob("*.png"))]
+    return [Image.open(path).convert("RGB") for path in sorted(folder.glob("*.png"), key=lambda path: int(path.stem))]

@@ -52,6 +52,11 @@ class Components:
     def device(self) -> torch.device:
         return self.unet.device
 
+    @property
+    def vae_scale(self) -> int:
+        """Pixels a latent, along one side."""
+        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+
     def modules(self) -> dict[str, nn.Module]:
         """Pipeline name -> trainable-in-principle part: the UNet and the text encoders."""
         return {"unet": self.unet, **self.text_encoders}
@@ -67,9 +72,11 @@ class Components:
         """All parts on the device, for as long as the scope lasts."""
         for module in self.parked:
             module.to(self.device)
-        yield
-        for module in self.parked:
-            module.to("cpu")
+        try:
+            yield
+        finally:
+            for module in self.parked:
+                module.to("cpu")
 
     def encode_text(self, captions: list[str]) -> dict[str, torch.Tensor]:
         """What the UNet is conditioned on (see `families`), without time ids; an empty caption as the pipeline has it."""
@@ -227,6 +234,12 @@ def save_pipeline(components: Components, folder: Path) -> None:
     """Writes the pipeline as a diffusers folder, and takes along the base's `clip` folder, if it has one."""
     with quiet_libraries():
         build_pipeline(components).save_pretrained(folder)
-    clip = SHIPPED.get(components.path, Path(components.path)) / "clip"
-    if clip.is_dir():
+    clip = clip_folder(components)
+    if clip is not None:
         shutil.copytree(clip, folder / "clip", dirs_exist_ok=True)
+
+
+def clip_folder(components: Components) -> Path | None:
+    """The contrastive model that lies beside the parts of the tiny models, None for others."""
+    folder = SHIPPED.get(components.path, Path(components.path)) / "clip"
+    return folder if folder.is_dir() else None

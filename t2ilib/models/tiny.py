@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from t2ilib.config import ConfigError
 from t2ilib.data import shapes
 from t2ilib.seeds import seed_for
 
@@ -179,6 +180,8 @@ def pack(source: Path, target: Path, card: str) -> int:
     from transformers import CLIPModel, CLIPTokenizer
 
     if target.exists():
+        if not (target / "model_index.json").exists():
+            raise ConfigError(f"{target} exists and is not a pipeline folder: name another one")
         shutil.rmtree(target)
     diffusers.StableDiffusionXLPipeline.from_pretrained(source, torch_dtype=torch.float16).save_pretrained(target)
     clip = CLIPModel.from_pretrained(source / "clip", dtype=torch.float16)

@@ -8,21 +8,20 @@ adversarial losses, which need networks that know the pictures already.
 
 from pathlib import Path
 
-import numpy as np
 import torch
 from accelerate import Accelerator
-from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from t2ilib.config import RunConfig
+from t2ilib.config import ConfigError, RunConfig
 from t2ilib.data import shapes
 from t2ilib.data.cache import load_pixels
 from t2ilib.data.manifest import Dataset
-from t2ilib.models.components import Components, save_pipeline
+from t2ilib.evaluation.sampling import reconstruct
+from t2ilib.models.components import Components, clip_folder, save_pipeline
 from t2ilib.models.families import tokenize
 from t2ilib.models.tiny import save_clip
-from t2ilib.seeds import generator_for
+from t2ilib.seeds import generator_for, seed_for
 from t2ilib.training.setups import Setup
 
 EDGE_WEIGHT = 4.0
@@ -79,7 +78,7 @@ def setup_vae(
         error = reconstruction - crops
         return ((error.abs() + 2 * error.square()) * edge_weights(crops)).mean((1, 2, 3)) + KL_WEIGHT * kl
 
-    def validate() -> dict[str, float]:
+    def validate(step: int) -> dict[str, float]:
         pictures, error = reconstruct(vae, held_out_pixels.to(device))
         metrics = {"reconstruction_mse": error}
         scenes = [shapes.scene_from(record.scene) for record in held_out.records if record.scene]
@@ -95,19 +94,6 @@ def setup_vae(
         save_pipeline(components, folder / "model")
 
     return Setup(components, model, {"vae": vae}, len(pixels), losses, validate, save)
-
-
-@torch.no_grad()
-def reconstruct(vae: nn.Module, pixels: Tensor) -> tuple[list[Image.Image], float]:
-    """Encodes and decodes (N, 3, H, W) uint8; returns pictures and the mean squared error on the [-1, 1] scale."""
-    pictures, errors = [], []
-    for part in pixels.split(64):
-        scaled = part.float() / 127.5 - 1
-        decoded = vae.decode(vae.encode(scaled).latent_dist.mode()).sample.float()
-        errors.append((decoded - scaled).square().mean((1, 2, 3)))
-        rounded = ((decoded.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-        pictures += [Image.fromarray(np.ascontiguousarray(picture)) for picture in rounded]
-    return pictures, float(torch.cat(errors).mean())
 
 
 class TwoTextTowers(nn.Module):
@@ -137,10 +123,12 @@ def setup_clip(
     from transformers import CLIPModel
 
     device = accelerator.device
-    source = Path(components.path)
-    clip = CLIPModel.from_pretrained(source / "clip").to(device)
+    folder_of_clip = clip_folder(components)
+    if folder_of_clip is None:
+        raise ConfigError(f"model.base {components.path} has no `clip` folder beside its parts to train")
+    clip = CLIPModel.from_pretrained(folder_of_clip, dtype=torch.float32).to(device)
     first = components.text_encoders["text_encoder"].requires_grad_(True)
-    torch.manual_seed(run.seed)
+    torch.manual_seed(seed_for(run.seed, "clip projection"))
     model = TwoTextTowers(clip, first).to(device)
     tokenizer = components.tokenizers["tokenizer"]
     pixels, held_out_pixels = load_pixels(training, run.data.resolution), load_pixels(held_out, run.data.resolution)
@@ -160,7 +148,7 @@ def setup_clip(
         return torch.stack(losses).mean(0), torch.stack(right)
 
     @torch.no_grad()
-    def validate() -> dict[str, float]:
+    def validate(step: int) -> dict[str, float]:
         losses, right = contrast(model, held_out_pixels, held_out_ids)
         return {
             "contrastive_loss": float(losses.mean()),

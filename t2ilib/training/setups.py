@@ -5,7 +5,7 @@ Here: adapters, the whole UNet, and nothing (the base model measured as it is). 
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -39,12 +39,11 @@ class Setup:
     modules: dict[str, nn.Module]
     num_samples: int
     losses: Callable[[nn.Module, list[int], int], Tensor]
-    validate: Callable[[], dict[str, float]]
+    validate: Callable[[int], dict[str, float]]
     save: Callable[[Path], None]
     draw: Callable[[], list[Image.Image]] | None = None
     prompts: tuple[str, ...] = ()
     proof: AdapterProof | None = None
-    info: dict[str, float] = field(default_factory=dict)
 
 
 def setup_diffusion(
@@ -85,16 +84,19 @@ def setup_diffusion(
         ]
         return objective(model, encoded.batch(ids, dropped, device), noise.to(device), timesteps.to(device))
 
-    def validate() -> dict[str, float]:
+    def validate(step: int) -> dict[str, float]:
         if encoded_held_out is None:
             return {}
         with accelerator.autocast():
             result = held_out_loss(
                 denoiser, plain, encoded_held_out, num_timesteps, run.evaluation.validation_timesteps, device
             )
-        names = [record.path.name for record in held_out.records]
-        by_picture = dict(zip(names, result.by_picture(), strict=True))
-        (run.output / "held_out_by_picture.json").write_text(json.dumps(by_picture, indent=1))
+        by_picture = [
+            {"picture": record.path.name, "caption": record.caption, "loss": loss}
+            for record, loss in zip(held_out.records, result.by_picture(), strict=True)
+        ]
+        (run.output / "held_out").mkdir(exist_ok=True)
+        (run.output / "held_out" / f"step-{step:06d}.json").write_text(json.dumps(by_picture, indent=1))
         return result.metrics()
 
     def save(folder: Path) -> None:
@@ -112,7 +114,7 @@ def setup_diffusion(
         losses,
         validate,
         save,
-        draw=lambda: draw(components, list(prompts), run.evaluation),
+        draw=lambda: draw(components, list(prompts), run.evaluation, resolution=run.data.resolution),
         prompts=prompts,
         proof=proof,
     )

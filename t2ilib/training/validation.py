@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from t2ilib.data.cache import EncodedDataset
+from t2ilib.memory import pictures_at_once
 from t2ilib.seeds import generator_for
 
 GRID_SEED = 0
@@ -50,6 +51,9 @@ def held_out_loss(
     rows = []
     for i in range(len(held_out)):
         noise = torch.randn((num_timesteps, *shape), generator=generator_for(GRID_SEED, "held-out noise", i))
-        batch = held_out.batch([i] * num_timesteps, [False] * num_timesteps, device)
-        rows.append(objective(denoiser, batch, noise.to(device), timesteps.to(device)).cpu())
+        parts = []
+        for part in torch.arange(num_timesteps).split(pictures_at_once(8 * shape[-1], num_timesteps)):
+            batch = held_out.batch([i] * len(part), [False] * len(part), device)
+            parts.append(objective(denoiser, batch, noise[part].to(device), timesteps[part].to(device)).cpu())
+        rows.append(torch.cat(parts))
     return HeldOutLoss(torch.stack(rows), timesteps)
