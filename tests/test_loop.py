@@ -223,7 +223,8 @@ def test_quantized_dora_trains_with_every_optimizer(tmp_path: Path, changes: dic
     assert metrics["adapter/magnitude_change_norm"] > 0
 
 
-def test_whole_unet_with_ema_resumes_and_saves_the_average(tmp_path: Path) -> None:
+def test_whole_unet_with_ema_saves_and_keeps_the_average(tmp_path: Path) -> None:
+    """What is saved, what stays in memory to be measured, and the checkpoint's average are the same weights."""
     from diffusers import UNet2DConditionModel
 
     values = settings(tmp_path / "run", training__steps=4, training__trains="unet", training__ema_decay=0.9) | {
@@ -231,9 +232,38 @@ def test_whole_unet_with_ema_resumes_and_saves_the_average(tmp_path: Path) -> No
     }
     result = train(build_run(values))
     saved = UNet2DConditionModel.from_pretrained(tmp_path / "run" / "model" / "unet").state_dict()
-    trained = result.components.unet.state_dict()
-    assert any(not torch.equal(saved[name], trained[name]) for name in saved)
-    ema = load_file(tmp_path / "run" / "checkpoints" / "step-000004" / "ema.safetensors")
-    torch.testing.assert_close(ema["0"], next(iter(saved.values())))
-    again = train(build_run(values))
-    assert again.resumed_from == 4
+    kept = result.components.unet.state_dict()
+    folder = tmp_path / "run" / "checkpoints" / "step-000004"
+    average, raw = load_file(folder / "ema.safetensors"), load_file(folder / "weights.safetensors")
+    for place, name in enumerate(saved):
+        torch.testing.assert_close(saved[name], kept[name])
+        torch.testing.assert_close(saved[name], average[str(place)])
+    assert any(not torch.equal(saved[name], raw[f"unet.{name}"]) for name in saved)
+    assert train(build_run(values)).resumed_from == 4
+
+
+def test_gradient_that_is_not_finite_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from accelerate import Accelerator
+
+    monkeypatch.setattr(Accelerator, "clip_grad_norm_", lambda self, parameters, limit: torch.tensor(float("inf")))
+    with pytest.raises(NonFiniteLoss, match="at step 0"):
+        train(build_run(settings(tmp_path / "run")))
+    assert not list_checkpoints(tmp_path / "run" / "checkpoints")
+
+
+def test_changed_pictures_do_not_resume(tmp_path: Path) -> None:
+    from t2ilib.data import shapes
+
+    pictures = shapes.write_folder(tmp_path / "pictures", shapes.sample_scenes(10, "train", 0, "heart"), 0)
+    values = settings(tmp_path / "run", training__steps=2) | {"data": {"path": str(pictures)}}
+    train(build_run(values))
+    lines = (pictures / "metadata.jsonl").read_text()
+    (pictures / "metadata.jsonl").write_text(lines.replace("heart", "hart"))
+    with pytest.raises(CheckpointError, match="pictures or captions have changed"):
+        train(build_run(values))
+
+
+def test_batch_that_cannot_be_filled_is_told_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="batch_size 64 is more than the 12 training pictures"):
+        train(build_run(settings(tmp_path / "run", training__batch_size=64)))
+    assert not (tmp_path / "run").exists()
