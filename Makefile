@@ -35,7 +35,7 @@ ui: install  ## Open the MLflow UI on what was logged (loopback only)
 
 tiny-sdxl: install  ## Train the tiny SDXL anew, all stages (about an hour on 2 cores)
 	$(BIN)/t2ilib tiny build work/tiny-sdxl/start
-	for stage in vae vae-whole clip unet; do $(BIN)/t2ilib train experiments/tiny-sdxl/$$stage.yaml || exit 1; done
+	for stage in vae vae-whole clip unet unet-sharp; do $(BIN)/t2ilib train experiments/tiny-sdxl/$$stage.yaml || exit 1; done
 	$(BIN)/t2ilib tiny pack work/tiny-sdxl t2ilib/models/weights/tiny-sdxl
 
 clean:  ## Remove .venv and caches; results and work stay

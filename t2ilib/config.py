@@ -88,6 +88,8 @@ class DataConfig(Section):
     """For `shapes`: how many training pictures are drawn."""
     scenes: tuple[str, ...] = ("base",)
     """For `shapes`: what is drawn, in equal shares: `base` and the concepts outside it, heart, striped, blueprint."""
+    jitter: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """For `shapes`: how far position, size, tilt and colour stray from their nominal values."""
     seed: int = 0
     """For `shapes`: which pictures are drawn. Apart from the run's seed, so that all seeds of a study share their data."""
 

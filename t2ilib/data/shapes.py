@@ -158,13 +158,14 @@ def coverage(
     return mask.reshape(RESOLUTION, SUPERSAMPLING, RESOLUTION, SUPERSAMPLING).mean((1, 3))
 
 
-def draw(scene: Scene, seed: int) -> Image.Image:
-    """The scene as a 64x64 RGB picture. `seed` moves position, size, tilt and colour a little, never into another value."""
+def draw(scene: Scene, seed: int, jitter: float = 1.0) -> Image.Image:
+    """The scene as a 64x64 RGB picture. `seed` moves position, size, tilt and colour a little, never into another value;
+    `jitter` says how far, from 0 (not at all) to 1 (1.5 pixels, 5%, 3 degrees, 8 of 255)."""
     rng = numpy_generator_for(seed, "shapes picture", *asdict(scene).values())
-    center = tuple(np.array(POSITIONS[scene.position]) + rng.uniform(-1.5, 1.5, 2))
-    radius = SIZES[scene.size] * rng.uniform(0.95, 1.05)
-    degrees = TILTS.get(scene.tilt, 0.0) + rng.uniform(-3, 3)
-    color = np.clip(np.array(COLORS[scene.color]) + rng.uniform(-8, 8, 3), 0, 255)
+    center = tuple(np.array(POSITIONS[scene.position]) + jitter * rng.uniform(-1.5, 1.5, 2))
+    radius = SIZES[scene.size] * (1 + jitter * rng.uniform(-0.05, 0.05))
+    degrees = TILTS.get(scene.tilt, 0.0) + jitter * rng.uniform(-3, 3)
+    color = np.clip(np.array(COLORS[scene.color]) + jitter * rng.uniform(-8, 8, 3), 0, 255)
     if scene.style == "blueprint":
         canvas = np.full((RESOLUTION, RESOLUTION, 3), BLUEPRINT_PAPER, float)
         canvas[4::8, :] = canvas[:, 4::8] = BLUEPRINT_GRID
@@ -297,7 +298,7 @@ def check(scenes: Sequence[Scene], pictures: Iterable[Image.Image]) -> CheckResu
     return CheckResult(len(scenes), accuracy, float(np.mean([all(v.values()) for v in verdicts])), chance)
 
 
-def write_folder(folder: Path, scenes: Sequence[Scene], seed: int, num_phrasings: int = 1) -> Path:
+def write_folder(folder: Path, scenes: Sequence[Scene], seed: int, num_phrasings: int = 1, jitter: float = 1.0) -> Path:
     """Writes pictures and `metadata.jsonl` (file_name, text, and the scene) as an ordinary image folder; returns `folder`.
 
     `num_phrasings` > 1 gives each picture a random one of that many phrasings. Files that exist are written again.
@@ -307,7 +308,7 @@ def write_folder(folder: Path, scenes: Sequence[Scene], seed: int, num_phrasings
         for index, scene in enumerate(scenes):
             phrasing = seed_for(seed, "phrasing", index) % num_phrasings
             name = f"{index:05d}.png"
-            draw(scene, seed_for(seed, "picture", index)).save(folder / name)
+            draw(scene, seed_for(seed, "picture", index), jitter).save(folder / name)
             lines.write(
                 json.dumps({"file_name": name, "text": caption(scene, phrasing), "scene": asdict(scene)}) + "\n"
             )

@@ -18,7 +18,7 @@ from t2ilib.models.tiny import pack
 
 GUIDANCE = (1.5, 2.0, 3.0, 4.0)
 NUM_TEST, NUM_CHOOSING = 256, 96
-STAGES = ("vae", "vae-whole", "clip", "unet")
+STAGES = ("vae", "vae-whole", "clip", "unet", "unet-sharp")
 
 
 def accuracy(components: Components, split: str, count: int, guidance: float) -> shapes.CheckResult:
@@ -31,8 +31,8 @@ def accuracy(components: Components, split: str, count: int, guidance: float) ->
 
 
 def pack_with_card(work: Path, target: Path) -> str:
-    """Packs `work`/unet/model to `target`, measures it, writes its card; returns the card."""
-    size = pack(work / "unet" / "model", target, "")
+    """Packs the last stage in `work` to `target`, measures it, writes its card; returns the card."""
+    size = pack(work / STAGES[-1] / "model", target, "")
     components = load_base(ModelConfig(base=str(target)))
     chosen = max(GUIDANCE, key=lambda g: accuracy(components, "validation", NUM_CHOOSING, g).all_attributes)
     drawn = accuracy(components, "test", NUM_TEST, chosen)

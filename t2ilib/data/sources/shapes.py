@@ -31,13 +31,17 @@ def load(config: DataConfig) -> tuple[list[folder.Record], list[folder.Record]]:
 def drawn(config: DataConfig, split: str, count: int) -> Path:
     """The folder of these pictures, drawn if it is not there; complete or absent, also when several processes draw at once."""
     world = hashlib.sha256(Path(shapes.__file__).read_bytes()).hexdigest()[:8]
-    target = cache_folder() / "shapes" / f"{'-'.join(config.scenes)}-{split}-{count}-seed{config.seed}-{world}"
+    target = (
+        cache_folder()
+        / "shapes"
+        / f"{'-'.join(config.scenes)}-{split}-{count}-jitter{config.jitter:g}-seed{config.seed}-{world}"
+    )
     if target.is_dir():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     scenes = shapes.mixed_scenes(count, split, config.seed, config.scenes)
     draft = Path(tempfile.mkdtemp(dir=target.parent, prefix=".drawing-"))
-    shapes.write_folder(draft, scenes, config.seed, num_phrasings=len(shapes.SOLID_PHRASES))
+    shapes.write_folder(draft, scenes, config.seed, num_phrasings=len(shapes.SOLID_PHRASES), jitter=config.jitter)
     try:
         draft.rename(target)
     except OSError:
