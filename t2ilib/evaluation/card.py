@@ -65,8 +65,8 @@ Trained by `t2ilib train` on procedurally drawn pictures alone; the recipes are 
 text encoders have never seen a heart, a striped object or a blueprint, which are for fine-tuning to teach; the autoencoder,
 as a general codec, has seen them without captions. The `clip` folder is the contrastive model that scores pictures.
 
-| stage | steps | batch | seconds in steps | parameters | held-out result |
-|---|---|---|---|---|---|
+| stage | steps | batch | seconds in steps | held-out result |
+|---|---|---|---|---|
 {stages}
 
 After the autoencoder's encode and decode the checker reads all attributes right in
@@ -82,13 +82,14 @@ After the autoencoder's encode and decode the checker reads all attributes right
 
 
 def stage_row(folder: Path) -> str:
-    """One line of the card from what the stage itself logged."""
-    run = load_yaml(folder / "run.yaml")
+    """One line of the card from what the stage itself logged, up to the checkpoint it ended on."""
+    reached = max(int(path.name.removeprefix("step-")) for path in (folder / "checkpoints").glob("step-*"))
     last: dict[str, float] = {}
     for line in (folder / "metrics.jsonl").read_text().splitlines():
-        last |= json.loads(line)
+        row = json.loads(line)
+        last |= row if row["step"] <= reached else {}
     keys = ("checker/all", "retrieval/second", "held_out_loss")
     result = ", ".join(f"{key} {last[key]:.3f}" for key in keys if key in last)
-    seconds = run["training"]["steps"] / last["steps_per_second"]
-    parameters = f"{int(last['trainable_parameters']):,}"
-    return f"| {folder.name} | {run['training']['steps']} | {run['training']['batch_size']} | {seconds:.0f} | {parameters} | {result} |"
+    seconds = f"{reached / last['steps_per_second']:.0f}" if "steps_per_second" in last else "not recorded"
+    batch = load_yaml(folder / "run.yaml")["training"]["batch_size"]
+    return f"| {folder.name} | {reached} | {batch} | {seconds} | {result} |"
