@@ -11,11 +11,12 @@
 from pathlib import Path
 
 from t2ilib.report.figures import plot_cost_quality, plot_learning_curves, plot_pictures
-from t2ilib.report.reading import METRICS, StudyReport, load_report
+from t2ilib.report.reading import GROUPS, METRICS, StudyReport, load_report
 from t2ilib.report.tables import caveats, compare, difference_table, format_table, markdown_table, summary_table
 from t2ilib.report.texts import describe_variant, explain_reading, headline
 
 __all__ = [
+    "GROUPS",
     "METRICS",
     "StudyReport",
     "caveats",
@@ -72,7 +73,8 @@ def write_markdown(report: StudyReport, folder: Path | str) -> Path:
         report.question,
         "## In short\n\n" + headline(report),
         "## Before believing it\n\n" + caveats_markdown(report),
-        "## Numbers\n\n" + markdown_table(summary_table(report)),
+        "## Numbers",
+        *(f"### {title}\n\n{markdown_table(summary_table(report, metrics))}" for title, metrics in GROUPS.items()),
         "## Differences\n\n" + differences_markdown(report),
         "## How to read this\n\n" + explain_reading(),
         "## Figures\n\n" + "\n\n".join(f"![{title}]({name})" for name, (title, _) in figures.items()),

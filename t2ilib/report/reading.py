@@ -45,6 +45,19 @@ METRICS = {
 }
 """What a report knows, in the order of its columns. Other metrics of a run are kept in `Run.metrics` and not shown."""
 
+GROUPS = {
+    "Learned and kept": ("concept/learned", "concept/all", "concept/chance", "base_kept/all", "held_out_loss"),
+    "By concept, and CLIP scores": (
+        "concept/heart",
+        "concept/striped",
+        "concept/blueprint",
+        "clip_score/concept",
+        "clip_score/base_kept",
+    ),
+    "Cost": ("trainable_parameters", "adapter_mib", "peak_process_mib", "peak_device_mib", "steps_per_second"),
+}
+"""The same in tables that fit a page."""
+
 
 @dataclass(frozen=True)
 class Run:
