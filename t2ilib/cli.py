@@ -90,7 +90,7 @@ def generate(
     quantization: Annotated[
         str | None, typer.Option(help="none or nf4; without it as the adapter's run had its base.")
     ] = None,
-    guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale.")] = 2.0,
+    guidance: Annotated[float, typer.Option(help="Classifier-free guidance scale.")] = 5.0,
     steps: Annotated[int, typer.Option(help="Sampling steps.")] = 20,
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("pictures"),
 ) -> None:

@@ -16,7 +16,7 @@ from t2ilib.evaluation.sampling import draw, reconstruct
 from t2ilib.models.components import Components, load_base
 from t2ilib.models.tiny import pack
 
-GUIDANCE = (1.5, 2.0, 3.0, 4.0)
+GUIDANCE = (1.5, 2.0, 3.0, 5.0, 7.5)
 NUM_TEST, NUM_CHOOSING = 256, 96
 STAGES = ("vae", "vae-whole", "clip", "unet", "unet-sharp")
 

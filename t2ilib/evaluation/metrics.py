@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from t2ilib.config import RunConfig
 from t2ilib.data import shapes
 from t2ilib.evaluation.sampling import draw, save_pictures
-from t2ilib.models.components import Components, clip_folder
+from t2ilib.models.components import Components, clip_folder, quiet_libraries
 from t2ilib.models.families import tokenize
 from t2ilib.tracking import NullTracker, Tracker
 
@@ -90,9 +90,9 @@ def load_clip(run: RunConfig, components: Components):
     name = run.evaluation.clip_model or clip_folder(components)
     if name is None:
         return None
-    return CLIPModel.from_pretrained(name, dtype=torch.float32).to(
-        components.device
-    ).eval(), AutoTokenizer.from_pretrained(name)
+    with quiet_libraries():
+        clip, tokenizer = CLIPModel.from_pretrained(name, dtype=torch.float32), AutoTokenizer.from_pretrained(name)
+    return clip.to(components.device).eval(), tokenizer
 
 
 @torch.no_grad()

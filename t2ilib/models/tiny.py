@@ -18,6 +18,7 @@ from torch import nn
 
 from t2ilib.config import ConfigError
 from t2ilib.data import shapes
+from t2ilib.models.components import quiet_libraries
 from t2ilib.seeds import seed_for
 
 MAX_TOKENS = 32
@@ -183,8 +184,9 @@ def pack(source: Path, target: Path, card: str) -> int:
         if not (target / "model_index.json").exists():
             raise ConfigError(f"{target} exists and is not a pipeline folder: name another one")
         shutil.rmtree(target)
-    diffusers.StableDiffusionXLPipeline.from_pretrained(source, torch_dtype=torch.float16).save_pretrained(target)
-    clip = CLIPModel.from_pretrained(source / "clip", dtype=torch.float16)
-    save_clip(clip, CLIPTokenizer.from_pretrained(source / "clip"), target / "clip")
+    with quiet_libraries():
+        diffusers.StableDiffusionXLPipeline.from_pretrained(source, torch_dtype=torch.float16).save_pretrained(target)
+        clip = CLIPModel.from_pretrained(source / "clip", dtype=torch.float16)
+        save_clip(clip, CLIPTokenizer.from_pretrained(source / "clip"), target / "clip")
     (target / "README.md").write_text(card)
     return sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
