@@ -347,7 +347,12 @@ for kill in range(int(sys.argv[2])):
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_kills_never_lose_the_last_committed_checkpoint(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-c", KILLER, tmp_path, "12"], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", KILLER, tmp_path, "12"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines()]

@@ -81,6 +81,8 @@ def test_generate_command_with_adapter_checkpoint_and_scale(trained, tmp_path: P
             PROMPT,
             "--steps",
             "4",
+            "--guidance",
+            "2.0",
             "--out",
             str(tmp_path),
             *arguments,

@@ -188,5 +188,17 @@ def pack(source: Path, target: Path, card: str) -> int:
         diffusers.StableDiffusionXLPipeline.from_pretrained(source, torch_dtype=torch.float16).save_pretrained(target)
         clip = CLIPModel.from_pretrained(source / "clip", dtype=torch.float16)
         save_clip(clip, CLIPTokenizer.from_pretrained(source / "clip"), target / "clip")
+    declare_float32(target)
     (target / "README.md").write_text(card)
     return sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
+
+
+def declare_float32(folder: Path) -> None:
+    """Has transformers load the packed half-precision weights as float32, as diffusers does with the other parts: half
+    precision is how they are stored, not how a CPU should compute."""
+    for path in (*folder.glob("text_encoder*/config.json"), folder / "clip" / "config.json"):
+        config = json.loads(path.read_text())
+        for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+            if "dtype" in part:
+                part["dtype"] = "float32"
+        path.write_text(json.dumps(config, indent=2) + "\n")
