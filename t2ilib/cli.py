@@ -152,7 +152,7 @@ def study_run(
             print(f"\nreport:     {page}\n            {page.with_suffix('.md')}")
         mlflow = Path(sys.executable).parent / "mlflow"
         print(f"MLflow UI:  {mlflow} ui --backend-store-uri {tracked(results)} --host 127.0.0.1")
-        print(f"{len(runs) - len(failed)} of {len(runs)} runs finished, {__import__('time').monotonic() - begun:.0f} s")
+        print(f"{len(runs) - len(failed)} of {len(runs)} runs finished, {time.monotonic() - begun:.0f} s")
         if failed:
             typer.secho(f"not finished: {', '.join(failed)}", fg=typer.colors.RED, err=True)
             raise SystemExit(1)
