@@ -33,9 +33,9 @@ lint: install  ## Check style, and that notebooks are committed without outputs
 ui: install  ## Open the MLflow UI on what was logged (loopback only)
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///$(CURDIR)/results/mlflow.db --host 127.0.0.1
 
-tiny-sdxl: install  ## Train the tiny SDXL anew, all stages (about an hour on 2 cores)
+tiny-sdxl: install  ## Train the tiny SDXL anew, all stages (about two hours on 2 cores)
 	$(BIN)/t2ilib tiny build work/tiny-sdxl/start
-	for stage in vae vae-whole clip unet unet-sharp; do $(BIN)/t2ilib train experiments/tiny-sdxl/$$stage.yaml || exit 1; done
+	for stage in vae vae-whole clip unet clip-again unet-again; do $(BIN)/t2ilib train experiments/tiny-sdxl/$$stage.yaml || exit 1; done
 	$(BIN)/t2ilib tiny pack work/tiny-sdxl t2ilib/models/weights/tiny-sdxl
 
 clean:  ## Remove .venv and caches; results and work stay

@@ -207,6 +207,29 @@ def test_a_folder_reads_back_as_the_scenes_it_was_written_from(tmp_path):
     assert (tmp_path / "again" / "00003.png").read_bytes() == before
 
 
+def test_near_misses_are_wrong_in_one_attribute_and_keep_the_phrasing():
+    for index, scene in enumerate(shapes.sample_scenes(40, "train", 0)):
+        text = caption(scene, index)
+        wrong = shapes.near_misses(scene, text, 12, np.random.default_rng(index))
+        assert text not in wrong
+        others = {caption(other, index): other for other in shapes.all_scenes()}
+        changed = set()
+        for other in (others[sentence] for sentence in wrong):
+            names = {name for name in ATTRIBUTES if asdict(other)[name] != asdict(scene)[name]}
+            assert len(names) == 1 or names == {"shape", "tilt"}
+            changed |= names
+        assert changed >= {"shape", "color", "size", "position", "background"} | ({"tilt"} if scene.tilt else set())
+
+
+def test_a_paraphrase_says_the_same_otherwise():
+    scene, rng = shapes.sample_scenes(1, "train", 0)[0], np.random.default_rng(0)
+    for phrasing in range(4):
+        found = {shapes.paraphrase(scene, caption(scene, phrasing), rng) for _ in range(40)}
+        assert found == {caption(scene, other) for other in range(4)} - {caption(scene, phrasing)}
+    with pytest.raises(ValueError, match="'a red dog' is not a caption of"):
+        shapes.paraphrase(scene, "a red dog", rng)
+
+
 def test_wrong_names_are_told(tmp_path):
     with pytest.raises(ValueError, match=r"data.scenes 'hart'.*Did you mean 'heart'"):
         shapes.mixed_scenes(4, "train", 0, ("hart",))

@@ -13,7 +13,7 @@ import itertools
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -126,6 +126,37 @@ def caption(scene: Scene, phrasing: int = 0) -> str:
     while "  " in text or ", ," in text or " ," in text:
         text = text.replace("  ", " ").replace(", ,", ",").replace(" ,", ",")
     return text.strip(" ,").replace("a upright", "an upright")
+
+
+def phrasing_of(scene: Scene, text: str) -> int:
+    """Which of the base world's phrasings `text` is; raises ValueError where it is not a caption of `scene`."""
+    for phrasing in range(len(SOLID_PHRASES)):
+        if caption(scene, phrasing) == text:
+            return phrasing
+    raise ValueError(f"{text!r} is not a caption of {scene.describe()}")
+
+
+def paraphrase(scene: Scene, text: str, rng: np.random.Generator) -> str:
+    """The scene in another phrasing than that of `text`; raises ValueError where that is not a caption of `scene`."""
+    return caption(scene, phrasing_of(scene, text) + int(rng.integers(1, len(SOLID_PHRASES))))
+
+
+def near_misses(scene: Scene, text: str, count: int, rng: np.random.Generator) -> list[str]:
+    """`count` captions in the phrasing of `text`, each wrong about this scene in one attribute, attributes in turn.
+
+    Raises ValueError where `text` is not a caption of `scene`.
+    """
+    phrasing = phrasing_of(scene, text)
+    values = {"color": COLORS, "size": SIZES, "position": POSITIONS, "background": BACKGROUNDS, "tilt": TILTS}
+    values = {name: tuple(value) for name, value in values.items() if getattr(scene, name)} | {"shape": SHAPES}
+    order = rng.permutation(sorted(values)).tolist()
+    wrong = []
+    for name in (order * count)[:count]:
+        changed = {name: rng.choice([value for value in values[name] if value != getattr(scene, name)]).item()}
+        if name == "shape":
+            changed["tilt"] = "" if changed["shape"] == "circle" else scene.tilt or rng.choice(tuple(TILTS)).item()
+        wrong.append(caption(replace(scene, **changed), phrasing))
+    return wrong
 
 
 def inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:

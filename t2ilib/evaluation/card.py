@@ -18,7 +18,7 @@ from t2ilib.models.tiny import pack
 
 GUIDANCE = (1.5, 2.0, 3.0, 5.0, 7.5)
 NUM_TEST, NUM_CHOOSING = 256, 96
-STAGES = ("vae", "vae-whole", "clip", "unet", "unet-sharp")
+STAGES = ("vae", "vae-whole", "clip", "unet", "clip-again", "unet-again")
 
 
 def accuracy(components: Components, split: str, count: int, guidance: float) -> shapes.CheckResult:
@@ -88,7 +88,7 @@ def stage_row(folder: Path) -> str:
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         row = json.loads(line)
         last |= row if row["step"] <= reached else {}
-    keys = ("checker/all", "retrieval/second", "held_out_loss")
+    keys = ("checker/all", "retrieval/second", "near_misses/second", "held_out_loss")
     result = ", ".join(f"{key} {last[key]:.3f}" for key in keys if key in last)
     seconds = f"{reached / last['steps_per_second']:.0f}" if "steps_per_second" in last else "not recorded"
     batch = load_yaml(folder / "run.yaml")["training"]["batch_size"]

@@ -146,8 +146,8 @@ def build_unet() -> nn.Module:
     width = sum(width for width, _ in TEXT_WIDTHS.values())
     return UNet2DConditionModel(
         sample_size=shapes.RESOLUTION // 8,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        down_block_types=("CrossAttnDownBlock2D",) * 2,
+        up_block_types=("CrossAttnUpBlock2D",) * 2,
         block_out_channels=(64, 128),
         layers_per_block=1,
         transformer_layers_per_block=(1, 1),
@@ -155,8 +155,8 @@ def build_unet() -> nn.Module:
         use_linear_projection=True,
         cross_attention_dim=width,
         addition_embed_type="text_time",
-        addition_time_embed_dim=64,
-        projection_class_embeddings_input_dim=6 * 64 + PROJECTION,
+        addition_time_embed_dim=32,
+        projection_class_embeddings_input_dim=6 * 32 + PROJECTION,
     )
 
 

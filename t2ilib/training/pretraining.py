@@ -21,11 +21,12 @@ from t2ilib.evaluation.sampling import reconstruct
 from t2ilib.models.components import Components, clip_folder, save_pipeline
 from t2ilib.models.families import tokenize
 from t2ilib.models.tiny import save_clip
-from t2ilib.seeds import generator_for, seed_for
+from t2ilib.seeds import generator_for, numpy_generator_for, seed_for
 from t2ilib.training.setups import Setup
 
 EDGE_WEIGHT = 4.0
 KL_WEIGHT = 1e-6
+NEAR_MISSES = 3
 
 
 class Reconstruction(nn.Module):
@@ -97,7 +98,8 @@ def setup_vae(
 
 
 class TwoTextTowers(nn.Module):
-    """One image tower against both text encoders: (B, 3, H, W) and token ids (B, T) -> unit embeddings of each, and the scale.
+    """One image tower against both text encoders: pixels (B, 3, H, W) and token ids (N, T) -> unit embeddings (B, D), (N, D),
+    (N, D), and the scale.
 
     The first text encoder has no projection of its own in SDXL; the one used here is dropped after training.
     """
@@ -108,6 +110,8 @@ class TwoTextTowers(nn.Module):
         self.projection = nn.Linear(text_encoder.config.hidden_size, clip.config.projection_dim, bias=False)
 
     def forward(self, pixels: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        ends = (ids == self.text_encoder.config.eos_token_id).int().argmax(1)
+        ids = ids[:, : int(ends.max()) + 1]  # attention is causal: what follows the end changes nothing
         image = self.clip.visual_projection(self.clip.vision_model(pixels).pooler_output)
         second = self.clip.text_projection(self.clip.text_model(ids).pooler_output)
         first = self.projection(self.text_encoder(ids).pooler_output)
@@ -116,10 +120,28 @@ class TwoTextTowers(nn.Module):
         )
 
 
+def contrast(image: Tensor, text: Tensor, near: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Unit embeddings (B, D), (B, D) and near misses of each picture (B, K, D) -> loss (B,), logits of picture to text (B, B + K).
+
+    The symmetric cross-entropy of CLIP (arXiv 2103.00020), where a picture's own near misses stand among its wrong captions
+    (hard negatives, arXiv 2210.01936): captions of other pictures differ in so much that nothing subtle need be read.
+    """
+    target = torch.arange(len(image), device=image.device)
+    across = scale * image @ text.T
+    to_text = torch.cat([across, scale * torch.einsum("bd,bkd->bk", image, near)], dim=1)
+    losses = F.cross_entropy(to_text, target, reduction="none") + F.cross_entropy(across.T, target, reduction="none")
+    return losses / 2, to_text
+
+
 def setup_clip(
     run: RunConfig, components: Components, training: Dataset, held_out: Dataset, accelerator: Accelerator
 ) -> Setup:
-    """A contrastive model (arXiv 2103.00020) whose text towers become the pipeline's text encoders."""
+    """A contrastive model whose text towers become the pipeline's text encoders.
+
+    Where the scene is known (the shapes world) each caption also meets, in every step others, NEAR_MISSES captions that are
+    wrong in one attribute, and a paraphrase: the same contrast between two texts as between picture and text (supervised
+    SimCSE, arXiv 2104.08821), so that text towers tell apart what the picture tower cannot see yet.
+    """
     from transformers import CLIPModel
 
     device = accelerator.device
@@ -132,29 +154,46 @@ def setup_clip(
     model = TwoTextTowers(clip, first).to(device)
     tokenizer = components.tokenizers["tokenizer"]
     pixels, held_out_pixels = load_pixels(training, run.data.resolution), load_pixels(held_out, run.data.resolution)
-    ids_of, held_out_ids = tokenize(tokenizer, training.captions()), tokenize(tokenizer, held_out.captions())
 
-    def contrast(model: nn.Module, pixels: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        image, *texts, scale = model(pixels.to(device) / 127.5 - 1, tokens.to(device))
-        target = torch.arange(len(image), device=device)
-        losses, right = [], []
-        for text in texts:
-            logits = scale * image @ text.T
-            losses += [
-                F.cross_entropy(logits, target, reduction="none"),
-                F.cross_entropy(logits.T, target, reduction="none"),
-            ]
-            right.append((logits.argmax(1) == target).float().mean())
-        return torch.stack(losses).mean(0), torch.stack(right)
+    def compare(model: nn.Module, data: Dataset, pixels: Tensor, ids: list[int], num_near: int, key: tuple) -> list:
+        """For each text tower the losses (B,) and the logits (B, B + K) of picture to text; K is 0 unless every scene is known."""
+        records = [data.records[i] for i in ids]
+        texts = [[record.caption for record in records]]
+        if all(record.scene for record in records):
+            near, other = [], []
+            for i, record in zip(ids, records, strict=True):
+                scene = shapes.scene_from(record.scene)
+                rng = numpy_generator_for(run.seed, "near misses", *key, i)
+                near += shapes.near_misses(scene, record.caption, num_near, rng)
+                other.append(shapes.paraphrase(scene, record.caption, rng))
+            texts += [other, near]
+        tokens = tokenize(tokenizer, [text for part in texts for text in part]).to(device)
+        image, *towers, scale = model(pixels[ids].to(device) / 127.5 - 1, tokens)
+        compared = []
+        for tower in towers:
+            text, *rest = tower.split([len(part) for part in texts])
+            near = rest[1].view(len(ids), num_near, -1) if rest else text[:, None, :][:, :0]
+            loss, to_text = contrast(image, text, near, scale)
+            compared.append((loss + contrast(rest[0], text, near, scale)[0] if rest else loss, to_text))
+        return compared
+
+    def losses(model: nn.Module, ids: list[int], step: int) -> Tensor:
+        return torch.stack([loss for loss, _ in compare(model, training, pixels, ids, NEAR_MISSES, (step,))]).mean(0)
 
     @torch.no_grad()
     def validate(step: int) -> dict[str, float]:
-        losses, right = contrast(model, held_out_pixels, held_out_ids)
-        return {
-            "contrastive_loss": float(losses.mean()),
-            "retrieval/first": float(right[0]),
-            "retrieval/second": float(right[1]),
-        }
+        ids = list(range(len(held_out)))
+        target = torch.tensor(ids, device=device)
+        metrics = {}
+        for name, (loss, logits) in zip(
+            ("first", "second"), compare(model, held_out, held_out_pixels, ids, 6, ("held out",)), strict=True
+        ):
+            metrics[f"contrastive_loss/{name}"] = float(loss.mean())
+            metrics[f"retrieval/{name}"] = float((logits[:, : len(ids)].argmax(1) == target).float().mean())
+            own, near = logits[target, target], logits[:, len(ids) :]
+            if near.shape[1]:
+                metrics[f"near_misses/{name}"] = float((own[:, None] > near).float().mean())
+        return metrics
 
     def save(folder: Path) -> None:
         second = components.text_encoders["text_encoder_2"]
@@ -163,5 +202,4 @@ def setup_clip(
         save_pipeline(components, folder / "model")
         save_clip(clip, tokenizer, folder / "model" / "clip")
 
-    losses = lambda model, ids, step: contrast(model, pixels[ids], ids_of[ids])[0]  # noqa: E731
     return Setup(components, model, {"clip": model}, len(pixels), losses, validate, save)
