@@ -122,6 +122,49 @@ def generate(
         print(f"{len(pictures)} picture(s) in {out}")
 
 
+@app.command()
+def adapters(
+    model: Annotated[str, typer.Argument(help="What model.base takes, or a layout without weights: sd15, sdxl.")],
+    targets: Annotated[
+        list[str],
+        typer.Option(help="attention, many, a regular expression, or several times a module name's ending."),
+    ] = ["attention"],
+    text_encoder_targets: Annotated[
+        list[str], typer.Option(help="The same for the text encoders; without it they get no adapter.")
+    ] = [],
+    rank: Annotated[int, typer.Option(min=1)] = 8,
+    kind: Annotated[str, typer.Option(help="lora or dora.")] = "lora",
+) -> None:
+    """List the layers an adapter would be attached to, their shapes and the parameters it adds."""
+    with readable_errors():
+        from t2ilib.adapters.spec import adapter_table
+        from t2ilib.config import build_run
+        from t2ilib.models.components import load_base
+        from t2ilib.models.layouts import build_layout, is_layout
+        from t2ilib.report import format_table
+
+        asked = {"kind": kind, "rank": rank, "targets": one_or_more(targets)}
+        run = build_run(
+            {"adapter": asked | {"text_encoder_targets": one_or_more(text_encoder_targets)}, "model": {"base": model}},
+            "the command",
+        )
+        components = build_layout(model) if is_layout(model) else load_base(run.model)
+        rows = adapter_table(components, run.adapter)
+        listed = [
+            {**vars(row), "shape": " x ".join(map(str, row.shape)), "parameters": f"{row.parameters:,}"} for row in rows
+        ]
+        print(format_table(listed))
+        print()
+        for name, module in components.modules().items():
+            of_module = [row.parameters for row in rows if row.component == name]
+            size = sum(parameter.numel() for parameter in module.parameters())
+            print(f"{name}: {len(of_module)} layers, {sum(of_module):,} parameters on a base of {size:,}")
+
+
+def one_or_more(values: list[str]) -> str | list[str] | None:
+    return values[0] if len(values) == 1 else values or None
+
+
 @study_app.command("run")
 def study_run(
     file: Annotated[Path, typer.Argument(help="A study file in YAML.")],

@@ -6,6 +6,8 @@ every part of it must match something: an adapter that silently matched nothing 
 
 import re
 from collections import Counter
+from dataclasses import dataclass
+from math import prod
 
 from torch import nn
 
@@ -88,3 +90,36 @@ def resolve_targets(components: Components, spec: AdapterSpec) -> dict[str, list
             matched = match_modules(encoder, name, spec.text_encoder_targets)
             targets[name] = [module for module in matched if not f"{name}.{module}.".startswith(unused or ("\0",))]
     return targets
+
+
+@dataclass(frozen=True)
+class AdapterRow:
+    """One layer that an adapter would be attached to. `shape` is that of its weight, `parameters` those of the adapter."""
+
+    component: str
+    module: str
+    layer: str
+    shape: tuple[int, ...]
+    parameters: int
+
+
+def adapter_table(components: Components, spec: AdapterSpec) -> list[AdapterRow]:
+    """Every layer that `spec` means, with the adapter's parameters on it; needs shapes only, so the meta device will do.
+
+    Rank r on a linear layer is r (in + out) parameters; on a convolution of kernel k, whose A is a convolution of the same
+    kernel and whose B is 1x1, r (in k^2 / groups + out). DoRA's magnitude adds one for each output.
+    """
+    rows = []
+    for component, names in resolve_targets(components, spec).items():
+        model = components.modules()[component]
+        for name in names:
+            layer = model.get_submodule(name)
+            if isinstance(layer, nn.Conv2d):
+                shape = (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
+            else:
+                shape = (layer.out_features, layer.in_features)
+            outputs, inputs = shape[0], prod(shape[1:])
+            parameters = spec.rank * (inputs + outputs) + (outputs if spec.kind == "dora" else 0)
+            layer_kind = "convolution" if isinstance(layer, nn.Conv2d) else "linear"
+            rows.append(AdapterRow(component, name, layer_kind, shape, parameters))
+    return rows
