@@ -121,23 +121,87 @@ def locate(base: str) -> str:
 
 def load_family(path: str, config: ModelConfig) -> Family:
     """The family of a pipeline, from its model_index.json; raises ConfigError naming what the model is instead."""
-    if Path(path).is_dir():
-        index = json.loads((Path(path) / "model_index.json").read_text())
-    else:
-        from huggingface_hub import hf_hub_download
-
-        try:
-            index = json.loads(Path(hf_hub_download(path, "model_index.json", revision=config.revision)).read_text())
-        except OSError as error:
-            raise ConfigError(
-                f"model.base {path}: not in the local cache and could not be fetched ({type(error).__name__}). Check the"
-                " name, your network and `hf auth login` for gated models, or give a local folder or tiny-sdxl"
-            ) from None
+    folder = Path(path)
+    file = folder / "model_index.json" if folder.is_dir() else download(path, "model_index.json", config.revision)
+    try:
+        name = json.loads(file.read_text())["_class_name"]
+    except (ValueError, KeyError):
+        raise ConfigError(f"model.base {path}: model_index.json names no pipeline class, it is damaged") from None
     for family in FAMILIES.values():
-        if index["_class_name"] == family.pipeline_class:
+        if name == family.pipeline_class:
             return family
     known = ", ".join(family.pipeline_class for family in FAMILIES.values())
-    raise ConfigError(f"model.base {path} is a {index['_class_name']}; t2ilib trains {known}")
+    raise ConfigError(f"model.base {path} is a {name}; t2ilib trains {known}")
+
+
+def download(repository: str, name: str, revision: str | None) -> Path:
+    """A file of a Hub repository, from the cache or the network; raises ConfigError with one sentence about what is wrong."""
+    from huggingface_hub import constants, errors, hf_hub_download
+
+    try:
+        return Path(hf_hub_download(repository, name, revision=revision))
+    except errors.GatedRepoError:
+        reason = f"is gated: accept its licence on https://huggingface.co/{repository}, then `hf auth login`"
+    except errors.RevisionNotFoundError:
+        reason = f"has no revision {revision!r}"
+    except errors.RepositoryNotFoundError:
+        reason = "does not exist on the Hub, or is private (then `hf auth login`)"
+    except errors.EntryNotFoundError as error:
+        if not isinstance(error, errors.LocalEntryNotFoundError):
+            reason = f"holds no {name}, so it is not a diffusers pipeline"
+        elif constants.HF_HUB_OFFLINE:
+            reason = "is not in the local cache, and HF_HUB_OFFLINE=1 forbids fetching it: unset that, or give a local folder"
+        else:
+            reason = (
+                "is not in the local cache and the Hub cannot be reached: connect, or give a local folder or tiny-sdxl"
+            )
+    except (OSError, errors.HfHubHTTPError) as error:
+        reason = f"could not be fetched ({type(error).__name__}: {error}): connect, or give a local folder or tiny-sdxl"
+    raise ConfigError(f"model.base {repository} {reason}")
+
+
+def check_folder(folder: Path, family: Family, variant: str | None) -> None:
+    """Raises ConfigError naming every file that a pipeline folder lacks; for pickled weights, how to convert them."""
+    lacking, pickled, variants = [], [], set()
+    stems = {
+        "unet": "diffusion_pytorch_model",
+        "vae": "diffusion_pytorch_model",
+        **dict.fromkeys(family.text_encoders, "model"),
+    }
+    for part, stem in stems.items():
+        if not (folder / part / "config.json").exists():
+            lacking.append(f"{part}/config.json")
+        infixes = [f".{variant}", ""] if variant else [""]
+        whole = [folder / part / f"{stem}{infix}.safetensors" for infix in infixes]
+        indices = [folder / part / f"{stem}.safetensors.index{infix}.json" for infix in infixes]
+        index = next(filter(Path.exists, indices), None)
+        if any(map(Path.exists, whole)):
+            continue
+        if index is not None:
+            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            lacking += [f"{part}/{shard}" for shard in shards if not (folder / part / shard).exists()]
+            continue
+        lacking.append(f"{part}/{whole[-1].name}")
+        pickled += [f"{part}/{path.name}" for path in sorted((folder / part).glob(f"{stem}*.bin"))]
+        variants |= {path.name.split(".")[1] for path in (folder / part).glob(f"{stem}.*.safetensors")}
+    for name in family.text_encoders:
+        tokenizer = name.replace("text_encoder", "tokenizer")
+        if not any((folder / tokenizer / file).exists() for file in ("tokenizer.json", "vocab.json")):
+            lacking.append(f"{tokenizer}/vocab.json")
+    if not (folder / "scheduler" / "scheduler_config.json").exists():
+        lacking.append("scheduler/scheduler_config.json")
+    if not lacking:
+        return
+    hint = ""
+    if pickled:
+        hint = (
+            f". Its weights are pickles ({', '.join(pickled)}), which can run any code when they are opened. If you trust where they"
+            " are from, convert them once: load the pipeline in diffusers with use_safetensors=False and call"
+            " save_pretrained(folder, safe_serialization=True)"
+        )
+    elif variants:
+        hint = f". It holds the variant {', '.join(sorted(variants))}: set model.variant"
+    raise ConfigError(f"model.base {folder} is incomplete, it lacks {', '.join(lacking)}{hint}")
 
 
 def load_base(config: ModelConfig, device: torch.device | None = None) -> Components:
@@ -152,6 +216,8 @@ def load_base(config: ModelConfig, device: torch.device | None = None) -> Compon
     dtype = choose_dtype(config.dtype, device)
     path = locate(config.base)
     family = load_family(path, config)
+    if Path(path).is_dir():
+        check_folder(Path(path), family, config.variant)
     with quiet_libraries():
         pipeline = getattr(diffusers, family.pipeline_class).from_pretrained(
             path,
