@@ -73,18 +73,11 @@ def test_captions_fit_the_tokenizer_word_by_word(components) -> None:
 
 def test_draws_what_it_is_asked(components) -> None:
     """On test prompts, none of whose combinations was trained on. The card has the figures for 256 pictures."""
-    result = accuracy(components, "test", 64, 5.0)
+    result = accuracy(components, "test", 64, 1.5)
     for name, share in result.accuracy.items():
-        if name != "tilt":
-            assert share >= 0.8, name
-            assert name in ("fill", "style") or share > 2 * result.chance[name], name
-
-
-@pytest.mark.xfail(strict=True, reason="its text encoders do not tell tilts apart: see experiments/LOG.md, 2026-11-21")
-def test_draws_the_tilt_it_is_asked(components) -> None:
-    result = accuracy(components, "test", 48, 5.0)
-    assert result.accuracy["tilt"] >= 0.8
-    assert result.all_attributes >= 0.7
+        assert share >= 0.9, name
+        assert name in ("fill", "style") or share > 2 * result.chance[name], name
+    assert result.all_attributes >= 0.8
 
 
 def test_autoencoder_keeps_the_attributes(components) -> None:
@@ -94,7 +87,7 @@ def test_autoencoder_keeps_the_attributes(components) -> None:
 def test_has_not_seen_the_concepts(components) -> None:
     for concept in shapes.CONCEPTS:
         scenes = shapes.mixed_scenes(12, "test", 0, [concept])
-        pictures = draw(components, [shapes.caption(scene) for scene in scenes], EvaluationConfig(guidance_scale=5.0))
+        pictures = draw(components, [shapes.caption(scene) for scene in scenes], EvaluationConfig(guidance_scale=1.5))
         assert np.mean([concept in shapes.read(picture).values() for picture in pictures]) < 0.5, concept
 
 

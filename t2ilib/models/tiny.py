@@ -67,8 +67,9 @@ def build(folder: Path, seed: int = 0) -> None:
         add_watermarker=False,
         **text,
     )
-    pipeline.save_pretrained(folder)
-    save_clip(clip, tokenizer, folder / "clip")
+    with quiet_libraries():
+        pipeline.save_pretrained(folder)
+        save_clip(clip, tokenizer, folder / "clip")
 
 
 def save_clip(clip: nn.Module, tokenizer, folder: Path) -> None:

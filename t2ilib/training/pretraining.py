@@ -18,7 +18,7 @@ from t2ilib.data import shapes
 from t2ilib.data.cache import load_pixels
 from t2ilib.data.manifest import Dataset
 from t2ilib.evaluation.sampling import reconstruct
-from t2ilib.models.components import Components, clip_folder, save_pipeline
+from t2ilib.models.components import Components, clip_folder, quiet_libraries, save_pipeline
 from t2ilib.models.families import tokenize
 from t2ilib.models.tiny import save_clip
 from t2ilib.seeds import generator_for, numpy_generator_for, seed_for
@@ -148,7 +148,8 @@ def setup_clip(
     folder_of_clip = clip_folder(components)
     if folder_of_clip is None:
         raise ConfigError(f"model.base {components.path} has no `clip` folder beside its parts to train")
-    clip = CLIPModel.from_pretrained(folder_of_clip, dtype=torch.float32).to(device)
+    with quiet_libraries():
+        clip = CLIPModel.from_pretrained(folder_of_clip, dtype=torch.float32).to(device)
     first = components.text_encoders["text_encoder"].requires_grad_(True)
     torch.manual_seed(seed_for(run.seed, "clip projection"))
     model = TwoTextTowers(clip, first).to(device)
@@ -200,6 +201,7 @@ def setup_clip(
         second.text_model.load_state_dict(clip.text_model.state_dict())
         second.text_projection.load_state_dict(clip.text_projection.state_dict())
         save_pipeline(components, folder / "model")
-        save_clip(clip, tokenizer, folder / "model" / "clip")
+        with quiet_libraries():
+            save_clip(clip, tokenizer, folder / "model" / "clip")
 
     return Setup(components, model, {"clip": model}, len(pixels), losses, validate, save)
