@@ -6,6 +6,7 @@ The public API, imported lazily: `import t2ilib` costs no torch. `t2ilib.train` 
 import importlib
 import logging
 import os
+import warnings
 from typing import Any
 
 __version__ = "0.1.0"
@@ -34,6 +35,8 @@ __all__ = ["EXPORTS", "__version__", *EXPORTS]
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 # Tokenizers warn at every fork that they were used before it; parallelism inside them is worth nothing to us.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# tqdm asks for ipywidgets wherever a notebook imports it; its bars are off, the loop shows its own progress.
+warnings.filterwarnings("ignore", message="IProgress not found")
 
 
 def __getattr__(name: str) -> Any:

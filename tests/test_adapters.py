@@ -99,7 +99,7 @@ def count(model, *endings):
 def test_attention_means_four_projections_of_every_attention(make):
     components = make()
     blocks = sum(type(module).__name__ == "Attention" for module in components.unet.modules())
-    assert blocks == 8  # a down, two up and the mid transformer, with self- and cross-attention each
+    assert blocks == 14  # two down, four up and the mid transformer, with self- and cross-attention each
     names = match_modules(components.unet, "unet", "attention")
     assert len(names) == len(set(names)) == 4 * blocks
     assert all(re.search(r"attn[12]\.(to_[qkv]|to_out\.0)$", name) for name in names)
@@ -171,9 +171,9 @@ def test_without_text_targets_only_the_unet_is_adapted(make):
     [
         ("atention", r"'atention' does not exist; choose from attention, many\. Did you mean 'attention'"),
         ("to_z", r"'to_z' does not exist"),
-        (("to_q", "to_z"), r"to_z matches no layer of unet; it has .*to_q \(8\)"),
+        (("to_q", "to_z"), r"to_z matches no layer of unet; it has .*to_q \(14\)"),
         (("o_q",), r"o_q matches no layer"),
-        (r"up_blocks\.7\..*", r"matches no layer of unet; it has .*to_q \(8\)"),
+        (r"up_blocks\.7\..*", r"matches no layer of unet; it has .*to_q \(14\)"),
         ("mid_block.(", r"not a regular expression"),
     ],
 )
@@ -308,8 +308,8 @@ def test_proof_names_what_gets_no_gradient(make):
     with pytest.raises(AdapterError, match=r"got no finite, non-zero gradient in 8 steps: text_encoder\.") as error:
         fit(components, AdapterProof(components, spec), 10, trains_text=False, before_step=steps.append)
     assert steps == list(range(1, 9))
-    # A and B of 4 projections: 8 attentions in the UNet train, 2 + 3 layers of the two encoders do not
-    assert "40 of 104" in str(error.value)
+    # A and B of 4 projections: 14 attentions in the UNet train, 2 + 3 layers of the two encoders do not
+    assert "40 of 152" in str(error.value)
     assert "unet." not in str(error.value)
 
 
@@ -320,7 +320,7 @@ def test_proof_notices_one_detached_layer(make):
     components.unet.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn1.to_q").register_forward_hook(
         lambda *a: a[2].detach()
     )
-    with pytest.raises(AdapterError, match=r"2 of 64 adapter weights.*unet\.mid_block\.attentions\.0.*to_q\.lora_A"):
+    with pytest.raises(AdapterError, match=r"2 of 112 adapter weights.*unet\.mid_block\.attentions\.0.*to_q\.lora_A"):
         fit(components, AdapterProof(components, spec))
 
 
@@ -354,7 +354,7 @@ def test_proof_notices_that_nothing_moved(make):
     spec = AdapterSpec(rank=2)
     attach_adapters(components, spec, 0)
     proof = AdapterProof(components, spec)
-    with pytest.raises(AdapterError, match="64 adapter weights never moved, or are not finite: unet"):
+    with pytest.raises(AdapterError, match="112 adapter weights never moved, or are not finite: unet"):
         proof.finish()
     stuck = components.unet.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn1.to_q").lora_B["default"]
     start = stuck.weight.detach().clone()
