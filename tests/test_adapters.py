@@ -12,7 +12,7 @@ from t2ilib.config import AdapterSpec, ConfigError
 from t2ilib.models import tiny
 from t2ilib.models.components import Components
 from t2ilib.models.families import FAMILIES, Denoiser
-from t2ilib.models.quantize import quantize_nf4
+from t2ilib.models.quantize import quantize
 
 CAPTIONS = ["a red circle", "a small blue square on a white background"]
 
@@ -372,7 +372,7 @@ def test_proof_notices_that_nothing_moved(make):
 def test_a_quantized_base_trains_and_stands_still(make, kind):
     components = make()
     for module in components.modules().values():
-        quantize_nf4(module, torch.float32)
+        quantize(module, "nf4", torch.float32)
     spec = AdapterSpec(kind=kind, rank=2, targets="many", text_encoder_targets="attention")
     attach_adapters(components, spec, 0)
     digest = base_digest(components)

@@ -21,7 +21,7 @@ from torch import nn
 
 from t2ilib.config import ConfigError, ModelConfig, check_choice
 from t2ilib.models.families import FAMILIES, Family
-from t2ilib.models.quantize import QuantizationReport, quantize_nf4
+from t2ilib.models.quantize import QuantizationReport, has_layer, quantize
 
 log = logging.getLogger(__name__)
 
@@ -238,20 +238,36 @@ def load_base(config: ModelConfig, device: torch.device | None = None) -> Compon
         scheduler=pipeline.scheduler,
         zero_empty=bool(pipeline.config.get("force_zeros_for_empty_prompt", False)),
     )
-    for name, module in (*components.modules().items(), ("vae", components.vae)):
+    for module in (*components.modules().values(), components.vae):
         module.requires_grad_(False).eval()
-        if config.quantization == "nf4" and name != "vae":
-            report = components.quantization[name] = quantize_nf4(module, dtype, device)
-            log.info(
-                "%s in NF4: %d linear layers, %.1f -> %.1f MiB%s",
-                name,
-                len(report.quantized),
-                report.bytes_before / 2**20,
-                report.bytes_after / 2**20,
-                f", kept {', '.join(report.kept)}" if report.kept else "",
-            )
+    if config.quantization != "none":
+        quantize_parts(components, config, dtype, device)
+    for module in (*components.modules().values(), components.vae):
         module.to(device)
     return components
+
+
+def quantize_parts(components: Components, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+    """Quantizes the UNet and, unless `config` spares them, the text encoders; reports each part. Raises ConfigError for a
+    name in the skip list that no part has."""
+    parts = components.modules() if config.quantize_text_encoders else {"unet": components.unet}
+    skip = {name: [s for s in config.quantization_skip if has_layer(part, s)] for name, part in parts.items()}
+    unknown = set(config.quantization_skip) - {found for names in skip.values() for found in names}
+    if unknown:
+        raise ConfigError(f"model.quantization_skip {', '.join(sorted(unknown))} names no layer of {', '.join(parts)}")
+    for name, part in parts.items():
+        convolutions = config.quantize_convolutions and name == "unet"
+        report = quantize(part, config.quantization, dtype, device, convolutions, skip[name])
+        components.quantization[name] = report
+        log.info(
+            "%s in %s: %d layers, %.1f -> %.1f MiB%s",
+            name,
+            config.quantization,
+            len(report.quantized),
+            report.bytes_before / 2**20,
+            report.bytes_after / 2**20,
+            f", kept {', '.join(report.kept)}" if report.kept else "",
+        )
 
 
 @contextlib.contextmanager
