@@ -161,6 +161,60 @@ def adapters(
             print(f"{name}: {len(of_module)} layers, {sum(of_module):,} parameters on a base of {size:,}")
 
 
+@app.command()
+def quantization(
+    model: Annotated[str, typer.Argument(help="What model.base takes, or a layout without weights: sd15, sdxl.")],
+    method: Annotated[str, typer.Option(help="nf4 or int8.")] = "nf4",
+    convolutions: Annotated[bool, typer.Option(help="The UNet's convolutions too (nf4).")] = False,
+    skip: Annotated[list[str], typer.Option(help="Ending of layer names to keep; may be given several times.")] = [],
+    worst: Annotated[int, typer.Option(min=0, help="How many of the layers with the largest errors to list.")] = 10,
+) -> None:
+    """Show what quantizing a base saves, part by part, and what it costs each layer in exactness."""
+    with readable_errors():
+        from t2ilib.config import build_run
+        from t2ilib.evaluation.quantization import quantization_errors
+        from t2ilib.models.components import load_base
+        from t2ilib.models.layouts import build_layout, is_layout
+        from t2ilib.models.quantize import foresee, has_layer
+        from t2ilib.report import format_table
+
+        chosen = {"quantization": method, "quantize_convolutions": convolutions, "quantization_skip": skip}
+        config = build_run({"adapter": {}, "model": chosen | {"base": model}}, "the command").model
+        if is_layout(model):
+            import torch
+
+            reports = {
+                name: foresee(
+                    part,
+                    method,
+                    torch.bfloat16,
+                    convolutions and name == "unet",
+                    [s for s in skip if has_layer(part, s)],
+                )
+                for name, part in build_layout(model).modules().items()
+            }
+        else:
+            reports = load_base(config).quantization
+        rows = [
+            {
+                "part": name,
+                "quantized layers": str(len(report.quantized)),
+                "kept": str(len(report.kept)),
+                "MB before": f"{report.bytes_before / 1e6:,.1f}",
+                "MB after": f"{report.bytes_after / 1e6:,.1f}",
+            }
+            for name, report in reports.items()
+        ]
+        print(format_table(rows))
+        if is_layout(model) or not worst:
+            return
+        errors = [
+            (e, f"{part}.{name}") for part, layers in quantization_errors(config).items() for name, e in layers.items()
+        ]
+        print(f"\nrelative error of the output, median {sorted(errors)[len(errors) // 2][0]:.3f}, the largest:")
+        print(format_table([{"layer": name, "error": f"{e:.3f}"} for e, name in sorted(errors, reverse=True)[:worst]]))
+
+
 def one_or_more(values: list[str]) -> str | list[str] | None:
     return values[0] if len(values) == 1 else values or None
 

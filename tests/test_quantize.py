@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from t2ilib.config import ConfigError, ModelConfig
+from t2ilib.evaluation.quantization import quantization_errors
 from t2ilib.models.components import load_base
 from t2ilib.models.layouts import build_layout
 from t2ilib.models.quantize import Conv2d4bit, foresee, layer_errors, quantize, select_layers, weight_bytes
@@ -380,3 +381,14 @@ def test_errors_by_layer_are_those_of_the_code():
     errors = layer_errors(full, model, lambda m: m(torch.randn(64, 8, 4, 4)))
     assert set(errors) == {"0", "2"}
     assert all(error == pytest.approx(0.092, abs=0.015) for error in errors.values())
+
+
+def test_errors_of_a_whole_base():
+    errors = quantization_errors(ModelConfig(quantization="nf4", quantize_convolutions=True))
+    assert set(errors) == {"unet", "text_encoder", "text_encoder_2"}
+    values = [error for layers in errors.values() for error in layers.values()]
+    assert len(values) == sum(
+        len(report.quantized)
+        for report in load_base(ModelConfig(quantization="nf4", quantize_convolutions=True), CPU).quantization.values()
+    )
+    assert 0.02 < sorted(values)[len(values) // 2] < 0.12
