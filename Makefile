@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint ui tiny-sdxl clean
+.PHONY: help install demo test lint ui tiny-sdxl tiny-sd15 clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1	\2/' | expand -t 20
@@ -37,6 +37,11 @@ tiny-sdxl: install  ## Train the tiny SDXL anew, all stages (about two hours on 
 	$(BIN)/t2ilib tiny build work/tiny-sdxl/start
 	for stage in vae vae-whole clip unet clip-again unet-again; do $(BIN)/t2ilib train experiments/tiny-sdxl/$$stage.yaml || exit 1; done
 	$(BIN)/t2ilib tiny pack work/tiny-sdxl t2ilib/models/weights/tiny-sdxl
+
+tiny-sd15: install  ## Train the tiny SD1.5 anew (about an hour on 2 cores)
+	$(BIN)/t2ilib tiny build work/tiny-sd15/start --model tiny-sd15
+	$(BIN)/t2ilib train experiments/tiny-sd15/unet.yaml
+	$(BIN)/t2ilib tiny pack work/tiny-sd15 t2ilib/models/weights/tiny-sd15 --model tiny-sd15
 
 clean:  ## Remove .venv and caches; results and work stay
 	rm -rf $(VENV) .pytest_cache .ruff_cache

@@ -17,7 +17,7 @@ EXPORTS = {
     "load_run": "t2ilib.config",
     "load_base": "t2ilib.models.components",
     "build_pipeline": "t2ilib.models.components",
-    "load_adapter": "t2ilib.adapters.export",
+    "load_adapter": "t2ilib.adapters.load",
     "attach_adapters": "t2ilib.adapters.attach",
     "train": "t2ilib.training.loop",
     "open_tracker": "t2ilib.tracking",

@@ -81,12 +81,16 @@ def generate(
         str | None,
         typer.Option(help="tiny-sdxl, a diffusers folder or a Hub id; without it the base of the adapter's run."),
     ] = None,
-    adapter: Annotated[Path | None, typer.Option(help="A run's folder or an adapter file.")] = None,
+    adapter: Annotated[
+        list[Path], typer.Option(help="A run's folder or an adapter file; may be given several times.")
+    ] = [],
     checkpoint: Annotated[
         int | None, typer.Option(help="Take the adapter as it was at this step (--adapter names a run's folder).")
     ] = None,
     seed: Annotated[int, typer.Option(help="Starting noise.")] = 0,
-    scale: Annotated[float | None, typer.Option(help="Strength of the adapter: 0 is the base, 1 as trained.")] = None,
+    scale: Annotated[
+        list[float], typer.Option(help="Strength of each adapter, in their order: 0 switches it off, 1 is as trained.")
+    ] = [],
     quantization: Annotated[
         str | None, typer.Option(help="none or nf4; without it as the adapter's run had its base.")
     ] = None,
@@ -96,27 +100,35 @@ def generate(
 ) -> None:
     """Draw pictures with a base model and, if given, an adapter."""
     with readable_errors():
-        from t2ilib.adapters.export import load_adapter, load_checkpoint_adapter, scale_adapter
+        from t2ilib.adapters.load import load_adapter, load_checkpoint_adapter, weigh_adapters
         from t2ilib.config import ConfigError, EvaluationConfig, build_run, load_run
         from t2ilib.evaluation.sampling import draw, save_pictures
         from t2ilib.models.components import load_base
 
-        if adapter is None and (checkpoint is not None or scale is not None):
+        if not adapter and (checkpoint is not None or scale):
             raise ConfigError("--checkpoint and --scale are about an adapter: give one with --adapter")
-        recorded = adapter / "run.yaml" if adapter is not None else Path("run.yaml")
-        chosen = (
-            load_run(recorded).model if adapter is not None and recorded.exists() else build_run({"adapter": {}}).model
-        )
+        if checkpoint is not None and len(adapter) > 1:
+            raise ConfigError("--checkpoint goes with one --adapter")
+        if scale and len(scale) != len(adapter):
+            raise ConfigError(
+                f"{len(adapter)} adapters and {len(scale)} scales: give --scale once for each --adapter, or never"
+            )
+        recorded = adapter[0] / "run.yaml" if adapter else Path("run.yaml")
+        chosen = load_run(recorded).model if adapter and recorded.exists() else build_run({"adapter": {}}).model
         changes = {
             name: value for name, value in (("base", model), ("quantization", quantization)) if value is not None
         }
+        if quantization == "none":
+            changes |= {"quantize_convolutions": False, "quantization_skip": ()}
         components = load_base(build_run({"adapter": {}, "model": chosen.model_dump() | changes}, "the command").model)
-        if adapter is not None:
-            if checkpoint is None:
-                load_adapter(components, adapter)
-            else:
-                load_checkpoint_adapter(components, adapter, checkpoint)
-            scale_adapter(components, 1.0 if scale is None else scale)
+        names = ["default", *(f"adapter{number}" for number in range(2, 1 + len(adapter)))][: len(adapter)]
+        if checkpoint is not None:
+            load_checkpoint_adapter(components, adapter[0], checkpoint)
+        else:
+            for name, path in zip(names, adapter, strict=True):
+                load_adapter(components, path, name)
+        if adapter:
+            weigh_adapters(components, dict(zip(names, scale or [1.0] * len(adapter), strict=True)))
         pictures = draw(components, prompt, EvaluationConfig(guidance_scale=guidance, num_inference_steps=steps), seed)
         save_pictures(pictures, out)
         print(f"{len(pictures)} picture(s) in {out}")
@@ -151,7 +163,9 @@ def adapters(
         components = build_layout(model) if is_layout(model) else load_base(run.model)
         rows = adapter_table(components, run.adapter)
         listed = [
-            {**vars(row), "shape": " x ".join(map(str, row.shape)), "parameters": f"{row.parameters:,}"} for row in rows
+            vars(row)
+            | {"shape": " x ".join(map(str, row.shape)), "rank": str(row.rank), "parameters": f"{row.parameters:,}"}
+            for row in rows
         ]
         print(format_table(listed))
         print()
@@ -217,6 +231,23 @@ def quantization(
 
 def one_or_more(values: list[str]) -> str | list[str] | None:
     return values[0] if len(values) == 1 else values or None
+
+
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(help="A run's folder, or an adapter file as t2ilib or diffusers write it.")],
+    target: Annotated[Path, typer.Argument(help="The file (diffusers, kohya) or folder (peft, merged) to write.")],
+    format: Annotated[str, typer.Option(help="diffusers, peft, kohya (A1111, ComfyUI), or merged.")] = "diffusers",
+    model: Annotated[str | None, typer.Option(help="The base it goes with; without it that of the run.")] = None,
+    dtype: Annotated[str, typer.Option(help="Precision of merged weights: auto, float32, bfloat16, float16.")] = "auto",
+) -> None:
+    """Write an adapter in the format of another program."""
+    with readable_errors():
+        from t2ilib.adapters.export import export_adapter
+        from t2ilib.config import build_run
+
+        base = None if model is None else build_run({"adapter": {}, "model": {"base": model}}, "the command").model
+        print(f"{format}: {export_adapter(source, target, format, base, dtype)}")
 
 
 @study_app.command("run")
@@ -296,25 +327,30 @@ def data_shapes(
 
 
 @tiny_app.command("build")
-def tiny_build(folder: Annotated[Path, typer.Argument(help="Where the pipeline folder goes.")], seed: int = 0) -> None:
-    """Write the tiny SDXL with random weights, for the recipes in experiments/tiny-sdxl to train."""
+def tiny_build(
+    folder: Annotated[Path, typer.Argument(help="Where the pipeline folder goes.")],
+    model: Annotated[str, typer.Option(help="tiny-sdxl or tiny-sd15.")] = "tiny-sdxl",
+    seed: int = 0,
+) -> None:
+    """Write a tiny model with random weights, for its recipes in experiments/ to train."""
     with readable_errors():
         from t2ilib.models.tiny import build
 
-        build(folder, seed)
-        print(f"random weights in {folder}; next: t2ilib train experiments/tiny-sdxl/vae.yaml")
+        build(folder, seed, model)
+        print(f"random weights in {folder}; next: t2ilib train, with the recipes in experiments/{model}")
 
 
 @tiny_app.command("pack")
 def tiny_pack(
-    work: Annotated[Path, typer.Argument(help="The folder with the trained stages vae, clip and unet.")],
+    work: Annotated[Path, typer.Argument(help="The folder with the trained stages.")],
     target: Annotated[Path, typer.Argument(help="Where the shipped pipeline goes.")],
+    model: Annotated[str, typer.Option(help="tiny-sdxl or tiny-sd15.")] = "tiny-sdxl",
 ) -> None:
-    """Round the trained tiny SDXL to half precision, measure it, and write it with its model card."""
+    """Round a trained tiny model to half precision, measure it, and write it with its model card."""
     with readable_errors():
         from t2ilib.evaluation.card import pack_with_card
 
-        print(pack_with_card(work, target))
+        print(pack_with_card(work, target, model))
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ class Section(BaseModel):
 
 
 Positive = Annotated[int, Field(ge=1)]
+PositiveFloat = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
 
@@ -59,6 +60,11 @@ class ModelConfig(Section):
     quantization_skip: tuple[str, ...] = ()
     """Module names, or endings of them, that keep their precision, such as `conv_in` or `time_embedding.linear_1`."""
 
+    def in_full(self) -> "ModelConfig":
+        """The same base without quantization."""
+        plain = {"quantization": "none", "quantize_convolutions": False, "quantization_skip": ()}
+        return self.model_copy(update=plain)
+
     @model_validator(mode="after")
     def something_to_quantize(self) -> "ModelConfig":
         if self.quantization != "nf4" and self.quantize_convolutions:
@@ -69,16 +75,50 @@ class ModelConfig(Section):
 
 
 class AdapterSpec(Section):
-    """What is attached, where, and how big. `targets` and `text_encoder_targets`: a name from `adapters.spec.TARGETS`, a
-    list of module name endings, or a regular expression over whole module names."""
+    """What is attached, where, and how big.
+
+    `targets`, `text_encoder_targets`: a name from `adapters.spec.TARGETS`, a list of module name endings, or a regular
+    expression over whole module names. The keys of `ranks` and `alphas` and what `exclude` lists are endings or expressions too.
+    """
 
     kind: Literal["lora", "dora"] = "lora"
+    """LoRA (arXiv 2106.09685), or DoRA, which learns a magnitude beside the direction (arXiv 2402.09353)."""
     rank: Positive = 8
-    alpha: Annotated[float, Field(gt=0)] = 8.0
+    alpha: PositiveFloat = 8.0
+    """The update is alpha / rank times B A."""
+    rank_stabilized: bool = False
+    """Divide by the square root of the rank instead (rsLoRA, arXiv 2312.03732)."""
+    init: Literal["default", "gaussian", "pissa", "olora", "loftq"] = "default"
+    """How A and B start. default: A uniform, B zero; gaussian: A normal, B zero; pissa (arXiv 2404.02948) and olora (arXiv
+    2406.01775): from the base's own largest directions; loftq (arXiv 2310.08659): from what quantizing the base lost."""
     targets: str | tuple[str, ...] = "attention"
+    exclude: tuple[str, ...] = ()
+    """Layers of any component to leave out of what the targets mean."""
+    ranks: dict[str, Positive] = {}
+    """Other ranks for some layers; the first key that matches counts."""
+    alphas: dict[str, PositiveFloat] = {}
     text_encoder_targets: str | tuple[str, ...] | None = None
+    text_encoder_rank: Positive | None = None
+    """None: as the UNet's; likewise the alpha."""
+    text_encoder_alpha: PositiveFloat | None = None
     dropout: Share = 0.0
-    """Probability of zeroing an element of the adapter's input during training (peft's `lora_dropout`)."""
+    dropout_kind: Literal["input", "rank", "rows_columns"] = "input"
+    """What `dropout` zeroes in training: elements of the adapter's input (peft's `lora_dropout`), elements of its rank
+    activations (kohya's `network_dropout`), or whole columns of A and rows of B (LoRA Dropout, arXiv 2404.09610)."""
+    trigger_words: tuple[str, ...] = ()
+    """Words of the captions that call up what was learned; written into the adapter's files, nothing else."""
+
+    @model_validator(mode="after")
+    def holds_together(self) -> "AdapterSpec":
+        if self.kind == "dora" and self.dropout and self.dropout_kind != "input":
+            raise ValueError(
+                f"dropout_kind {self.dropout_kind!r} would also act on the weight norm that DoRA computes from A and B: use"
+                " input dropout with dora"
+            )
+        of_text = (self.text_encoder_rank, self.text_encoder_alpha)
+        if self.text_encoder_targets is None and any(value is not None for value in of_text):
+            raise ValueError("text_encoder_rank and text_encoder_alpha need text_encoder_targets")
+        return self
 
 
 class DataConfig(Section):
@@ -122,8 +162,10 @@ class OptimizerConfig(Section):
     """How it is minimised. `text_encoder_learning_rate` None: as the UNet's."""
 
     name: str = "adamw"
-    learning_rate: Annotated[float, Field(gt=0)] = 1e-3
-    text_encoder_learning_rate: Annotated[float, Field(gt=0)] | None = None
+    learning_rate: PositiveFloat = 1e-3
+    text_encoder_learning_rate: PositiveFloat | None = None
+    lora_plus_ratio: Annotated[float, Field(ge=1)] | None = None
+    """LoRA+ (arXiv 2402.12354): the learning rate of B is this many times that of A."""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-2
     betas: tuple[Share, Share] = (0.9, 0.99)
     schedule: Literal["constant", "cosine", "linear"] = "constant"
@@ -136,6 +178,10 @@ class OptimizerConfig(Section):
             raise ValueError(
                 "prodigy estimates one step size for all parameters together, so a separate text_encoder_learning_rate"
                 " would only distort that estimate: leave it out, or use adamw"
+            )
+        if self.name == "prodigy" and self.lora_plus_ratio is not None:
+            raise ValueError(
+                "prodigy estimates one step size for A and B together: leave lora_plus_ratio out, or use adamw"
             )
         return self
 
@@ -210,6 +256,17 @@ class RunConfig(Section):
                 f"training.trains is {trains!r} but the adapter section is {'missing' if self.adapter is None else 'given'}:"
                 " an adapter section goes with trains: adapter, and with nothing else"
             )
+        if self.adapter is not None:
+            residual, base = self.adapter.init in ("pissa", "olora"), self.model.quantization
+            if residual and base != "none":
+                raise ValueError(
+                    f"adapter.init {self.adapter.init!r} changes the base, which a quantized one cannot hold exactly: use loftq, or"
+                    " set model.quantization to none"
+                )
+            if self.adapter.init == "loftq" and base != "nf4":
+                raise ValueError("adapter.init 'loftq' makes up for quantization: it needs model.quantization nf4")
+        if self.optimizer.lora_plus_ratio is not None and trains != "adapter":
+            raise ValueError("optimizer.lora_plus_ratio is about the B of adapters, and this run trains none")
         if trains == "nothing" and self.training.steps:
             raise ValueError("training.trains is 'nothing', so training.steps must be 0")
         if self.training.ema_decay and trains == "adapter":

@@ -14,3 +14,18 @@ def machine(tmp_path_factory):
 
     torch.set_num_threads(min(2, torch.get_num_threads()))
     os.environ["T2ILIB_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def parts():
+    from adapting import build_parts
+
+    return {family: build_parts(family) for family in ("sdxl", "sd15")}
+
+
+@pytest.fixture
+def make(parts):
+    """`make(family)` gives a small model with random weights, the same in every call."""
+    from adapting import copy_parts
+
+    return lambda family="sdxl": copy_parts(parts[family])

@@ -6,12 +6,14 @@ float32 whatever the base is: in float16 a LoRA's small steps round to nothing.
 
 import hashlib
 import logging
+from collections import Counter
 
 import torch
 from torch import Tensor, nn
 
-from t2ilib.adapters.spec import resolve_targets
-from t2ilib.config import AdapterSpec
+from t2ilib.adapters.dropout import DROPOUTS
+from t2ilib.adapters.spec import resolve_sizes
+from t2ilib.config import AdapterSpec, ConfigError
 from t2ilib.models.components import Components
 from t2ilib.seeds import seed_for
 
@@ -27,40 +29,90 @@ def attach_adapters(components: Components, spec: AdapterSpec, seed: int) -> dic
 
     Raises ConfigError for targets that match nothing. Everything else stays frozen.
     """
-    from peft import LoraConfig
-
     adapted = {}
-    for name, targets in resolve_targets(components, spec).items():
+    for name, sizes in resolve_sizes(components, spec).items():
         torch.manual_seed(seed_for(seed, "adapter", name))
         module = components.modules()[name]
-        module.add_adapter(
-            LoraConfig(
-                r=spec.rank,
-                lora_alpha=spec.alpha,
-                target_modules=targets,
-                lora_dropout=spec.dropout,
-                use_dora=spec.kind == "dora",
-            )
-        )
+        require_initialisable(module, name, sizes, spec)
+        module.add_adapter(peft_config(sizes, spec))
         found = {n for n, m in module.named_modules() if hasattr(m, "lora_A")}
-        if found != set(targets):
+        if found != set(sizes):
             raise AdapterError(
-                f"{name}: asked for {len(targets)} adapted layers, got {len(found)}; they differ in {sorted(found ^ set(targets))[:5]}"
+                f"{name}: asked for {len(sizes)} adapted layers, got {len(found)}; they differ in {sorted(found ^ set(sizes))[:5]}"
             )
         for parameter in module.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
+        if spec.init == "loftq":
+            start_from_lost(components, name)
+        if spec.dropout and spec.dropout_kind in DROPOUTS:
+            DROPOUTS[spec.dropout_kind](module, "default", spec.dropout)
         adapted[name] = module
-        count = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        ranks = sorted({rank for rank, _ in sizes.values()})
         log.info(
-            "%s: %s of rank %d on %d layers, %s trainable parameters",
+            "%s: %s of rank %s on %d layers, %s trainable parameters",
             name,
             spec.kind,
-            spec.rank,
-            len(targets),
-            f"{count:,}",
+            ", ".join(map(str, ranks)),
+            len(sizes),
+            f"{sum(p.numel() for p in module.parameters() if p.requires_grad):,}",
         )
     return adapted
+
+
+def peft_config(sizes: dict[str, tuple[int, float]], spec: AdapterSpec):
+    """peft's config for one component, every layer by its full name."""
+    from peft import LoraConfig
+
+    (rank, alpha), _ = Counter(sizes.values()).most_common(1)[0]
+    return LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        rank_pattern={name: r for name, (r, _) in sizes.items() if r != rank},
+        alpha_pattern={name: a for name, (_, a) in sizes.items() if a != alpha},
+        target_modules=list(sizes),
+        lora_dropout=spec.dropout if spec.dropout_kind == "input" else 0.0,
+        use_dora=spec.kind == "dora",
+        use_rslora=spec.rank_stabilized,
+        init_lora_weights={"default": True, "loftq": True}.get(spec.init, spec.init),
+    )
+
+
+def require_initialisable(module: nn.Module, name: str, sizes: dict[str, tuple[int, float]], spec: AdapterSpec) -> None:
+    """peft has pissa and olora for linear layers alone; raises ConfigError naming the convolutions among the targets."""
+    if spec.init in ("pissa", "olora"):
+        others = [layer for layer in sizes if not isinstance(module.get_submodule(layer), nn.Linear)]
+        if others:
+            raise ConfigError(
+                f"adapter.init {spec.init!r} is for linear layers, and the targets of {name} have {len(others)} convolutions"
+                f" ({', '.join(others[:3])}{' ...' if len(others) > 3 else ''}): exclude them, or take another init"
+            )
+
+
+@torch.no_grad()
+def start_from_lost(components: Components, component: str) -> None:
+    """LoftQ with one iteration (arXiv 2310.08659, algorithm 1): B A starts as the best approximation of W - Q(W) of its rank.
+
+    The base stays what quantizing alone makes of it, so the adapter fits every NF4 copy of that base. Loads the component once
+    more in full, on the host; DoRA's magnitudes start as the norms of the corrected weights.
+    """
+    from peft.utils.integrations import dequantize_module_weight
+
+    full, module = components.load_full(component), components.modules()[component]
+    for name, layer in module.named_modules():
+        if not hasattr(layer, "lora_A"):
+            continue
+        a, b, scale = layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.scaling["default"]
+        weight = full.get_submodule(name).weight.float()
+        lost = weight - dequantize_module_weight(layer.base_layer).detach().to("cpu", torch.float32)
+        u, s, v = torch.linalg.svd(lost.flatten(1), full_matrices=False)
+        root = s[: len(a)].clamp(min=0).sqrt() / scale**0.5
+        b.copy_((u[:, : len(a)] * root).view_as(b))
+        a.copy_((root[:, None] * v[: len(a)]).view_as(a))
+        if getattr(layer, "lora_magnitude_vector", None):
+            corrected = weight - lost + scale * (b.flatten(1) @ a.flatten(1)).view_as(weight).cpu()
+            magnitude = layer.lora_magnitude_vector["default"].weight
+            magnitude.copy_(corrected.flatten(1).norm(dim=1).view_as(magnitude))
 
 
 def base_digest(components: Components) -> str:

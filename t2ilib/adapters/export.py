@@ -1,114 +1,262 @@
-"""Adapters as files: diffusers' LoRA layout, with the metadata that keeps alpha, and back again."""
+"""Adapters as files that other programs load: diffusers, peft, kohya (A1111, ComfyUI), or merged into a whole pipeline.
 
+The `diffusers` file is what a run itself writes; the others are made from it by `export_adapter`. Each carries modelspec and
+`ss_` metadata: what it was trained on, how big, for how long, which words call it up. A module that a format cannot hold
+exactly is refused by name.
+"""
+
+import json
 import logging
+import shutil
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import save_file
+from torch import Tensor
 
-from t2ilib.config import AdapterSpec, ConfigError
-from t2ilib.models.components import Components, build_pipeline, quiet_libraries
+from t2ilib.adapters.load import FILE_NAME, adapter_file, load_adapter, read_metadata
+from t2ilib.adapters.weights import AdapterLayer, read_layers
+from t2ilib.config import ConfigError, ModelConfig, RunConfig, check_choice, load_run
+from t2ilib.models.components import Components, build_pipeline, clip_folder, load_base, quiet_libraries
 
 log = logging.getLogger(__name__)
 
-FILE_NAME = "pytorch_lora_weights.safetensors"
 
+def save_adapter(
+    components: Components,
+    folder: Path,
+    start: Mapping[str, Tensor] | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
+    """Writes the attached adapter as one file that diffusers' `load_lora_weights` reads; returns the file.
 
-def save_adapter(components: Components, folder: Path, spec: AdapterSpec) -> Path:
-    """Writes the attached adapters as one file that `load_lora_weights` of diffusers reads; returns the file."""
-    import diffusers
-    from diffusers.training_utils import _collate_lora_metadata
-    from peft import get_peft_model_state_dict
-
-    pipeline_class = getattr(diffusers, components.family.pipeline_class)
-    adapted = {name: module for name, module in components.modules().items() if getattr(module, "peft_config", None)}
-    layers = {f"{name}_lora_layers": contiguous(get_peft_model_state_dict(module)) for name, module in adapted.items()}
-    for module in adapted.values():
-        for config in module.peft_config.values():
-            config.base_model_name_or_path = components.path  # transformers puts the path on this machine there
-    if spec.kind == "dora" and len(adapted) > 1:
-        log.warning("diffusers' own loader loses the DoRA magnitudes of text encoders; t2ilib.load_adapter keeps them")
+    `start`: see `read_layers`. `metadata`: what to say about it, see `describe`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    pipeline_class.save_lora_weights(folder, **layers, **_collate_lora_metadata(adapted))
+    write_diffusers(read_layers(components, start), components, folder / FILE_NAME, metadata or {})
     return folder / FILE_NAME
 
 
-def contiguous(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+def write_diffusers(
+    layers: Sequence[AdapterLayer], components: Components, file: Path, metadata: Mapping[str, str]
+) -> None:
+    """One file with the peft config of every component in its metadata, without which alpha is lost."""
+    configs = {
+        f"{component}.{key}": value
+        for component, own in by_component(layers).items()
+        for key, value in peft_fields(own).items()
+    }
+    tensors = {f"{layer.component}.{name}": tensor for layer in layers for name, tensor in peft_tensors(layer).items()}
+    if any(layer.magnitude is not None and layer.component != "unet" for layer in layers):
+        log.warning("diffusers' own loader loses the DoRA magnitudes of text encoders; t2ilib.load_adapter keeps them")
+    write(file, tensors, {**metadata, "format": "pt", "lora_adapter_metadata": json.dumps(configs, sort_keys=True)})
 
 
-def load_adapter(components: Components, path: Path, name: str = "default") -> None:
-    """Attaches a saved adapter, frozen, to `components`. `path`: the file, or a run's or adapter's folder.
+def write_peft(
+    layers: Sequence[AdapterLayer], components: Components, folder: Path, metadata: Mapping[str, str]
+) -> None:
+    """A folder for each component, which `PeftModel.from_pretrained(component, folder)` reads."""
+    from peft import LoraConfig
 
-    Raises ConfigError where there is no adapter file, or its layers are not this model's.
+    for component, own in by_component(layers).items():
+        config = LoraConfig(**peft_fields(own), base_model_name_or_path=components.path)
+        config.inference_mode = True
+        (folder / component).mkdir(parents=True, exist_ok=True)
+        config.save_pretrained(folder / component)
+        tensors = {
+            f"base_model.model.{name.removeprefix('text_model.') if not in_text_model(components, component) else name}": tensor
+            for layer in own
+            for name, tensor in peft_tensors(layer).items()
+        }
+        write(folder / component / "adapter_model.safetensors", tensors, {**metadata, "format": "pt"})
+
+
+def write_kohya(
+    layers: Sequence[AdapterLayer], components: Components, file: Path, metadata: Mapping[str, str]
+) -> None:
+    """One file in the layout of kohya's sd-scripts, as A1111 and ComfyUI read it.
+
+    `lora_unet_`, `lora_te_` (SD1.x) or `lora_te1_`, `lora_te2_` (SDXL); `.alpha` is the real alpha of each layer. SDXL's UNet goes
+    by its original block names. DoRA's magnitude is `.dora_scale`, (out, 1) or (out, 1, 1, 1): one a row, the norm over
+    all else. Raises ConfigError naming the modules that have no name there.
     """
-    path = Path(path)
-    candidates = [path, path / FILE_NAME, path / "adapter" / FILE_NAME]
-    file = next((candidate for candidate in candidates if candidate.is_file()), None)
-    if file is None:
+    tensors = {}
+    names = kohya_names(components)
+    lacking = [f"{layer.component}.{layer.module}" for layer in layers if (layer.component, layer.module) not in names]
+    if lacking:
         raise ConfigError(
-            f"no adapter at {path}: give a .safetensors file, or a folder that holds {FILE_NAME} or adapter/{FILE_NAME}"
+            f"the kohya layout has no name for {', '.join(lacking[:6])}: exclude these layers, or export as diffusers"
         )
-    try:
-        with quiet_libraries():
-            build_pipeline(components).load_lora_weights(file.parent, weight_name=file.name, adapter_name=name)
-    except (RuntimeError, ValueError, KeyError) as error:
-        raise ConfigError(f"{file} does not fit {components.path}: {error}") from error
-    put_weights(components, file, name)
+    for layer in layers:
+        name = names[layer.component, layer.module]
+        tensors[f"{name}.lora_down.weight"], tensors[f"{name}.lora_up.weight"] = layer.down, layer.up
+        tensors[f"{name}.alpha"] = torch.tensor(layer.alpha)
+        if layer.magnitude is not None:
+            tensors[f"{name}.dora_scale"] = layer.magnitude.reshape(-1, *[1] * (layer.down.ndim - 1))
+    write(file, tensors, dict(metadata))
 
 
-def put_weights(components: Components, file: Path, name: str) -> None:
-    """Sets every weight of the file once more, through peft: transformers' loader loses the DoRA magnitudes of text encoders.
+def kohya_names(components: Components) -> dict[tuple[str, str], str]:
+    """(component, module) -> the name of its tensors in kohya's layout, for every linear and convolution layer."""
+    from t2ilib.models.single_file import original_unet_names
 
-    Raises ConfigError for weights in the file that found no place. The adapter is frozen afterwards.
+    prefixes = {"unet": "lora_unet", "text_encoder": "lora_te"}
+    unet = {name: name for name, _ in components.unet.named_modules()}
+    if components.family.name == "sdxl":
+        prefixes |= {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
+        unet = original_unet_names(components.unet)
+    modules = {"unet": unet}
+    for component, encoder in components.text_encoders.items():
+        modules[component] = {name: with_text_model(name) for name, _ in encoder.named_modules()}
+    return {
+        (component, module): f"{prefixes[component]}_{name.replace('.', '_')}"
+        for component, own in modules.items()
+        for module, name in own.items()
+    }
+
+
+def write_merged(
+    layers: Sequence[AdapterLayer], components: Components, folder: Path, metadata: Mapping[str, str]
+) -> None:
+    """The whole pipeline with the adapter merged into its weights, as a diffusers folder; `components` must not be quantized."""
+    if components.quantization:
+        raise ConfigError(
+            "merging into quantized weights would round the result again: give the base in full precision"
+        )
+    pipeline = build_pipeline(components)
+    with quiet_libraries():
+        pipeline.fuse_lora(components=[c for c in by_component(layers)], safe_fusing=True)
+        pipeline.unload_lora_weights()
+        pipeline.save_pretrained(folder)
+    trained_on = metadata.get("t2ilib.quantization", "none")
+    told = f"# {metadata.get('modelspec.title', 'merged')}\n\nAn adapter merged into {components.path} in {components.unet.dtype}"
+    told += f".\nIt was trained over that base in {trained_on}.\n" if trained_on != "none" else ".\n"
+    (folder / "README.md").write_text(
+        told + "\n" + "".join(f"- {key}: {value}\n" for key, value in sorted(metadata.items()))
+    )
+
+
+FORMATS: dict[str, Callable[[Sequence[AdapterLayer], Components, Path, Mapping[str, str]], None]] = {
+    "diffusers": write_diffusers,
+    "peft": write_peft,
+    "kohya": write_kohya,
+    "merged": write_merged,
+}
+"""Format -> what writes it. diffusers and kohya are a file, peft and merged a folder."""
+
+
+def export_adapter(
+    source: Path, target: Path, format: str, model: ModelConfig | None = None, dtype: str = "auto"
+) -> Path:
+    """Writes the adapter of a run's folder, or of a diffusers file, in another format; returns the file or folder.
+
+    `model`: the base it goes with; without it that of the run, in full precision, loaded in `dtype`. Raises ConfigError for a
+    format that does not exist, a target that does, and what the format cannot hold.
     """
-    from peft import set_peft_model_state_dict
-
-    weights = load_file(file)
-    for component, module in components.modules().items():
-        own = {k.removeprefix(f"{component}."): v for k, v in weights.items() if k.startswith(f"{component}.")}
-        if own:
-            left = set_peft_model_state_dict(module, own, adapter_name=name)
-            if left is not None and left.unexpected_keys:
-                raise ConfigError(
-                    f"{file} has weights that {components.path} has no place for: {', '.join(left.unexpected_keys[:4])}"
-                )
-        module.requires_grad_(False)
-
-
-def load_checkpoint_adapter(components: Components, folder: Path, step: int) -> None:
-    """Attaches the adapter of a run's folder as it was at a checkpoint; raises ConfigError naming the steps there are."""
-    from t2ilib.adapters.attach import attach_adapters
-    from t2ilib.config import load_run
-    from t2ilib.training.checkpoint import list_checkpoints, load_checkpoint
-
-    paths = {int(path.name.removeprefix("step-")): path for path in list_checkpoints(folder / "checkpoints")}
-    if step not in paths:
-        raise ConfigError(
-            f"{folder} has no checkpoint of step {step}; there are {', '.join(map(str, paths)) or 'none'}"
-        )
-    run = load_run(folder / "run.yaml")
-    if run.adapter is None:
-        raise ConfigError(
-            f"{folder} trained {run.training.trains}, not an adapter: draw with --model {folder / 'model'}"
-        )
-    weights = load_checkpoint(paths[step]).tensors["weights"]
-    for name, module in attach_adapters(components, run.adapter, run.seed).items():
-        with torch.no_grad():
-            for key, parameter in module.named_parameters():
-                if f"{name}.{key}" in weights:
-                    parameter.copy_(weights[f"{name}.{key}"])
-        module.requires_grad_(False)
+    writer = FORMATS[check_choice(format, FORMATS, "--format")]
+    file = adapter_file(source)
+    target = Path(target)
+    if format in ("diffusers", "kohya") and target.suffix != ".safetensors":
+        raise ConfigError(f"{format} is one file: name it {target}.safetensors")
+    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+        raise ConfigError(f"{target} exists already: name another one, or delete it first")
+    recorded = next(
+        (p / "run.yaml" for p in (source, file.parent, file.parent.parent) if (p / "run.yaml").is_file()), None
+    )
+    if model is None and recorded is None:
+        raise ConfigError(f"{source} is not a run's folder, so nothing says which base it goes with: give --model")
+    model = model or load_run(recorded).model
+    components = load_base(model.in_full().model_copy(update={"dtype": dtype}))
+    load_adapter(components, file)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    metadata = {
+        key: value for key, value in read_metadata(file).items() if key.startswith(("modelspec.", "ss_", "t2ilib."))
+    }
+    writer(read_layers(components), components, target, metadata)
+    clip = clip_folder(components)
+    if format == "merged" and clip is not None:
+        shutil.copytree(clip, target / "clip", dirs_exist_ok=True)
+    return target
 
 
-def scale_adapter(components: Components, scale: float) -> None:
-    """Sets how strongly every attached adapter acts: 1 as trained, 0 switched off (a DoRA of scale 0 would still rescale)."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
+def describe(
+    run: RunConfig, components: Components, data_digest: str, layers: Sequence[AdapterLayer]
+) -> dict[str, str]:
+    """modelspec (github.com/Stability-AI/ModelSpec) and `ss_` metadata of a run's adapter; what is not known is not there."""
+    spec, side = run.adapter, run.data.resolution
+    architecture, version = {
+        "sd15": ("stable-diffusion-v1", "sd_v1"),
+        "sdxl": ("stable-diffusion-xl-v1-base", "sdxl_base_v1-0"),
+    }[components.family.name]
+    ranks, alphas = {layer.rank for layer in layers}, {layer.alpha for layer in layers}
+    values = {
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": f"{architecture}/{spec.kind}",
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": run.name,
+        "modelspec.resolution": f"{side}x{side}",
+        "modelspec.prediction_type": components.scheduler.config.prediction_type.removesuffix("_prediction"),
+        "modelspec.trigger_phrase": ", ".join(spec.trigger_words),
+        "ss_sd_model_name": components.path,
+        "ss_base_model_version": version,
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(next(iter(ranks))) if len(ranks) == 1 else "Dynamic",
+        "ss_network_alpha": f"{next(iter(alphas)):g}" if len(alphas) == 1 else "Dynamic",
+        "ss_network_dropout": f"{spec.dropout:g}",
+        "ss_steps": str(run.training.steps),
+        "ss_seed": str(run.seed),
+        "ss_learning_rate": f"{run.optimizer.learning_rate:g}",
+        "ss_optimizer": run.optimizer.name,
+        "ss_min_snr_gamma": f"{run.objective.snr_gamma:g}" if run.objective.snr_gamma else "",
+        "t2ilib.data_digest": data_digest,
+        "t2ilib.training_digest": run.training_digest(),
+        "t2ilib.quantization": run.model.quantization,
+    }
+    return {key: value for key, value in values.items() if value}
 
-    for module in components.modules().values():
-        for layer in module.modules():
-            if isinstance(layer, BaseTunerLayer):
-                layer.enable_adapters(scale != 0)
-                layer.requires_grad_(False)
-                for adapter in layer.active_adapters:
-                    layer.set_scale(adapter, scale)
+
+def by_component(layers: Sequence[AdapterLayer]) -> dict[str, list[AdapterLayer]]:
+    """Component -> its layers, in order."""
+    return {
+        name: [layer for layer in layers if layer.component == name]
+        for name in dict.fromkeys(a.component for a in layers)
+    }
+
+
+def peft_fields(layers: Sequence[AdapterLayer]) -> dict:
+    """What a LoraConfig must say about the layers of one component. Names go without `text_model.`, which some versions of
+    transformers have and others have not: peft matches by the end of a name."""
+    (rank, alpha), _ = Counter((layer.rank, layer.alpha) for layer in layers).most_common(1)[0]
+    name = {layer.module: layer.module.removeprefix("text_model.") for layer in layers}
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        "target_modules": list(name.values()),
+        "rank_pattern": {name[layer.module]: layer.rank for layer in layers if layer.rank != rank},
+        "alpha_pattern": {name[layer.module]: layer.alpha for layer in layers if layer.alpha != alpha},
+        "use_dora": layers[0].magnitude is not None,
+    }
+
+
+def peft_tensors(layer: AdapterLayer) -> dict[str, Tensor]:
+    """Names as peft and diffusers have them; those of text encoders with `text_model.`, which their loaders take off if need be."""
+    name = layer.module if layer.component == "unet" else with_text_model(layer.module)
+    tensors = {f"{name}.lora_A.weight": layer.down, f"{name}.lora_B.weight": layer.up}
+    if layer.magnitude is not None:
+        tensors[f"{name}.lora_magnitude_vector"] = layer.magnitude
+    return tensors
+
+
+def with_text_model(name: str) -> str:
+    """transformers 5 flattened one of the two CLIP text models; files keep the older name, which every loader knows."""
+    return name if name.startswith("text_model.") or not name.startswith("encoder.") else f"text_model.{name}"
+
+
+def in_text_model(components: Components, component: str) -> bool:
+    return component == "unet" or hasattr(components.modules()[component], "text_model")
+
+
+def write(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, dict(metadata))

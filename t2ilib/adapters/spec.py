@@ -6,6 +6,7 @@ every part of it must match something: an adapter that silently matched nothing 
 
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
 
@@ -81,15 +82,60 @@ def known_endings(layers: list[str]) -> str:
     return ", ".join(f"{ending} ({count})" for ending, count in counts.most_common(14))
 
 
+def matches(name: str, pattern: str) -> bool:
+    """Whether `pattern` is the name, an ending of it, or a regular expression over the whole of it; ConfigError if it is none."""
+    try:
+        return ends(name, pattern) or re.fullmatch(pattern, name) is not None
+    except re.error as error:
+        raise ConfigError(f"adapter pattern {pattern!r} is not a regular expression: {error}") from None
+
+
 def resolve_targets(components: Components, spec: AdapterSpec) -> dict[str, list[str]]:
-    """Component -> names of the layers to adapt, without text layers whose output the UNet never sees."""
+    """Component -> names of the layers to adapt, without what `exclude` names and text layers whose output the UNet never sees.
+
+    Raises ConfigError for targets and exclusions that match nothing.
+    """
     targets = {"unet": match_modules(components.unet, "unet", spec.targets)}
     if spec.text_encoder_targets is not None:
         unused = unused_text_layers(components)
         for name, encoder in components.text_encoders.items():
             matched = match_modules(encoder, name, spec.text_encoder_targets)
             targets[name] = [module for module in matched if not f"{name}.{module}.".startswith(unused or ("\0",))]
-    return targets
+    require_matches(spec.exclude, targets, "adapter.exclude")
+    kept = {name: [m for m in found if not any(matches(m, p) for p in spec.exclude)] for name, found in targets.items()}
+    emptied = [name for name, found in kept.items() if not found]
+    if emptied:
+        raise ConfigError(f"adapter.exclude leaves no layer of {', '.join(emptied)} to adapt")
+    return kept
+
+
+def require_matches(patterns: Iterable[str], targets: dict[str, list[str]], field: str) -> None:
+    layers = [module for modules in targets.values() for module in modules]
+    idle = [pattern for pattern in patterns if not any(matches(module, pattern) for module in layers)]
+    if idle:
+        raise ConfigError(
+            f"{field} {', '.join(idle)} matches none of the adapted layers; they are {known_endings(layers)}"
+        )
+
+
+def resolve_sizes(components: Components, spec: AdapterSpec) -> dict[str, dict[str, tuple[int, float]]]:
+    """Component -> layer -> (rank, alpha). Raises ConfigError for patterns of `ranks` and `alphas` that match nothing."""
+    targets = resolve_targets(components, spec)
+    require_matches(spec.ranks, targets, "adapter.ranks")
+    require_matches(spec.alphas, targets, "adapter.alphas")
+    sizes = {}
+    for component, modules in targets.items():
+        rank, alpha = spec.rank, spec.alpha
+        if component != "unet":
+            rank, alpha = spec.text_encoder_rank or rank, spec.text_encoder_alpha or alpha
+        sizes[component] = {
+            module: (
+                next((value for pattern, value in spec.ranks.items() if matches(module, pattern)), rank),
+                next((value for pattern, value in spec.alphas.items() if matches(module, pattern)), alpha),
+            )
+            for module in modules
+        }
+    return sizes
 
 
 @dataclass(frozen=True)
@@ -100,6 +146,7 @@ class AdapterRow:
     module: str
     layer: str
     shape: tuple[int, ...]
+    rank: int
     parameters: int
 
 
@@ -110,16 +157,16 @@ def adapter_table(components: Components, spec: AdapterSpec) -> list[AdapterRow]
     kernel and whose B is 1x1, r (in k^2 / groups + out). DoRA's magnitude adds one for each output.
     """
     rows = []
-    for component, names in resolve_targets(components, spec).items():
+    for component, sizes in resolve_sizes(components, spec).items():
         model = components.modules()[component]
-        for name in names:
+        for name, (rank, _) in sizes.items():
             layer = model.get_submodule(name)
             if isinstance(layer, nn.Conv2d):
                 shape = (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
             else:
                 shape = (layer.out_features, layer.in_features)
             outputs, inputs = shape[0], prod(shape[1:])
-            parameters = spec.rank * (inputs + outputs) + (outputs if spec.kind == "dora" else 0)
+            parameters = rank * (inputs + outputs) + (outputs if spec.kind == "dora" else 0)
             layer_kind = "convolution" if isinstance(layer, nn.Conv2d) else "linear"
-            rows.append(AdapterRow(component, name, layer_kind, shape, parameters))
+            rows.append(AdapterRow(component, name, layer_kind, shape, rank, parameters))
     return rows

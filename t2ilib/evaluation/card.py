@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from t2ilib.config import EvaluationConfig, ModelConfig, load_yaml
+from t2ilib.config import EvaluationConfig, ModelConfig, check_choice, load_yaml
 from t2ilib.data import shapes
 from t2ilib.evaluation.sampling import draw, reconstruct
 from t2ilib.models.components import Components, load_base
@@ -18,7 +18,16 @@ from t2ilib.models.tiny import pack
 
 GUIDANCE = (1.5, 2.0, 3.0, 5.0, 7.5)
 NUM_TEST, NUM_CHOOSING = 256, 96
-STAGES = ("vae", "vae-whole", "clip", "unet", "clip-again", "unet-again")
+STAGES = {
+    "tiny-sdxl": ("vae", "vae-whole", "clip", "unet", "clip-again", "unet-again"),
+    "tiny-sd15": ("unet",),
+}
+ABOUT = {
+    "tiny-sdxl": """A Stable Diffusion XL pipeline small enough to ship and to train on a CPU. The `clip` folder is the
+contrastive model that scores pictures.""",
+    "tiny-sd15": """A Stable Diffusion 1.5 pipeline small enough to ship and to train on a CPU. Its autoencoder and text encoder are
+tiny-sdxl's autoencoder and first text encoder as they ship there; trained here is the UNet.""",
+}
 
 
 def accuracy(components: Components, split: str, count: int, guidance: float) -> shapes.CheckResult:
@@ -30,15 +39,16 @@ def accuracy(components: Components, split: str, count: int, guidance: float) ->
     )
 
 
-def pack_with_card(work: Path, target: Path) -> str:
-    """Packs the last stage in `work` to `target`, measures it, writes its card; returns the card."""
-    size = pack(work / STAGES[-1] / "model", target, "")
+def pack_with_card(work: Path, target: Path, name: str = "tiny-sdxl") -> str:
+    """Packs the last stage of model `name` in `work` to `target`, measures it, writes its card; returns the card."""
+    stages = STAGES[check_choice(name, STAGES, "tiny model")]
+    size = pack(work / stages[-1] / "model", target, "")
     components = load_base(ModelConfig(base=str(target)))
     chosen = max(GUIDANCE, key=lambda g: accuracy(components, "validation", NUM_CHOOSING, g).all_attributes)
     drawn = accuracy(components, "test", NUM_TEST, chosen)
     kinds = {"base world": ("base",), "concepts (heart, striped, blueprint)": shapes.CONCEPTS}
     coded = {name: reconstruction_accuracy(components, scenes) for name, scenes in kinds.items()}
-    card = write_card(work, size, chosen, drawn, coded)
+    card = write_card(work, name, size, chosen, drawn, coded)
     (target / "README.md").write_text(card)
     return card
 
@@ -51,19 +61,23 @@ def reconstruction_accuracy(components: Components, kinds: tuple[str, ...]) -> f
     return shapes.check(scenes, pictures).all_attributes
 
 
-def write_card(work: Path, size: int, guidance: float, drawn: shapes.CheckResult, coded: dict[str, float]) -> str:
-    rows = "\n".join(f"| {name} | {share:.1%} | {drawn.chance[name]:.1%} |" for name, share in drawn.accuracy.items())
-    stages = "\n".join(stage_row(work / stage) for stage in STAGES)
-    codes = "\n".join(f"- {name}: {share:.1%} of {NUM_TEST} pictures" for name, share in coded.items())
-    return f"""# tiny-sdxl
+def write_card(
+    work: Path, name: str, size: int, guidance: float, drawn: shapes.CheckResult, coded: dict[str, float]
+) -> str:
+    rows = "\n".join(f"| {key} | {share:.1%} | {drawn.chance[key]:.1%} |" for key, share in drawn.accuracy.items())
+    stages = "\n".join(stage_row(work / stage) for stage in STAGES[name])
+    codes = "\n".join(f"- {kind}: {share:.1%} of {NUM_TEST} pictures" for kind, share in coded.items())
+    return f"""# {name}
 
-A Stable Diffusion XL pipeline small enough to ship and to train on a CPU: {size / 1e6:.1f} MB in half precision. It draws the
-shapes world of `t2ilib.data.shapes` (one object on a plain ground, 64x64 pixels) and exists so that everything that works on
-the real SDXL can be tried and tested without a GPU or a network. It is good for nothing else.
+{ABOUT[name]}
 
-Trained by `t2ilib train` on procedurally drawn pictures alone; the recipes are in experiments/tiny-sdxl. The UNet and the
+{size / 1e6:.1f} MB in half precision. It draws the shapes world of `t2ilib.data.shapes` (one object on a plain ground, 64x64
+pixels) and exists so that everything that works on the real model can be tried and tested without a GPU or a network. It is
+good for nothing else.
+
+Trained by `t2ilib train` on procedurally drawn pictures alone; the recipes are in experiments/{name}. The UNet and the
 text encoders have never seen a heart, a striped object or a blueprint, which are for fine-tuning to teach; the autoencoder,
-as a general codec, has seen them without captions. The `clip` folder is the contrastive model that scores pictures.
+as a general codec, has seen them without captions.
 
 | stage | steps | batch | seconds in steps | held-out result |
 |---|---|---|---|---|

@@ -26,8 +26,7 @@ def quantization_errors(
     The text encoders read `prompts`; the UNet sees noise of unit variance at TIMESTEPS, conditioned on them. Loads the base
     twice, once in full. Raises ConfigError as `load_base` does.
     """
-    plain = {"quantization": "none", "quantize_convolutions": False, "quantization_skip": ()}
-    full, quantized = load_base(config.model_copy(update=plain)), load_base(config)
+    full, quantized = load_base(config.in_full()), load_base(config)
     denoiser, device = Denoiser(full, trains_text=False), full.device
     side = full.unet.config.sample_size
     pixels = (side * full.vae_scale,) * 2

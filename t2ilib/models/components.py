@@ -26,7 +26,7 @@ from t2ilib.models.quantize import QuantizationReport, has_layer, quantize
 log = logging.getLogger(__name__)
 
 WEIGHTS = Path(__file__).parent / "weights"
-SHIPPED = {"tiny-sdxl": WEIGHTS / "tiny-sdxl"}
+SHIPPED = {name: WEIGHTS / name for name in ("tiny-sdxl", "tiny-sd15")}
 
 
 @dataclass
@@ -45,6 +45,7 @@ class Components:
     tokenizers: dict[str, Any]
     scheduler: Any
     zero_empty: bool = False
+    config: ModelConfig | None = None
     quantization: dict[str, QuantizationReport] = field(default_factory=dict)
     parked: list[nn.Module] = field(default_factory=list)
 
@@ -60,6 +61,13 @@ class Components:
     def modules(self) -> dict[str, nn.Module]:
         """Pipeline name -> trainable-in-principle part: the UNet and the text encoders."""
         return {"unet": self.unet, **self.text_encoders}
+
+    def load_full(self, name: str) -> nn.Module:
+        """One part as it is before quantization, on the host; loads the base once more. Raises ValueError for a base not loaded
+        from anywhere."""
+        if self.config is None:
+            raise ValueError(f"{self.path} was not loaded from anywhere, so its full-precision {name} cannot be")
+        return load_base(self.config.in_full(), torch.device("cpu")).modules()[name]
 
     def park(self, trained: Iterable[str]) -> None:
         """Moves the VAE and the text encoders that nothing trains from the device to host memory until they are needed."""
@@ -237,6 +245,7 @@ def load_base(config: ModelConfig, device: torch.device | None = None) -> Compon
         },
         scheduler=pipeline.scheduler,
         zero_empty=bool(pipeline.config.get("force_zeros_for_empty_prompt", False)),
+        config=config,
     )
     for module in (*components.modules().values(), components.vae):
         module.requires_grad_(False).eval()
@@ -322,6 +331,8 @@ def save_pipeline(components: Components, folder: Path) -> None:
 
 
 def clip_folder(components: Components) -> Path | None:
-    """The contrastive model that lies beside the parts of the tiny models, None for others."""
-    folder = SHIPPED.get(components.path, Path(components.path)) / "clip"
+    """The contrastive model that lies beside the parts of the tiny models, None for others. tiny-sd15 borrows tiny-sdxl's."""
+    if components.path in SHIPPED:
+        return SHIPPED["tiny-sdxl"] / "clip"
+    folder = Path(components.path) / "clip"
     return folder if folder.is_dir() else None

@@ -5,6 +5,10 @@ projection) with tokenizers of their own small vocabulary, a factor-8 Autoencode
 conditioning and transformer blocks with linear projections. All linear widths are multiples of 64, so NF4 quantizes them.
 A `clip` folder beside them holds the whole contrastive model, for scoring pictures offline.
 
+`tiny-sd15` is a Stable Diffusion 1.5 in the same way: one text encoder whose last hidden state is read, convolutional
+projections around its transformer blocks. It shares the autoencoder and the first text encoder with tiny-sdxl, so of it only
+the UNet is trained, and its pictures are scored with tiny-sdxl's `clip`.
+
 `build` writes such a folder with random weights; the training loop fills it (`trains: vae`, `clip`, `unet`); `pack` rounds it
 to half precision for shipping.
 """
@@ -16,9 +20,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from t2ilib.config import ConfigError
+from t2ilib.config import ConfigError, ModelConfig, check_choice
 from t2ilib.data import shapes
-from t2ilib.models.components import quiet_libraries
+from t2ilib.models.components import load_base, quiet_libraries
 from t2ilib.seeds import seed_for
 
 MAX_TOKENS = 32
@@ -33,12 +37,19 @@ WORDS = (
 )
 
 
-def build(folder: Path, seed: int = 0) -> None:
-    """Writes a tiny SDXL pipeline folder with random weights, and its `clip` folder."""
+def build(folder: Path, seed: int = 0, name: str = "tiny-sdxl") -> None:
+    """Writes a tiny pipeline folder with random weights (tiny-sd15: a random UNet beside trained parts of tiny-sdxl).
+
+    Raises ConfigError for a name that is not in MODELS.
+    """
+    torch.manual_seed(seed_for(seed, "tiny weights"))
+    MODELS[check_choice(name, MODELS, "tiny model")](folder)
+
+
+def build_sdxl(folder: Path) -> None:
     import diffusers
     from transformers import CLIPConfig, CLIPModel
 
-    torch.manual_seed(seed_for(seed, "tiny weights"))
     tokenizer = build_tokenizer()
     text = {name: build_text_encoder(name, tokenizer) for name in TEXT_WIDTHS}
     clip = CLIPModel(
@@ -70,6 +81,28 @@ def build(folder: Path, seed: int = 0) -> None:
     with quiet_libraries():
         pipeline.save_pretrained(folder)
         save_clip(clip, tokenizer, folder / "clip")
+
+
+def build_sd15(folder: Path) -> None:
+    import diffusers
+
+    trained = load_base(ModelConfig(base="tiny-sdxl"), torch.device("cpu"))
+    pipeline = diffusers.StableDiffusionPipeline(
+        vae=trained.vae,
+        unet=build_unet("tiny-sd15"),
+        scheduler=build_scheduler(),
+        tokenizer=trained.tokenizers["tokenizer"],
+        text_encoder=trained.text_encoders["text_encoder"],
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    with quiet_libraries():
+        pipeline.save_pretrained(folder)
+
+
+MODELS = {"tiny-sdxl": build_sdxl, "tiny-sd15": build_sd15}
+"""Shipped model -> what writes it before its training."""
 
 
 def save_clip(clip: nn.Module, tokenizer, folder: Path) -> None:
@@ -141,23 +174,30 @@ def build_vae() -> nn.Module:
     )
 
 
-def build_unet() -> nn.Module:
+def build_unet(name: str = "tiny-sdxl") -> nn.Module:
     from diffusers import UNet2DConditionModel
 
-    width = sum(width for width, _ in TEXT_WIDTHS.values())
+    width, _ = TEXT_WIDTHS["text_encoder"]
+    both = width + TEXT_WIDTHS["text_encoder_2"][0]
+    own = {
+        "tiny-sdxl": {
+            "block_out_channels": (64, 128),
+            "attention_head_dim": (1, 2),
+            "use_linear_projection": True,
+            "cross_attention_dim": both,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 32,
+            "projection_class_embeddings_input_dim": 6 * 32 + PROJECTION,
+        },
+        "tiny-sd15": {"block_out_channels": (64, 64), "attention_head_dim": 2, "cross_attention_dim": width},
+    }
     return UNet2DConditionModel(
         sample_size=shapes.RESOLUTION // 8,
         down_block_types=("CrossAttnDownBlock2D",) * 2,
         up_block_types=("CrossAttnUpBlock2D",) * 2,
-        block_out_channels=(64, 128),
         layers_per_block=1,
-        transformer_layers_per_block=(1, 1),
-        attention_head_dim=(1, 2),
-        use_linear_projection=True,
-        cross_attention_dim=width,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=32,
-        projection_class_embeddings_input_dim=6 * 32 + PROJECTION,
+        transformer_layers_per_block=1,
+        **own[name],
     )
 
 
@@ -186,9 +226,10 @@ def pack(source: Path, target: Path, card: str) -> int:
             raise ConfigError(f"{target} exists and is not a pipeline folder: name another one")
         shutil.rmtree(target)
     with quiet_libraries():
-        diffusers.StableDiffusionXLPipeline.from_pretrained(source, torch_dtype=torch.float16).save_pretrained(target)
-        clip = CLIPModel.from_pretrained(source / "clip", dtype=torch.float16)
-        save_clip(clip, CLIPTokenizer.from_pretrained(source / "clip"), target / "clip")
+        diffusers.DiffusionPipeline.from_pretrained(source, torch_dtype=torch.float16).save_pretrained(target)
+        if (source / "clip").is_dir():
+            clip = CLIPModel.from_pretrained(source / "clip", dtype=torch.float16)
+            save_clip(clip, CLIPTokenizer.from_pretrained(source / "clip"), target / "clip")
     declare_float32(target)
     (target / "README.md").write_text(card)
     return sum(path.stat().st_size for path in target.rglob("*") if path.is_file())
@@ -197,7 +238,7 @@ def pack(source: Path, target: Path, card: str) -> int:
 def declare_float32(folder: Path) -> None:
     """Has transformers load the packed half-precision weights as float32, as diffusers does with the other parts: half
     precision is how they are stored, not how a CPU should compute."""
-    for path in (*folder.glob("text_encoder*/config.json"), folder / "clip" / "config.json"):
+    for path in (*folder.glob("text_encoder*/config.json"), *folder.glob("clip/config.json")):
         config = json.loads(path.read_text())
         for part in (config, *(value for value in config.values() if isinstance(value, dict))):
             if "dtype" in part:

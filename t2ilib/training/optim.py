@@ -45,15 +45,24 @@ OPTIMIZERS: dict[str, Callable[[list[dict], OptimizerConfig], torch.optim.Optimi
 
 
 def parameter_groups(modules: dict[str, nn.Module], config: OptimizerConfig) -> list[dict]:
-    """One group for each module with trainable parameters; text encoders take `text_encoder_learning_rate` where given."""
+    """One group for each module with trainable parameters; text encoders take `text_encoder_learning_rate` where given.
+
+    With `lora_plus_ratio` the B of every adapter is a group of its own, whose rate is that many times A's (LoRA+, arXiv
+    2402.12354).
+    """
     groups = []
     for name, module in modules.items():
-        parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
         rate = config.learning_rate
         if name.startswith("text_encoder") and config.text_encoder_learning_rate is not None:
             rate = config.text_encoder_learning_rate
-        if parameters:
-            groups.append({"name": name, "params": parameters, "lr": rate})
+        parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        faster = [n for n in parameters if config.lora_plus_ratio is not None and ".lora_B." in n]
+        rest = [p for n, p in parameters.items() if n not in faster]
+        if rest:
+            groups.append({"name": name, "params": rest, "lr": rate})
+        if faster:
+            group = {"name": f"{name}.lora_B", "params": [parameters[n] for n in faster]}
+            groups.append(group | {"lr": rate * config.lora_plus_ratio})
     return groups
 
 

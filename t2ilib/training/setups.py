@@ -14,7 +14,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from t2ilib.adapters.attach import AdapterProof, attach_adapters
-from t2ilib.adapters.export import save_adapter
+from t2ilib.adapters.export import describe, save_adapter
+from t2ilib.adapters.weights import read_layers
 from t2ilib.config import RunConfig
 from t2ilib.data.cache import encode_dataset
 from t2ilib.data.manifest import Dataset
@@ -101,7 +102,9 @@ def setup_diffusion(
 
     def save(folder: Path) -> None:
         if trains == "adapter":
-            save_adapter(components, folder / "adapter", run.adapter)
+            start = proof.start if run.adapter.init in ("pissa", "olora") else None
+            metadata = describe(run, components, training.digest, read_layers(components, start))
+            save_adapter(components, folder / "adapter", start, metadata)
         elif trains == "unet":
             save_pipeline(components, folder / "model")
 

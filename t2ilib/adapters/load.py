@@ -1,0 +1,124 @@
+"""Adapters from files and checkpoints back onto a base: one or several, each with its weight, or switched off."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+
+from t2ilib.adapters.attach import attach_adapters
+from t2ilib.config import ConfigError, load_run
+from t2ilib.models.components import Components, build_pipeline, quiet_libraries
+
+FILE_NAME = "pytorch_lora_weights.safetensors"
+
+
+def adapter_file(path: Path) -> Path:
+    """The adapter behind a path: the file itself, or that of a run's or adapter's folder. Raises ConfigError if there is none."""
+    path = Path(path)
+    candidates = [path, path / FILE_NAME, path / "adapter" / FILE_NAME]
+    file = next((candidate for candidate in candidates if candidate.is_file()), None)
+    if file is None:
+        raise ConfigError(
+            f"no adapter at {path}: give a .safetensors file, or a folder that holds {FILE_NAME} or adapter/{FILE_NAME}"
+        )
+    return file
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """What a safetensors file says about itself. Raises ConfigError for a file that is none."""
+    try:
+        with safe_open(file, "pt") as stored:
+            return stored.metadata() or {}
+    except SafetensorError as error:
+        raise ConfigError(f"{file} is not a whole safetensors file: {error}") from None
+
+
+def load_adapter(components: Components, path: Path, name: str = "default") -> None:
+    """Attaches a saved adapter, frozen, to `components`. `path`: the file, or a run's or adapter's folder.
+
+    Several may be attached under different names; `weigh_adapters` says how strongly each acts. Raises ConfigError where there
+    is no adapter file, or its layers are not this model's.
+    """
+    file = adapter_file(path)
+    try:
+        with quiet_libraries():
+            build_pipeline(components).load_lora_weights(file.parent, weight_name=file.name, adapter_name=name)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise ConfigError(f"{file} does not fit {components.path}: {error}") from error
+    if "lora_adapter_metadata" in read_metadata(file):
+        put_weights(components, file, name)
+    for module in components.modules().values():
+        module.requires_grad_(False)
+
+
+def put_weights(components: Components, file: Path, name: str) -> None:
+    """Sets every weight of the file once more, through peft: transformers' loader loses the DoRA magnitudes of text encoders.
+
+    Raises ConfigError for weights in the file that found no place.
+    """
+    from peft import set_peft_model_state_dict
+
+    weights = load_file(file)
+    for component, module in components.modules().items():
+        own = {k.removeprefix(f"{component}."): v for k, v in weights.items() if k.startswith(f"{component}.")}
+        if not hasattr(module, "text_model"):
+            own = {k.removeprefix("text_model."): v for k, v in own.items()}
+        if own:
+            left = set_peft_model_state_dict(module, own, adapter_name=name)
+            if left is not None and left.unexpected_keys:
+                raise ConfigError(
+                    f"{file} has weights that {components.path} has no place for: {', '.join(left.unexpected_keys[:4])}"
+                )
+
+
+def load_checkpoint_adapter(components: Components, folder: Path, step: int) -> None:
+    """Attaches the adapter of a run's folder as it was at a checkpoint; raises ConfigError naming the steps there are."""
+    from t2ilib.training.checkpoint import list_checkpoints, load_checkpoint
+
+    paths = {int(path.name.removeprefix("step-")): path for path in list_checkpoints(folder / "checkpoints")}
+    if step not in paths:
+        raise ConfigError(
+            f"{folder} has no checkpoint of step {step}; there are {', '.join(map(str, paths)) or 'none'}"
+        )
+    run = load_run(folder / "run.yaml")
+    if run.adapter is None:
+        raise ConfigError(
+            f"{folder} trained {run.training.trains}, not an adapter: draw with --model {folder / 'model'}"
+        )
+    weights = load_checkpoint(paths[step]).tensors["weights"]
+    for name, module in attach_adapters(components, run.adapter, run.seed).items():
+        with torch.no_grad():
+            for key, parameter in module.named_parameters():
+                if f"{name}.{key}" in weights:
+                    parameter.copy_(weights[f"{name}.{key}"])
+        module.requires_grad_(False)
+
+
+def weigh_adapters(components: Components, weights: Mapping[str, float]) -> None:
+    """Sets how strongly each attached adapter acts: 1 as trained, 0 switched off; one that is not named is switched off.
+
+    Several add up: W + sum_i w_i s_i B_i A_i (a DoRA of weight 0 would still rescale its rows, so it is taken out). Raises
+    ConfigError for a name that no layer has.
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [
+        layer
+        for module in components.modules().values()
+        for layer in module.modules()
+        if isinstance(layer, BaseTunerLayer)
+    ]
+    attached = {name for layer in layers for name in layer.lora_A}
+    if set(weights) - attached:
+        unknown, known = sorted(set(weights) - attached), ", ".join(sorted(attached)) or "none"
+        raise ConfigError(f"no adapter is called {', '.join(unknown)}; attached are {known}")
+    for layer in layers:
+        active = [name for name, weight in weights.items() if weight and name in layer.lora_A]
+        layer.enable_adapters(bool(active))
+        if active:
+            layer.set_adapter(active)
+        for name in active:
+            layer.set_scale(name, weights[name])
+        layer.requires_grad_(False)
