@@ -3,14 +3,17 @@ import re
 import pytest
 import torch
 from adapting import CAPTIONS, fit, output_of
+from peft.utils.integrations import dequantize_module_weight
 from safetensors import safe_open
 from torch import nn
 
 from t2ilib.adapters.attach import AdapterError, AdapterProof, attach_adapters, base_digest
 from t2ilib.adapters.export import save_adapter
-from t2ilib.adapters.load import FILE_NAME, load_adapter
-from t2ilib.adapters.spec import TARGETS, match_modules, resolve_targets
-from t2ilib.config import AdapterSpec, ConfigError
+from t2ilib.adapters.load import FILE_NAME, load_adapter, weigh_adapters
+from t2ilib.adapters.spec import ATTENTION, TARGETS, adapter_table, match_modules, resolve_targets
+from t2ilib.adapters.weights import read_layers
+from t2ilib.config import AdapterSpec, ConfigError, ModelConfig, build_run
+from t2ilib.models.components import load_base
 from t2ilib.models.quantize import quantize
 
 
@@ -394,3 +397,184 @@ def test_adapter_files_that_cannot_be_loaded(make, tmp_path):
     other.unet = type(other.unet).from_config(narrow).requires_grad_(False)
     with pytest.raises(ConfigError, match=rf"{FILE_NAME} does not fit test"):
         load_adapter(other, tmp_path)
+
+
+def test_patterns_give_layers_their_own_size(make):
+    """peft's own layers are asked for their rank and scale."""
+    spec = AdapterSpec(
+        rank=4, alpha=4.0, targets="many", ranks={"conv1": 2, r"mid_block\..*": 6}, alphas={"to_q": 12.0}, exclude=("ff.net.2",)
+    )  # fmt: skip
+    components = make()
+    rows = {(row.component, row.module): row for row in adapter_table(components, spec)}
+    attach_adapters(components, spec, 0)
+    layers = {name: layer for name, layer in components.unet.named_modules() if hasattr(layer, "lora_A")}
+    assert set(layers) == {module for _, module in rows}
+    assert not any(name.endswith("ff.net.2") for name in layers)
+    for name, layer in layers.items():
+        rank = 2 if name.endswith("conv1") else 6 if name.startswith("mid_block") else 4
+        alpha = 12.0 if name.endswith("to_q") else 4.0
+        assert layer.r["default"] == rank == rows["unet", name].rank
+        assert layer.scaling["default"] == pytest.approx(alpha / rank)
+    trained = sum(p.numel() for p in components.unet.parameters() if p.requires_grad)
+    assert trained == sum(row.parameters for row in rows.values())
+
+
+def test_text_encoders_have_their_own_size(make):
+    components = make()
+    spec = AdapterSpec(rank=4, text_encoder_targets="attention", text_encoder_rank=2, text_encoder_alpha=1.0)
+    attach_adapters(components, spec, 0)
+    for name, module in components.modules().items():
+        found = {(m.r["default"], m.scaling["default"]) for m in module.modules() if hasattr(m, "lora_A")}
+        assert found == ({(4, 2.0)} if name == "unet" else {(2, 0.5)})
+    with pytest.raises(ValueError, match="need text_encoder_targets"):
+        AdapterSpec(text_encoder_rank=2)
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"exclude": ("conv1",)}, "adapter.exclude conv1 matches none of the adapted layers; they are to_q"),
+        ({"ranks": {"ff.net.2": 2}}, r"adapter.ranks ff\.net\.2 matches none"),
+        ({"alphas": {"to_(": 2.0}}, "is not a regular expression"),
+        ({"exclude": (".*",)}, "leaves no layer of unet"),
+    ],
+)
+def test_patterns_that_match_nothing(make, fields, told):
+    with pytest.raises(ConfigError, match=told):
+        attach_adapters(make(), AdapterSpec(**fields), 0)
+
+
+def test_rank_stabilized_divides_by_the_root(make):
+    components = make()
+    attach_adapters(components, AdapterSpec(rank=16, alpha=8.0, rank_stabilized=True), 0)
+    scales = {m.scaling["default"] for m in components.unet.modules() if hasattr(m, "lora_A")}
+    assert scales == {8.0 / 4}  # arXiv 2312.03732: alpha / sqrt(r)
+
+
+LINEAR = (*ATTENTION, "ff.net.2")
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_an_adapter_that_took_from_the_base_fits_the_untouched_base(make, tmp_path, init, kind):
+    components = make()
+    before = output_of(components)
+    spec = AdapterSpec(kind=kind, init=init, rank=4, alpha=6.0, targets=LINEAR, rank_stabilized=init == "olora")
+    untouched = {n: p.clone() for n, p in components.unet.named_parameters()}
+    attach_adapters(components, spec, 0)
+    changed = [n for n, p in components.unet.named_parameters() if ".base_layer.weight" in n]
+    assert not any(
+        torch.equal(components.unet.get_parameter(n), untouched[n.replace(".base_layer", "")]) for n in changed
+    )
+    assert torch.allclose(output_of(components), before, atol=1e-4)
+    proof = AdapterProof(components, spec)
+    fit(components, proof)
+    proof.finish()
+    trained = output_of(components)
+    assert float((trained - before).abs().max()) > 1e-2
+    save_adapter(components, tmp_path, proof.start)
+    other = make()
+    load_adapter(other, tmp_path)
+    assert {m.r["default"] for m in other.unet.modules() if hasattr(m, "lora_A")} == {8}
+    assert torch.allclose(output_of(other), trained, atol=2e-4)
+
+
+def test_initialisations_are_what_the_papers_say(make):
+    """PiSSA's B A is the best approximation of W of its rank; OLoRA's columns of B are orthogonal; gaussian has B zero."""
+    name, plain = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k", make().unet
+    weight = plain.get_submodule(name).weight
+    products = {}
+    for init in ("pissa", "olora", "gaussian"):
+        components = make()
+        attach_adapters(components, AdapterSpec(init=init, rank=4, alpha=4.0), 0)
+        layer = components.unet.get_submodule(name)
+        products[init] = layer.lora_B["default"].weight, layer.lora_A["default"].weight
+    u, s, v = torch.linalg.svd(weight)
+    best = u[:, :4] * s[:4] @ v[:4]
+    assert torch.allclose(products["pissa"][0] @ products["pissa"][1], best, atol=1e-5)
+    b = products["olora"][0]
+    assert torch.allclose(b.T @ b, torch.diag(torch.diagonal(b.T @ b)), atol=1e-5)
+    assert not products["gaussian"][0].any()
+    assert float(products["gaussian"][1].std()) == pytest.approx(1 / 4, rel=0.1)  # peft's standard deviation is 1 / r
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_loftq_makes_up_for_what_quantizing_lost(kind):
+    config = ModelConfig(quantization="nf4", quantize_convolutions=True)
+    full, base, corrected = load_base(config.in_full()), load_base(config), load_base(config)
+    attach_adapters(corrected, AdapterSpec(kind=kind, init="loftq", rank=16, alpha=8.0, targets="many"), 0)
+    for name, layer in corrected.unet.named_modules():
+        if hasattr(layer, "lora_A"):
+            quantized = dequantize_module_weight(base.unet.get_submodule(name))
+            assert torch.equal(dequantize_module_weight(layer.base_layer), quantized)
+            product = layer.lora_B["default"].weight.flatten(1) @ layer.lora_A["default"].weight.flatten(1)
+            lost = full.unet.get_submodule(name).weight - quantized
+            left = lost.flatten(1) - 0.5 * product
+            kept = torch.linalg.svdvals(lost.flatten(1))[16:]  # Eckart and Young: what rank 16 cannot reach
+            assert float(left.norm()) == pytest.approx(float(kept.norm()), rel=1e-3, abs=1e-6)
+    expected, plain, mended = (output_of(c) for c in (full, base, corrected))
+    assert float((mended - expected).norm()) < 0.8 * float((plain - expected).norm())
+
+
+def test_initialisations_that_do_not_go_together(make):
+    with pytest.raises(
+        ConfigError, match=r"init 'pissa' is for linear layers, and the targets of unet have .* convolutions"
+    ):
+        attach_adapters(make(), AdapterSpec(init="pissa", targets="many"), 0)
+    for init, quantization, told in (("pissa", "nf4", "use loftq"), ("loftq", "none", "needs model.quantization nf4")):
+        with pytest.raises(ConfigError, match=told):
+            build_run({"adapter": {"init": init}, "model": {"quantization": quantization}})
+
+
+def test_qdora_trains_its_magnitude():
+    """Other trainers silently train a plain LoRA over a 4-bit base. The gradient is that of DoRA's equation 5 (arXiv 2402.09353)
+    over the dequantized weight, by autograd from the formula."""
+    components = load_base(ModelConfig(quantization="nf4"))
+    spec = AdapterSpec(kind="dora", rank=4)
+    attach_adapters(components, spec, 0)
+    layer = components.unet.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn2.to_k")
+    nn.init.normal_(layer.lora_B["default"].weight, std=0.1)
+    x = torch.randn(3, 5, layer.in_features)
+    layer(x).square().sum().backward()
+    magnitude = layer.lora_magnitude_vector["default"].weight
+    weight = dequantize_module_weight(layer.base_layer)
+    direction = weight + layer.scaling["default"] * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+    m = magnitude.detach().clone().requires_grad_()
+    (x @ (m[:, None] * direction / direction.norm(dim=1, keepdim=True).detach()).T).square().sum().backward()
+    torch.testing.assert_close(magnitude.grad, m.grad, rtol=1e-3, atol=1e-4)
+    components = load_base(ModelConfig(quantization="nf4"))
+    attach_adapters(components, spec, 0)
+    proof = AdapterProof(components, spec)
+    fit(components, proof)
+    assert proof.finish()["adapter/magnitude_change_norm"] > 1e-3
+
+
+def test_several_adapters_add_up_and_switch_off(make, tmp_path):
+    base = output_of(make())
+    for number in (1, 2):
+        components = make()
+        attach_adapters(components, AdapterSpec(rank=2 * number, text_encoder_targets="attention"), number)
+        fit(components, num_steps=3, trains_text=True)
+        save_adapter(components, tmp_path / str(number))
+    components = make()
+    load_adapter(components, tmp_path / "1", "first")
+    load_adapter(components, tmp_path / "2", "second")
+    outputs = {}
+    for weights in ((1.0, 0.0), (0.0, 1.0), (0.7, -0.4), (0.0, 0.0)):
+        weigh_adapters(components, dict(zip(("first", "second"), weights, strict=True)))
+        outputs[weights] = output_of(components)
+    assert trainable(components) == set()
+    assert torch.equal(outputs[0.0, 0.0], base)
+    mixed = make()  # W + sum_i w_i s_i B_i A_i, written into the weights
+    for number, weight in ((1, 0.7), (2, -0.4)):
+        alone = make()
+        load_adapter(alone, tmp_path / str(number))
+        if number == 1:
+            assert torch.allclose(outputs[1.0, 0.0], output_of(alone), atol=1e-5)
+        for layer in read_layers(alone):
+            target = mixed.modules()[layer.component].get_submodule(layer.module)
+            target.weight.data += weight * 8.0 / layer.rank * layer.up @ layer.down  # alpha was 8
+    assert torch.allclose(outputs[0.7, -0.4], output_of(mixed), atol=1e-4)
+    assert float((outputs[0.7, -0.4] - base).abs().max()) > 1e-3
+    with pytest.raises(ConfigError, match="no adapter is called third; attached are first, second"):
+        weigh_adapters(components, {"third": 1.0})

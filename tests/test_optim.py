@@ -2,9 +2,10 @@ import math
 
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
-from t2ilib.config import ConfigError, OptimizerConfig
+from t2ilib.config import ConfigError, OptimizerConfig, build_run
 from t2ilib.training.optim import OPTIMIZERS, build_optimizer, build_schedule, parameter_groups
 
 
@@ -118,3 +119,25 @@ def test_every_optimizer_learns(name):
     assert sum(losses[-10:]) < 0.05 * sum(losses[:10])
     if name == "prodigy":
         assert optimizer.param_groups[0]["d"] > 100 * optimizer.param_groups[0]["d0"]
+
+
+def test_lora_plus_gives_b_a_rate_of_its_own():
+    parts = modules()
+    parts = {name: nn.Sequential(part).requires_grad_(False) for name, part in parts.items()}
+    for part in parts.values():
+        inject_adapter_in_model(LoraConfig(r=2, target_modules=["0"]), part)
+    config = OptimizerConfig(learning_rate=1e-3, text_encoder_learning_rate=1e-5, lora_plus_ratio=16.0)
+    groups = {group["name"]: group for group in parameter_groups(parts, config)}
+    rates = {name: group["lr"] for name, group in groups.items()}
+    assert rates == {
+        "unet": 1e-3, "unet.lora_B": pytest.approx(16e-3), "text_encoder": 1e-5, "text_encoder.lora_B": pytest.approx(16e-5),
+        "text_encoder_2": 1e-5, "text_encoder_2.lora_B": pytest.approx(16e-5),
+    }  # fmt: skip
+    b = parts["unet"][0].lora_B["default"].weight
+    assert [p is b for p in groups["unet.lora_B"]["params"]] == [True]
+    trained = sum(p.requires_grad for part in parts.values() for p in part.parameters())
+    assert sum(len(group["params"]) for group in groups.values()) == trained
+    with pytest.raises(ValueError, match="one step size for A and B together"):
+        OptimizerConfig(name="prodigy", lora_plus_ratio=2.0)
+    with pytest.raises(ConfigError, match="this run trains none"):
+        build_run({"training": {"trains": "unet"}, "optimizer": {"lora_plus_ratio": 2.0}})
