@@ -100,7 +100,7 @@ def write_kohya(
 
 def kohya_names(components: Components) -> dict[tuple[str, str], str]:
     """(component, module) -> the name of its tensors in kohya's layout, for every linear and convolution layer."""
-    from t2ilib.models.single_file import original_unet_names
+    from t2ilib.models.original import original_unet_names
 
     prefixes = {"unet": "lora_unet", "text_encoder": "lora_te"}
     unet = {name: name for name, _ in components.unet.named_modules()}

@@ -42,12 +42,13 @@ def load_adapter(components: Components, path: Path, name: str = "default") -> N
     is no adapter file, or its layers are not this model's.
     """
     file = adapter_file(path)
+    ours = "lora_adapter_metadata" in read_metadata(file)
     try:
         with quiet_libraries():
             build_pipeline(components).load_lora_weights(file.parent, weight_name=file.name, adapter_name=name)
     except (RuntimeError, ValueError, KeyError) as error:
         raise ConfigError(f"{file} does not fit {components.path}: {error}") from error
-    if "lora_adapter_metadata" in read_metadata(file):
+    if ours:
         put_weights(components, file, name)
     for module in components.modules().values():
         module.requires_grad_(False)
