@@ -256,6 +256,20 @@ def write_report(path: Path, preset: str, results: Path) -> Path:
     return export_html(notebook, hide_code=True)
 
 
+def name_champion(path: Path, preset: str, results: Path) -> str | None:
+    """Once all runs of a preset are finished: registers the best one's adapter in MLflow; returns a line that says so."""
+    study = load_study(path)
+    runs = plan_runs(study, preset, results.absolute())
+    if any(run.state != "finished" for run in runs):
+        return None
+    from t2ilib.registry import register_champion
+    from t2ilib.tracking import open_client, tracking_uri
+
+    client, _ = open_client(tracking_uri(None, results), study.name, results)
+    found = register_champion(client, study.name, runs)
+    return found and f"{found[1]} ({found[0].label})"
+
+
 def status_rows(path: Path, preset: str, results: Path) -> list[dict[str, str]]:
     """Variant, seed, state, step reached and seconds of every run of a preset, for the terminal."""
     rows = []

@@ -37,6 +37,7 @@ class Tracker(Protocol):
     def log_image(self, image: "Image", key: str, step: int) -> None: ...
     def log_datasets(self, training: Any, held_out: Any) -> None: ...
     def log_artifact(self, path: Path, folder: str | None = None) -> None: ...
+    def log_adapter(self, file: Path, base: str, side: int) -> None: ...
     def flush(self) -> None: ...
 
 
@@ -57,6 +58,9 @@ class NullTracker:
     def log_artifact(self, path: Path, folder: str | None = None) -> None:
         pass
 
+    def log_adapter(self, file: Path, base: str, side: int) -> None:
+        pass
+
     def flush(self) -> None:
         pass
 
@@ -64,8 +68,8 @@ class NullTracker:
 class MlflowTracker:
     """Logs to one MLflow run; metrics are sent in batches, and steps that an earlier attempt logged are not sent again."""
 
-    def __init__(self, client, run_id: str, resumed: bool):
-        self.client, self.run_id, self.resumed = client, run_id, resumed
+    def __init__(self, client, uri: str, run_id: str, resumed: bool):
+        self.client, self.uri, self.run_id, self.resumed = client, uri, run_id, resumed
         self.buffer: list = []
         self.flushed = time.monotonic()
         self.logged: dict[str, int] = {}
@@ -130,6 +134,15 @@ class MlflowTracker:
         else:
             self.client.log_artifact(self.run_id, str(path), folder)
 
+    def log_adapter(self, file: Path, base: str, side: int) -> None:
+        """The adapter as a model that MLflow's diffusers flavor loads onto `base`, a folder or Hub id."""
+        from importlib.metadata import version
+
+        from t2ilib.registry import log_adapter
+
+        needed = ("diffusers", "transformers", "torch", "peft", "safetensors", "accelerate")
+        log_adapter(self, file, base, side, [f"{name}=={version(name).split('+')[0]}" for name in needed])
+
 
 def quiet_mlflow() -> None:
     """Keeps schema migrations off the screen and telemetry off; called before mlflow is imported."""
@@ -184,7 +197,7 @@ def open_tracker(run: RunConfig, results: Path | None = None) -> Iterator[Tracke
     run_id = known_run(client, note, uri)
     resumed = run_id is not None
     run_id = run_id or client.create_run(experiment_id, tags=run_tags(run), run_name=run.name).info.run_id
-    tracker = MlflowTracker(client, run_id, resumed)
+    tracker = MlflowTracker(client, uri, run_id, resumed)
     note.parent.mkdir(parents=True, exist_ok=True)
     note.write_text(json.dumps({"uri": uri, "run_id": tracker.run_id}))
     client.update_run(tracker.run_id, status="RUNNING")

@@ -16,11 +16,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from t2ilib.adapters.load import adapter_file
 from t2ilib.config import ConfigError, ModelConfig, RunConfig, save_run
 from t2ilib.data.loader import sample_ids
 from t2ilib.data.manifest import load_datasets
 from t2ilib.memory import MemoryLog, Peak, require_disk
-from t2ilib.models.components import Components, choose_device, choose_dtype, load_base
+from t2ilib.models.components import Components, choose_device, choose_dtype, load_base, locate
 from t2ilib.seeds import seed_for
 from t2ilib.tracking import NullTracker, Tracker
 from t2ilib.training.history import Evaluation, History
@@ -134,6 +135,8 @@ def train(run: RunConfig, tracker: Tracker | None = None) -> TrainResult:
     history.add(steps, metrics | peak.metrics() | state.sizes(run.output) | memory.metrics())
     for path, folder in state.artifacts(run.output):
         tracker.log_artifact(path, folder)
+    if run.training.trains == "adapter":
+        tracker.log_adapter(adapter_file(run.output), locate(run.model.base), run.data.resolution)
     tracker.flush()
     return TrainResult(components, history.last, run.output, start)
 

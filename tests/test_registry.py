@@ -1,0 +1,113 @@
+"""Adapters in MLflow's registry: loaded back by URI in another process, and the champion of a study."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mlflow import MlflowClient
+
+from t2ilib.config import build_run
+from t2ilib.models.components import build_pipeline
+from t2ilib.registry import ALIAS, MODEL_TAG, choose_winner, register_champion
+from t2ilib.study import Run
+from t2ilib.tracking import open_tracker, tracking_uri
+from t2ilib.training.loop import train
+
+PROMPT = "a large upright red heart at the center on a white background"
+
+LOAD = """
+import sys
+import mlflow, numpy as np, torch
+
+mlflow.set_tracking_uri(sys.argv[1])
+pipeline = mlflow.diffusers.load_model(sys.argv[2]).load_pipeline(device="cpu", torch_dtype=torch.float32)
+pipeline.set_progress_bar_config(disable=True)
+picture = pipeline(PROMPT, generator=torch.Generator().manual_seed(3), num_inference_steps=3, guidance_scale=2.0, output_type="np")
+np.save(sys.argv[3], picture.images[0])
+loaded = mlflow.models.get_model_info(sys.argv[2])
+print(loaded.signature.params)
+"""
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_a_logged_adapter_comes_back_by_its_uri(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    run = build_run(
+        {
+            "output": str(tmp_path / "results" / kind),
+            "adapter": {"kind": kind, "rank": 4},
+            "optimizer": {"learning_rate": 1e-2},
+            "data": {"source": "shapes", "scenes": ["heart"], "num_pictures": 4, "validation_share": 0.25},
+            "training": {"steps": 3, "batch_size": 2},
+            "evaluation": {
+                "prompts": [PROMPT],
+                "num_inference_steps": 2,
+                "validation_timesteps": 1,
+                "checked_prompts": 0,
+            },
+            "tracking": {"experiment": "registry"},
+        }
+    )
+    with open_tracker(run) as tracker:
+        result = train(run, tracker)
+    uri = tracking_uri(None, run.output.parent)
+    client = MlflowClient(uri)
+    (run.output / "result.json").write_text(
+        json.dumps({"mlflow_run_id": tracker.run_id, "metrics": {"held_out_loss": 0.5}, "variant": kind, "seed": 0})
+    )
+    model = client.get_run(tracker.run_id).data.tags[MODEL_TAG]
+    winner, champion = register_champion(client, "registry", [Run(kind, 0, {}, run.output)])
+    register_champion(client, "registry", [Run(kind, 0, {}, run.output)])
+    assert winner.variant == kind
+    assert champion == f"models:/registry@{ALIAS}"
+    assert len(client.search_model_versions("name = 'registry'")) == 1
+    assert "MLFLOW_TRACKING_URI" not in os.environ
+    drawn = {}
+    for name in (model, champion):
+        target = tmp_path / f"{len(drawn)}.npy"
+        code = LOAD.replace("PROMPT", repr(PROMPT))
+        done = subprocess.run(
+            [sys.executable, "-c", code, uri, name, str(target)], capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert "'height': integer (default: 64)" in done.stdout
+        drawn[name] = np.load(target)
+
+    pipeline = build_pipeline(components)
+    for module in components.modules().values():
+        module.eval()
+    ours = pipeline(
+        PROMPT, generator=torch.Generator().manual_seed(3), num_inference_steps=3, guidance_scale=2.0, output_type="np"
+    )
+    for picture in drawn.values():
+        assert np.abs(picture - ours.images[0]).max() < 2e-3
+
+
+def finished(folder: Path, variant: str, seed: int, **metrics: float) -> Run:
+    run = Run(variant, seed, {}, folder / variant / str(seed))
+    run.folder.mkdir(parents=True)
+    names = {"learned": "concept/learned", "kept": "base_kept/all", "loss": "held_out_loss"}
+    values = {names[name]: value for name, value in metrics.items()}
+    (run.folder / "result.json").write_text(json.dumps({"mlflow_run_id": "x", "metrics": values}))
+    return run
+
+
+def test_the_winner_is_the_best_variant_by_its_mean_then_its_best_seed(tmp_path: Path) -> None:
+    runs = [
+        finished(tmp_path, "lucky", 0, learned=0.9, kept=0.5, loss=0.1),
+        finished(tmp_path, "lucky", 1, learned=0.1, kept=0.5, loss=0.1),
+        finished(tmp_path, "steady", 0, learned=0.6, kept=0.5, loss=0.2),
+        finished(tmp_path, "steady", 1, learned=0.7, kept=0.5, loss=0.3),
+    ]
+    assert choose_winner(runs).label == "steady seed 1"
+    assert choose_winner([]) is None
+
+
+def test_without_known_concepts_the_held_out_loss_decides(tmp_path: Path) -> None:
+    runs = [finished(tmp_path, "a", 0, loss=0.3), finished(tmp_path, "b", 0, loss=0.2)]
+    assert choose_winner(runs).variant == "b"
