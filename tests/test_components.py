@@ -10,8 +10,8 @@ import torch
 from huggingface_hub import constants, errors
 
 from t2ilib.config import ConfigError, ModelConfig
-from t2ilib.models import components as module
 from t2ilib.models.components import SHIPPED, load_base
+from t2ilib.models.locate import download
 
 
 @pytest.fixture
@@ -114,4 +114,4 @@ def test_what_the_hub_refuses_is_one_sentence(monkeypatch, kind: type, words: st
 def test_offline_names_the_switch(monkeypatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ConfigError, match="owner/name is not in the local cache, and HF_HUB_OFFLINE=1"):
-        module.download("owner/name", "model_index.json", None)
+        download("owner/name", "model_index.json", None)
