@@ -98,7 +98,12 @@ def build_layout(name: str, dtype: torch.dtype = torch.float32, device: str = "m
 
 
 def write_configs(name: str, folder: Path) -> None:
-    """Writes the configs of a layout as a diffusers pipeline folder without weights and tokenizers."""
+    """Writes the configs of a layout as a diffusers pipeline folder without weights and tokenizers.
+
+    UNet and VAE go through their classes, because `from_single_file` reads fields of their configs that are left to defaults.
+    """
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
     layout = LAYOUTS[check_choice(name, LAYOUTS, "layout")]
     family = FAMILIES[name]
     scheduler = layout["scheduler"]
@@ -111,8 +116,6 @@ def write_configs(name: str, folder: Path) -> None:
         "tokenizer": ["transformers", "CLIPTokenizer"],
     }
     configs = {
-        "unet/config.json": {"_class_name": "UNet2DConditionModel", **layout["unet"]},
-        "vae/config.json": {"_class_name": "AutoencoderKL", **layout["vae"]},
         "text_encoder/config.json": {"model_type": "clip_text_model", **layout["text_encoder"]},
         "scheduler/scheduler_config.json": scheduler | {"prediction_type": layout["prediction_type"]},
     }
@@ -123,6 +126,9 @@ def write_configs(name: str, folder: Path) -> None:
             "force_zeros_for_empty_prompt": True,
         }
         configs["text_encoder_2/config.json"] = {"model_type": "clip_text_model", **layout["text_encoder_2"]}
+    with torch.device("meta"):
+        UNet2DConditionModel(**layout["unet"]).save_config(folder / "unet")
+        AutoencoderKL(**layout["vae"]).save_config(folder / "vae")
     for file, config in {"model_index.json": index, **configs}.items():
         (folder / file).parent.mkdir(parents=True, exist_ok=True)
         (folder / file).write_text(json.dumps(config))
