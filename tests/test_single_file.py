@@ -10,8 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from typer.testing import CliRunner
 
 from t2ilib.adapters.attach import attach_adapters
+from t2ilib.cli import app
 from t2ilib.config import AdapterSpec, ConfigError, EvaluationConfig, ModelConfig, build_run
 from t2ilib.evaluation.sampling import draw
 from t2ilib.models import layouts, original
@@ -190,12 +192,37 @@ def test_the_sizes_of_the_published_model_need_no_config(models, monkeypatch) ->
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     small = SMALL_SD15 | {"text_encoder": SMALL_SD15["text_encoder"] | {"vocab_size": len(tokenizer)}}
     monkeypatch.setitem(layouts.LAYOUTS, "sd15", layouts.LAYOUTS["sd15"] | small)
-    with pytest.raises(ConfigError, match=f"holds no tokenizer, and {VOCABULARY} is neither in the local Hub cache"):
-        load_base(ModelConfig(base=str(file)), CPU)
-    monkeypatch.setattr(CLIPTokenizer, "from_pretrained", lambda name, **options: {VOCABULARY: tokenizer}[name])
+    message = refused(file)
+    assert (
+        "holds no tokenizer. CLIP's tokenizer from openai/clip-vit-large-patch14 is not in the local cache" in message
+    )
+    assert "or set model.config to a diffusers folder that has tokenizers" in message
+    cached = folder.parent / "nothing"
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **options: {VOCABULARY: cached}[name])
+    cached.mkdir()
+    assert f"in {cached} has 2 tokens, not {len(tokenizer)}" in refused(file)
+    cached = folder / "tokenizer"
     components = load_base(ModelConfig(base=str(file)), CPU)
     assert same(states(components), states(load_base(ModelConfig(base=str(folder)), CPU)))
     assert type(components.scheduler) is diffusers.PNDMScheduler
+
+
+def test_sdxl_of_the_published_sizes_pads_its_second_encoder_as_it_was_trained(models, monkeypatch) -> None:
+    folder, file = models["sdxl"]
+    own = load_base(ModelConfig(), CPU)
+    parts = {**own.text_encoders, "unet": own.unet, "vae": own.vae}
+    configs = {
+        name: {k: v for k, v in dict(c if name in ("unet", "vae") else c.to_dict()).items() if not k.startswith("_")}
+        for name, c in ((name, part.config) for name, part in parts.items())
+    }
+    monkeypatch.setitem(layouts.LAYOUTS, "sdxl", layouts.LAYOUTS["sdxl"] | configs)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **options: folder / "tokenizer")
+    components = load_base(ModelConfig(base=str(file)), CPU)
+    assert same(states(components), states(own))
+    assert components.zero_empty
+    assert components.scheduler.config.prediction_type == "v_prediction"  # the file's mark
+    assert type(components.scheduler) is diffusers.EulerDiscreteScheduler
+    assert [components.tokenizers[name].pad_token for name in ("tokenizer", "tokenizer_2")] == ["<|endoftext|>", "!"]
 
 
 def test_sd2_loads_by_its_config_and_says_so(models, tmp_path: Path, monkeypatch) -> None:
@@ -235,6 +262,21 @@ def test_half_precision_is_kept_but_for_the_vae(models, tmp_path: Path) -> None:
     loaded = load_base(ModelConfig(base=str(tmp_path / "half.safetensors"), config=str(folder), dtype="bfloat16"), CPU)
     assert {x.dtype for name, x in states(loaded).items() if not name.startswith("vae.")} == {torch.bfloat16}
     assert {x.dtype for x in loaded.vae.state_dict().values()} == {torch.float32}
+
+
+def test_the_commands_take_a_file(models, tmp_path: Path) -> None:
+    _, file = models["sdxl"]
+    shape = ["--steps", "1", "--prompt", "a red circle"]
+    for name, model in {"file": [str(file), "--config", "tiny-sdxl"], "folder": ["tiny-sdxl"]}.items():
+        result = CliRunner().invoke(app, ["generate", "--model", *model, *shape, "--out", str(tmp_path / name)])
+        assert result.exit_code == 0, result.output
+    assert (tmp_path / "file" / "00.png").read_bytes() == (tmp_path / "folder" / "00.png").read_bytes()
+    result = CliRunner().invoke(app, ["adapters", str(file), "--config", "tiny-sdxl"])
+    assert result.exit_code == 0, result.output
+    assert "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k" in result.output
+    result = CliRunner().invoke(app, ["adapters", str(file)])
+    assert result.exit_code == 2
+    assert "set model.config to a diffusers folder, tiny-sdxl or a Hub id" in result.output
 
 
 @pytest.mark.parametrize(

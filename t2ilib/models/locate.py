@@ -134,14 +134,8 @@ def fetch_pipeline(repository: str, config: ModelConfig, family: Family) -> Path
     """The local folder of a pipeline on the Hub, without the parts in UNUSED; raises ConfigError, also for a full disk."""
     import diffusers
 
-    stems = weight_stems(family)
     require_room(
-        repository,
-        config.revision,
-        lambda name: (
-            name.partition("/")[0] in stems and is_weights(name, stems[name.partition("/")[0]], config.variant)
-        ),
-        "model.base",
+        repository, config.revision, lambda names: pipeline_weights(names, family, config.variant), "model.base"
     )
     with hub_refusals(repository, config.revision, "model.base", "lacks files of its pipeline"):
         return Path(
@@ -163,7 +157,7 @@ def fetch_files(repository: str, patterns: tuple[str, ...], field: str) -> Path:
         return Path(huggingface_hub.snapshot_download(repository, allow_patterns=list(patterns)))
 
 
-def require_room(repository: str, revision: str | None, wanted: Callable[[str], bool], field: str) -> None:
+def require_room(repository: str, revision: str | None, wanted: Callable[[list[str]], list[str]], field: str) -> None:
     """Raises ConfigError where the disk of the Hub's cache cannot hold the `wanted` files that are not in it yet."""
     import httpx
     from huggingface_hub import HfApi, constants, errors, try_to_load_from_cache
@@ -174,21 +168,24 @@ def require_room(repository: str, revision: str | None, wanted: Callable[[str], 
         files = HfApi().model_info(repository, revision=revision, files_metadata=True).siblings or ()
     except (OSError, errors.HfHubHTTPError, httpx.HTTPError):
         return  # the cache may hold all that is needed; fetching tells what is wrong otherwise
-    lacking = [
-        file.size or 0
-        for file in files
-        if wanted(file.rfilename)
-        and not isinstance(try_to_load_from_cache(repository, file.rfilename, revision=revision), str)
-    ]
+    sizes = {file.rfilename: file.size or 0 for file in files}
+    cached = {n for n in sizes if isinstance(try_to_load_from_cache(repository, n, revision=revision), str)}
+    needed = sum(sizes[name] for name in wanted(list(sizes)) if name not in cached)
     remedy = "free some, or set HF_HOME to a folder on another disk"
-    require_disk(Path(constants.HF_HUB_CACHE), sum(lacking), f"{field} {repository}: its weights", remedy)
+    require_disk(Path(constants.HF_HUB_CACHE), needed, f"{field} {repository}: its weights", remedy)
 
 
-def is_weights(name: str, stem: str, variant: str | None) -> bool:
-    """Whether `name` is `stem`'s safetensors file, or a shard of it, in this variant."""
-    infix = rf"\.{re.escape(variant)}" if variant else ""
-    shard = r"-\d{5}-of-\d{5}"
-    return bool(re.fullmatch(rf"{stem}(({infix})?({shard})?|({shard})?{infix})\.safetensors", name.rpartition("/")[2]))
+def pipeline_weights(names: list[str], family: Family, variant: str | None) -> list[str]:
+    """Of a repository's files the weights that its pipeline is loaded from: the variant's, where a part has it."""
+    chosen = []
+    for part, stem in weight_stems(family).items():
+        shard = r"(-\d{5}-of-\d{5})?"
+        infix = rf"\.{re.escape(variant)}" if variant else ""
+        plain = rf"{part}/{stem}{shard}\.safetensors"
+        special = rf"{part}/{stem}({infix}{shard}|{shard}{infix})\.safetensors"
+        found = [[name for name in names if re.fullmatch(pattern, name)] for pattern in (special, plain)]
+        chosen += found[0] or found[1]
+    return chosen
 
 
 def weight_stems(family: Family) -> dict[str, str]:
@@ -202,8 +199,9 @@ def lacking_configs(folder: Path, family: Family) -> list[str]:
     lacking = [f"{part}/config.json" for part in weight_stems(family) if not (folder / part / "config.json").exists()]
     for name in family.text_encoders:
         tokenizer = name.replace("text_encoder", "tokenizer")
-        if not any((folder / tokenizer / file).exists() for file in ("tokenizer.json", "vocab.json")):
-            lacking.append(f"{tokenizer}/vocab.json")
+        if not (folder / tokenizer / "tokenizer.json").exists():
+            files = ("vocab.json", "merges.txt")
+            lacking += [f"{tokenizer}/{file}" for file in files if not (folder / tokenizer / file).exists()]
     if not (folder / "scheduler" / "scheduler_config.json").exists():
         lacking.append("scheduler/scheduler_config.json")
     return lacking

@@ -38,6 +38,7 @@ UNET = "model.diffusion_model."
 VAE = "first_stage_model."
 VOCABULARY = "openai/clip-vit-large-patch14"
 """Whose tokenizer all Stable Diffusion text encoders share; it cannot be shipped."""
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json")
 
 ARCHITECTURES = {"sd15": "stable-diffusion-v1", "sd2": "stable-diffusion-v2", "sdxl": "stable-diffusion-xl-v1-base"}
 TITLES = {"sd15": "SD1.x", "sd2": "SD2", "sdxl": "SDXL"}
@@ -113,7 +114,7 @@ def load_single_file(path: Path, config: ModelConfig, dtype: torch.dtype) -> tup
         configs = find_configs(path, kind, family, config, Path(scratch))
         parts = empty_parts(configs, family)
         check_tensors(header, parts, path, config)
-        tokenizers = {} if config.config else load_tokenizers(family, path)
+        tokenizers = {} if config.config else load_tokenizers(parts, path)
         vae = None if config.vae is None else load_vae(config, configs)
         check_memory(parts, dtype, path, vae is None)
         options = {"config": str(configs), "local_files_only": True}
@@ -213,23 +214,32 @@ def advice(config: ModelConfig) -> str:
     return f"; if it is meant to be so, set model.config to {given} whose configs describe it"
 
 
-def load_tokenizers(family: Family, path: Path) -> dict[str, Any]:
-    """CLIP's tokenizer from the Hub or its cache, under the names of the pipeline; raises ConfigError without it.
+def load_tokenizers(parts: dict[str, nn.Module], path: Path) -> dict[str, Any]:
+    """CLIP's tokenizer from the Hub's cache or the Hub, under the names of the pipeline; raises ConfigError without it.
 
-    SDXL's second encoder was trained with "!" (token 0) as padding, the others with the end of text.
+    The files are fetched and checked here: asked for a repository that it cannot reach, transformers returns a tokenizer of two
+    tokens instead of an error. SDXL's second encoder was trained with "!" (token 0) as padding, the others with the end of text.
     """
     from transformers import CLIPTokenizer
 
-    tokenizers = {}
     try:
-        for name in family.text_encoders:
-            padding = {"pad_token": "!"} if name == "text_encoder_2" else {}
-            tokenizers[name.replace("text_encoder", "tokenizer")] = CLIPTokenizer.from_pretrained(VOCABULARY, **padding)
-    except OSError:
+        folder = fetch_files(VOCABULARY, TOKENIZER, "CLIP's tokenizer from")
+    except ConfigError as error:
         raise ConfigError(
-            f"model.base {path} holds no tokenizer, and {VOCABULARY} is neither in the local Hub cache nor to be fetched:"
-            " connect once, or set model.config to a diffusers folder that has tokenizers"
+            f"model.base {path} holds no tokenizer. {error}, or set model.config to a diffusers folder that has tokenizers"
         ) from None
+    tokenizers = {}
+    for name, encoder in parts.items():
+        if not name.startswith("text_encoder"):
+            continue
+        padding = {"pad_token": "!"} if name == "text_encoder_2" else {}
+        tokenizer = CLIPTokenizer.from_pretrained(folder, **padding)
+        if len(tokenizer) != encoder.config.vocab_size:
+            raise ConfigError(
+                f"CLIP's tokenizer from {VOCABULARY} in {folder} has {len(tokenizer)} tokens, not"
+                f" {encoder.config.vocab_size}: delete that folder to fetch it again, or set model.config"
+            )
+        tokenizers[name.replace("text_encoder", "tokenizer")] = tokenizer
     return tokenizers
 
 
