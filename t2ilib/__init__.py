@@ -17,6 +17,7 @@ EXPORTS = {
     "load_run": "t2ilib.config",
     "load_base": "t2ilib.models.components",
     "build_pipeline": "t2ilib.models.components",
+    "save_single_file": "t2ilib.models.single_file",
     "load_adapter": "t2ilib.adapters.export",
     "attach_adapters": "t2ilib.adapters.attach",
     "train": "t2ilib.training.loop",

@@ -65,6 +65,7 @@ def test_pickled_weights_are_refused_with_the_way_to_convert_them(folder: Path) 
 
 
 def test_a_variant_must_be_asked_for_and_loads(folder: Path) -> None:
+    assert refused(folder, variant="fp16").endswith("holds no weights of model.variant fp16: leave that out")
     for part, stem in {
         "unet": "diffusion_pytorch_model",
         "vae": "diffusion_pytorch_model",

@@ -1,5 +1,6 @@
 """Single-file checkpoints: what is written is read back bit for bit by diffusers, trains as its folder does, or is refused."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -116,6 +117,32 @@ def test_diffusers_itself_reads_every_tensor_back_bit_for_bit(models, name: str)
         assert any(x.ndim and float(x.float().std()) > 0 for x in module.state_dict().values())
 
 
+def test_what_is_done_to_the_weights_leaves_the_file_alone(models, tmp_path: Path) -> None:
+    """The weights may be a view of the file: training them in place, or quantizing them, must not write to it."""
+    folder, file = models["sdxl"]
+    before = file.read_bytes()
+    with torch.no_grad():
+        for parameter in load_base(ModelConfig(base=str(file), config="tiny-sdxl"), CPU).unet.parameters():
+            parameter.add_(1)
+    loaded, own = (
+        load_base(ModelConfig(quantization="nf4", **place), CPU)
+        for place in ({"base": str(file), "config": "tiny-sdxl"}, {"base": str(folder)})
+    )
+    assert same(states(loaded), states(own))
+    assert file.read_bytes() == before
+
+
+def test_the_safety_checker_of_a_published_folder_is_not_asked_for(models, tmp_path: Path) -> None:
+    shutil.copytree(models["sd15"][0], tmp_path / "model")
+    index = tmp_path / "model" / "model_index.json"
+    listed = {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"]}
+    index.write_text(json.dumps(json.loads(index.read_text()) | listed | {"requires_safety_checker": True}))
+    components = load_base(ModelConfig(base=str(tmp_path / "model")), CPU)
+    assert len(draw(components, ["a red circle"], SETTINGS)) == 1
+    loaded = load_base(ModelConfig(base=str(models["sd15"][1]), config=str(tmp_path / "model")), CPU)
+    assert same(states(loaded), states(components))
+
+
 @pytest.mark.parametrize("name", ["sdxl", "sd15"])
 def test_the_file_is_the_folder_weights_and_pictures(models, name: str) -> None:
     folder, file = models[name]
@@ -160,11 +187,12 @@ def test_training_from_the_file_gives_the_losses_of_the_folder(models, tmp_path:
 
 
 def test_the_names_are_the_published_ones() -> None:
-    """Against names and counts of the published files (sd_xl_base_1.0, v1-5-pruned-emaonly), which hold besides only
-    position ids, SDXL's logit scale and, in SD1.5, the noise schedule."""
+    """Against the published files: 686 + 248 + 197 tensors in v1-5-pruned-emaonly and 1680 + 248 + 197 + 390 in
+    sd_xl_base_1.0, of which position ids (both) and the logit scale (SDXL) have no place in the modules."""
     parts = {name: build_layout(name) for name in ("sd15", "sdxl")}
     tensors = {n: original_tensors({"vae": c.vae, **c.modules()}) for n, c in parts.items()}
-    assert {name: len(t) for name, t in tensors.items()} == {"sd15": 1130, "sdxl": 2513}
+    assert len(tensors["sd15"]) == 686 + 248 + 197 - 1
+    assert len(tensors["sdxl"]) == 1680 + 248 + 197 - 1 + 390 - 1
     names = original_unet_names(parts["sdxl"].unet)
     assert len(set(names.values())) == len(names)
     assert names["down_blocks.1.attentions.0.proj_in"] == "input_blocks.4.1.proj_in"
@@ -193,10 +221,8 @@ def test_the_sizes_of_the_published_model_need_no_config(models, monkeypatch) ->
     small = SMALL_SD15 | {"text_encoder": SMALL_SD15["text_encoder"] | {"vocab_size": len(tokenizer)}}
     monkeypatch.setitem(layouts.LAYOUTS, "sd15", layouts.LAYOUTS["sd15"] | small)
     message = refused(file)
-    assert (
-        "holds no tokenizer. CLIP's tokenizer from openai/clip-vit-large-patch14 is not in the local cache" in message
-    )
-    assert "or set model.config to a diffusers folder that has tokenizers" in message
+    assert f"holds no tokenizer, and that of {VOCABULARY} is not in the local cache" in message
+    assert message.endswith("or set model.config to a diffusers folder that has tokenizers")
     cached = folder.parent / "nothing"
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **options: {VOCABULARY: cached}[name])
     cached.mkdir()
@@ -286,6 +312,7 @@ def test_the_commands_take_a_file(models, tmp_path: Path) -> None:
         ({"unet.down_blocks.0.attn.to_q.lora_A.weight": (4, 8)}, "is an adapter"),
         ({"model.diffusion_model.joint_blocks.0.x_block.mlp.fc1.weight": (4, 8)}, "is an SD3 model"),
         ({"double_blocks.0.img_attn.proj.weight": (4, 8)}, "is a Flux model"),
+        ({"transformer_blocks.0.attn.add_q_proj.weight": (4, 8)}, "is an SD3 or Flux transformer"),
         ({"control_model.time_embed.0.weight": (4, 8)}, "is a ControlNet"),
         ({"conditioner.embedders.0.model.text_projection": (4, 8)}, "is the SDXL refiner"),
         ({"model.diffusion_model.input_blocks.0.0.weight": (32, 9, 3, 3)}, "is an inpainting model: its UNet takes 9"),

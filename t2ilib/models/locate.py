@@ -94,8 +94,13 @@ def load_family(path: str, config: ModelConfig, field: str = "model.base") -> Fa
 
 
 @contextlib.contextmanager
-def hub_refusals(repository: str, revision: str | None, field: str, absent: str) -> Iterator[None]:
-    """Turns what the Hub refuses into ConfigErrors of one sentence. `absent`: what a missing file means."""
+def hub_refusals(
+    repository: str, revision: str | None, field: str, absent: str, instead: str = "give a local folder or tiny-sdxl"
+) -> Iterator[None]:
+    """Turns what the Hub refuses into ConfigErrors of one sentence.
+
+    `absent`: what a missing file means; `instead`: what can be done without the Hub.
+    """
     import httpx
     from huggingface_hub import constants, errors
 
@@ -112,13 +117,11 @@ def hub_refusals(repository: str, revision: str | None, field: str, absent: str)
         if not isinstance(error, errors.LocalEntryNotFoundError):
             reason = absent
         elif constants.HF_HUB_OFFLINE:
-            reason = "is not in the local cache, and HF_HUB_OFFLINE=1 forbids fetching it: unset that, or give a local folder"
+            reason = f"is not in the local cache, and HF_HUB_OFFLINE=1 forbids fetching it: unset that, or {instead}"
         else:
-            reason = (
-                "is not in the local cache and the Hub cannot be reached: connect, or give a local folder or tiny-sdxl"
-            )
+            reason = f"is not in the local cache and the Hub cannot be reached: connect, or {instead}"
     except (OSError, errors.HfHubHTTPError, httpx.HTTPError) as error:
-        reason = f"could not be fetched ({type(error).__name__}: {error}): connect, or give a local folder or tiny-sdxl"
+        reason = f"could not be fetched ({type(error).__name__}: {error}): connect, or {instead}"
     raise ConfigError(f"{field} {repository} {reason}")
 
 
@@ -149,11 +152,11 @@ def fetch_pipeline(repository: str, config: ModelConfig, family: Family) -> Path
         )
 
 
-def fetch_files(repository: str, patterns: tuple[str, ...], field: str) -> Path:
+def fetch_files(repository: str, patterns: tuple[str, ...], field: str, instead: str = "give a local folder") -> Path:
     """A local folder with the files of a Hub repository that match `patterns`, for the parts other than the base."""
     import huggingface_hub
 
-    with hub_refusals(repository, None, field, f"holds none of {', '.join(patterns)}"):
+    with hub_refusals(repository, None, field, f"holds none of {', '.join(patterns)}", instead):
         return Path(huggingface_hub.snapshot_download(repository, allow_patterns=list(patterns)))
 
 
@@ -232,6 +235,8 @@ def check_folder(folder: Path, family: Family, config: ModelConfig) -> dict[str,
         pickled += [f"{part}/{path.name}" for path in sorted((folder / part).glob(f"{stem}*.bin"))]
         variants |= {path.name.split(".")[1] for path in (folder / part).glob(f"{stem}.*.safetensors")}
     if not lacking:
+        if config.variant and not any(f".{config.variant}" in path.name for paths in files.values() for path in paths):
+            raise ConfigError(f"model.base {folder} holds no weights of model.variant {config.variant}: leave that out")
         return files
     hint = ""
     if pickled:

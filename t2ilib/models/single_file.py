@@ -50,6 +50,7 @@ REFUSED = (
     ),
     (r"(^|\.)joint_blocks\.0\.", "an SD3 model"),
     (r"(^|\.)double_blocks\.0\.img_attn\.|(^|\.)single_transformer_blocks\.0\.", "a Flux model"),
+    (r"(^|\.)transformer_blocks\.0\.attn\.add_q_proj\.", "an SD3 or Flux transformer in diffusers' layout"),
     (r"^(control_model|controlnet_cond_embedding|zero_convs)\.", "a ControlNet, not a model"),
     (r"^conditioner\.embedders\.0\.model\.", "the SDXL refiner, which only finishes what the base has drawn"),
     (r"^edm_mean$", "Playground v2.5, which is SDXL in another noise formulation (EDM)"),
@@ -222,12 +223,8 @@ def load_tokenizers(parts: dict[str, nn.Module], path: Path) -> dict[str, Any]:
     """
     from transformers import CLIPTokenizer
 
-    try:
-        folder = fetch_files(VOCABULARY, TOKENIZER, "CLIP's tokenizer from")
-    except ConfigError as error:
-        raise ConfigError(
-            f"model.base {path} holds no tokenizer. {error}, or set model.config to a diffusers folder that has tokenizers"
-        ) from None
+    instead = "set model.config to a diffusers folder that has tokenizers"
+    folder = fetch_files(VOCABULARY, TOKENIZER, f"model.base {path} holds no tokenizer, and that of", instead)
     tokenizers = {}
     for name, encoder in parts.items():
         if not name.startswith("text_encoder"):
