@@ -18,6 +18,7 @@ EXPORTS = {
     "load_base": "t2ilib.models.components",
     "build_pipeline": "t2ilib.models.components",
     "load_adapter": "t2ilib.adapters.load",
+    "save_single_file": "t2ilib.models.single_file",
     "attach_adapters": "t2ilib.adapters.attach",
     "train": "t2ilib.training.loop",
     "open_tracker": "t2ilib.tracking",

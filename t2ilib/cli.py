@@ -26,6 +26,10 @@ app.add_typer(tiny_app, name="tiny")
 TERMINAL = ("name", "runs", "concept learned", "base kept", "held-out loss", "trainable parameters", "steps per second")
 """Columns of the report's table that fit a terminal."""
 
+Config = Annotated[
+    str | None,
+    typer.Option(help="For a single file of unusual size: tiny-sdxl, a diffusers folder or a Hub id with its configs."),
+]
 Results = Annotated[Path, typer.Option(help="Where results and the default MLflow store lie.")]
 
 
@@ -52,7 +56,12 @@ def main(quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only warning
 @app.command()
 def train(
     config: Annotated[Path, typer.Argument(help="A run config in YAML.")],
-    set: Annotated[list[str], typer.Option("--set", help="section.field=value; may be given several times.")] = [],
+    set: Annotated[
+        list[str],
+        typer.Option(
+            "--set", help="section.field=value, e.g. model.base=model.safetensors; may be given several times."
+        ),
+    ] = [],
 ) -> None:
     """Train one run, resuming if it was interrupted, then measure it."""
     with readable_errors():
@@ -79,8 +88,11 @@ def generate(
     prompt: Annotated[list[str], typer.Option(help="What to draw; may be given several times.")],
     model: Annotated[
         str | None,
-        typer.Option(help="tiny-sdxl, a diffusers folder or a Hub id; without it the base of the adapter's run."),
+        typer.Option(
+            help="tiny-sdxl, a diffusers folder, a single .safetensors file or a Hub id; without it the base of the adapter's run."
+        ),
     ] = None,
+    config: Config = None,
     adapter: Annotated[
         list[Path], typer.Option(help="A run's folder or an adapter file; may be given several times.")
     ] = [],
@@ -115,9 +127,10 @@ def generate(
             )
         recorded = adapter[0] / "run.yaml" if adapter else Path("run.yaml")
         chosen = load_run(recorded).model if adapter and recorded.exists() else build_run({"adapter": {}}).model
-        changes = {
-            name: value for name, value in (("base", model), ("quantization", quantization)) if value is not None
-        }
+        asked = {"base": model, "config": config, "quantization": quantization}
+        changes = {name: value for name, value in asked.items() if value is not None}
+        if model not in (None, chosen.base):
+            changes |= {"config": config, "vae": None}  # those of the adapter's run belong to its own base
         if quantization == "none":
             changes |= {"quantize_convolutions": False, "quantization_skip": ()}
         components = load_base(build_run({"adapter": {}, "model": chosen.model_dump() | changes}, "the command").model)
@@ -136,7 +149,13 @@ def generate(
 
 @app.command()
 def adapters(
-    model: Annotated[str, typer.Argument(help="What model.base takes, or a layout without weights: sd15, sdxl.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="tiny-sdxl, a diffusers folder, a single .safetensors file, a Hub id, or a layout without weights: sd15, sdxl."
+        ),
+    ],
+    config: Config = None,
     targets: Annotated[
         list[str],
         typer.Option(help="attention, many, a regular expression, or several times a module name's ending."),
@@ -157,7 +176,10 @@ def adapters(
 
         asked = {"kind": kind, "rank": rank, "targets": one_or_more(targets)}
         run = build_run(
-            {"adapter": asked | {"text_encoder_targets": one_or_more(text_encoder_targets)}, "model": {"base": model}},
+            {
+                "adapter": asked | {"text_encoder_targets": one_or_more(text_encoder_targets)},
+                "model": {"base": model, "config": config},
+            },
             "the command",
         )
         components = build_layout(model) if is_layout(model) else load_base(run.model)

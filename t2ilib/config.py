@@ -47,7 +47,13 @@ class ModelConfig(Section):
     """Which base model, and how its frozen weights are kept."""
 
     base: str = "tiny-sdxl"
-    """`tiny-sdxl`, a local diffusers folder, or a Hub id."""
+    """`tiny-sdxl`, a local diffusers folder, a Hub id, or a single .safetensors file in the original layout."""
+    config: str | None = None
+    """For a single file: a diffusers folder, `tiny-sdxl` or Hub id whose configs, scheduler and tokenizers describe it. None
+    takes the published SD1.5 or SDXL, and CLIP's tokenizer from the Hub's cache or the Hub."""
+    vae: str | None = None
+    """Another VAE than the base's: a VAE folder, a pipeline folder with `vae/`, `tiny-sdxl`, a Hub id, or a .safetensors file.
+    A file has no config, so it must be built as the base's and shares its scaling factor."""
     revision: str | None = None
     variant: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

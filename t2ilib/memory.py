@@ -114,14 +114,44 @@ def process_peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (MIB if sys.platform == "darwin" else 1024)
 
 
-def require_disk(folder: Path, bytes_needed: int, what: str) -> None:
+def require_disk(
+    folder: Path,
+    bytes_needed: int,
+    what: str,
+    remedy: str = "free some, set output to another disk, or lower training.keep_checkpoints",
+) -> None:
     """Raises ConfigError where the disk under `folder` cannot hold `bytes_needed` more with a tenth to spare."""
     free = shutil.disk_usage(existing(folder)).free
     if free < bytes_needed * 1.1:
         raise ConfigError(
-            f"{what} need {bytes_needed / MIB:,.0f} MiB under {folder}, and {free / MIB:,.0f} MiB are free:"
-            " free some, set output to another disk, or lower training.keep_checkpoints"
+            f"{what} need {bytes_needed / MIB:,.0f} MiB under {folder}, and {free / MIB:,.0f} MiB are free: {remedy}"
         )
+
+
+def require_memory(bytes_needed: int, what: str, remedy: str) -> None:
+    """Raises ConfigError where the host's memory cannot hold `bytes_needed` more."""
+    available = available_memory()
+    if available < bytes_needed:
+        raise ConfigError(
+            f"{what} needs {bytes_needed / MIB:,.0f} MiB of memory, and {available / MIB:,.0f} MiB are available: {remedy}"
+        )
+
+
+def available_memory(control_group: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes of host memory that can still be taken: the system's, or less in a container with a limit (cgroup v2).
+
+    Cached files do not count as taken: the kernel drops them when memory is asked for.
+    """
+    import psutil
+
+    available = psutil.virtual_memory().available
+    try:
+        limit = int((control_group / "memory.max").read_text())
+        used = int((control_group / "memory.current").read_text())
+        stat = dict(line.split() for line in (control_group / "memory.stat").read_text().splitlines())
+    except (OSError, ValueError):  # no control group, an older kind, or "max": no limit
+        return available
+    return min(available, limit - used + int(stat.get("inactive_file", 0)) + int(stat.get("active_file", 0)))
 
 
 def existing(folder: Path) -> Path:

@@ -5,9 +5,10 @@ base's own picture size, where MLflow's default is 512. A study registers one ve
 moves the alias `champion` to it: `models:/<study>@champion`. Importing this imports no torch.
 """
 
+import contextlib
 import os
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,13 +24,25 @@ CRITERIA = (("concept/learned", 1), ("base_kept/all", 1), ("held_out_loss", -1))
 """What decides a study: the first of these that its runs measured; the others break ties. The sign says which way is better."""
 
 
+@contextlib.contextmanager
+def store(uri: str) -> Iterator:
+    """The mlflow module with `uri` as its own store for as long as the scope lasts: not all of it takes one as an argument."""
+    import mlflow
+
+    before = os.environ.get("MLFLOW_TRACKING_URI")  # which mlflow's own setting overwrites
+    mlflow.set_tracking_uri(uri)
+    try:
+        yield mlflow
+    finally:
+        mlflow.set_tracking_uri(before)
+
+
 def log_adapter(tracker, file: Path, base: str, side: int, requirements: Sequence[str]) -> str:
     """Logs an adapter file as a model of the tracker's run; returns its URI, `models:/<id>`. A run logs one.
 
     `base`: folder or Hub id. `side`: pixels of the pictures it draws.
     """
     quiet_mlflow()
-    import mlflow
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
@@ -49,9 +62,7 @@ def log_adapter(tracker, file: Path, base: str, side: int, requirements: Sequenc
             ]
         ),
     )
-    before = os.environ.get("MLFLOW_TRACKING_URI")  # which mlflow's own setting overwrites
-    mlflow.set_tracking_uri(tracker.uri)
-    try:
+    with store(tracker.client.tracking_uri) as mlflow:
         info = mlflow.diffusers.log_model(
             str(file),
             base,
@@ -60,8 +71,6 @@ def log_adapter(tracker, file: Path, base: str, side: int, requirements: Sequenc
             pip_requirements=list(requirements),
             run_id=tracker.run_id,
         )
-    finally:
-        mlflow.set_tracking_uri(before)
     uri = f"models:/{info.model_id}"
     tracker.client.set_tag(tracker.run_id, MODEL_TAG, uri)
     return uri
@@ -104,16 +113,11 @@ def register_champion(client, name: str, runs: Sequence["Run"]) -> tuple["Run", 
     run_id = winner.result()["mlflow_run_id"]
     uri = uris[ids.index(run_id)]
     known = [version for version in client.search_model_versions(f"name = '{name}'") if version.run_id == run_id]
-    version = (
-        known[0]
-        if known
-        else client.create_model_version(
-            name,
-            uri,
-            run_id,
-            tags={"variant": winner.variant, "seed": str(winner.seed)},
-            model_id=uri.removeprefix("models:/"),
-        )
-    )
+    if known:
+        version = known[0]
+    else:
+        tags = {"variant": winner.variant, "seed": str(winner.seed)}
+        with store(client.tracking_uri):
+            version = client.create_model_version(name, uri, run_id, tags=tags, model_id=uri.removeprefix("models:/"))
     client.set_registered_model_alias(name, ALIAS, version.version)
     return winner, f"models:/{name}@{ALIAS}"

@@ -24,6 +24,8 @@ from t2ilib.config import RunConfig
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+log = logging.getLogger(__name__)
+
 HEARTBEAT = "t2ilib.heartbeat"
 SECONDS_BETWEEN_FLUSHES = 5.0
 SECONDS_UNTIL_STALE = 900.0
@@ -68,8 +70,8 @@ class NullTracker:
 class MlflowTracker:
     """Logs to one MLflow run; metrics are sent in batches, and steps that an earlier attempt logged are not sent again."""
 
-    def __init__(self, client, uri: str, run_id: str, resumed: bool):
-        self.client, self.uri, self.run_id, self.resumed = client, uri, run_id, resumed
+    def __init__(self, client, run_id: str, resumed: bool):
+        self.client, self.run_id, self.resumed = client, run_id, resumed
         self.buffer: list = []
         self.flushed = time.monotonic()
         self.logged: dict[str, int] = {}
@@ -140,6 +142,9 @@ class MlflowTracker:
 
         from t2ilib.registry import log_adapter
 
+        if Path(base).is_file():
+            log.warning("the adapter is not logged as an MLflow model: MLflow loads no base from a single file")
+            return
         needed = ("diffusers", "transformers", "torch", "peft", "safetensors", "accelerate")
         log_adapter(self, file, base, side, [f"{name}=={version(name).split('+')[0]}" for name in needed])
 
@@ -197,7 +202,7 @@ def open_tracker(run: RunConfig, results: Path | None = None) -> Iterator[Tracke
     run_id = known_run(client, note, uri)
     resumed = run_id is not None
     run_id = run_id or client.create_run(experiment_id, tags=run_tags(run), run_name=run.name).info.run_id
-    tracker = MlflowTracker(client, uri, run_id, resumed)
+    tracker = MlflowTracker(client, run_id, resumed)
     note.parent.mkdir(parents=True, exist_ok=True)
     note.write_text(json.dumps({"uri": uri, "run_id": tracker.run_id}))
     client.update_run(tracker.run_id, status="RUNNING")

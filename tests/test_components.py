@@ -10,8 +10,8 @@ import torch
 from huggingface_hub import constants, errors
 
 from t2ilib.config import ConfigError, ModelConfig
-from t2ilib.models import components as module
 from t2ilib.models.components import SHIPPED, load_base
+from t2ilib.models.locate import download
 
 
 @pytest.fixture
@@ -65,6 +65,7 @@ def test_pickled_weights_are_refused_with_the_way_to_convert_them(folder: Path) 
 
 
 def test_a_variant_must_be_asked_for_and_loads(folder: Path) -> None:
+    assert refused(folder, variant="fp16").endswith("holds no weights of model.variant fp16: leave that out")
     for part, stem in {
         "unet": "diffusion_pytorch_model",
         "vae": "diffusion_pytorch_model",
@@ -114,4 +115,4 @@ def test_what_the_hub_refuses_is_one_sentence(monkeypatch, kind: type, words: st
 def test_offline_names_the_switch(monkeypatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ConfigError, match="owner/name is not in the local cache, and HF_HUB_OFFLINE=1"):
-        module.download("owner/name", "model_index.json", None)
+        download("owner/name", "model_index.json", None)

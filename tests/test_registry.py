@@ -78,8 +78,8 @@ def test_a_logged_adapter_comes_back_by_its_uri(tmp_path: Path, monkeypatch: pyt
         assert "'height': integer (default: 64)" in done.stdout
         drawn[name] = np.load(target)
 
-    pipeline = build_pipeline(components)
-    for module in components.modules().values():
+    pipeline = build_pipeline(result.components)
+    for module in result.components.modules().values():
         module.eval()
     ours = pipeline(
         PROMPT, generator=torch.Generator().manual_seed(3), num_inference_steps=3, guidance_scale=2.0, output_type="np"

@@ -3,11 +3,10 @@
 A pipeline in diffusers is for drawing; training wants its parts by name, frozen, in the right precision, and perhaps
 quantized. `Components` is that; `build_pipeline` makes it a diffusers pipeline again, with whatever adapters are attached.
 
-Only safetensors weights are read. Leaves out: single-file checkpoints, other VAEs.
+A base is a pipeline folder, one on the Hub, or a single file; `locate` finds and checks it before a weight is read.
 """
 
 import contextlib
-import json
 import logging
 import shutil
 import warnings
@@ -19,19 +18,20 @@ from typing import Any
 import torch
 from torch import nn
 
-from t2ilib.config import ConfigError, ModelConfig, check_choice
-from t2ilib.models.families import FAMILIES, Family
+from t2ilib.config import ConfigError, ModelConfig
+from t2ilib.memory import require_memory
+from t2ilib.models.autoencoders import load_vae
+from t2ilib.models.families import Family
+from t2ilib.models.locate import SHIPPED, UNUSED, check_folder, fetch_pipeline, folder_bytes, load_family, locate
 from t2ilib.models.quantize import QuantizationReport, has_layer, quantize
+from t2ilib.models.single_file import load_single_file
 
 log = logging.getLogger(__name__)
-
-WEIGHTS = Path(__file__).parent / "weights"
-SHIPPED = {name: WEIGHTS / name for name in ("tiny-sdxl", "tiny-sd15")}
 
 
 @dataclass
 class Components:
-    """A model in parts. `text_encoders` and `tokenizers` keep the pipeline's names; `path` is a folder or a Hub id.
+    """A model in parts. `text_encoders` and `tokenizers` keep the pipeline's names; `path`: `model.base`.
 
     `zero_empty`: the pipeline conditions its unconditional half on zeros, not on the encoded "" (SDXL's
     `force_zeros_for_empty_prompt`); a dropped caption must then be zeros in training too.
@@ -108,132 +108,45 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
-def locate(base: str) -> str:
-    """The folder or Hub id behind a name; raises ConfigError that says what a name can be."""
-    if base in SHIPPED:
-        if not (SHIPPED[base] / "model_index.json").exists():
-            raise ConfigError(f"the weights of {base} are missing from {SHIPPED[base]}: reinstall t2ilib")
-        return str(SHIPPED[base])
-    path = Path(base).expanduser()
-    if path.is_dir():
-        if not (path / "model_index.json").exists():
-            raise ConfigError(
-                f"model.base {base}: this folder holds no model_index.json, so it is not a diffusers pipeline"
-            )
-        return str(path)
-    if base.count("/") == 1 and not path.is_absolute() and not base.startswith("."):
-        return base
-    check_choice(base, SHIPPED, "model.base (no such folder, and not a Hub id like owner/name):")
-    raise AssertionError("unreachable")
+def load_folder(path: str, config: ModelConfig, dtype: torch.dtype) -> tuple[Family, Any]:
+    """The family and the diffusers pipeline of a folder or Hub id: the VAE in float32, the rest in `dtype`."""
+    import diffusers
 
-
-def load_family(path: str, config: ModelConfig) -> Family:
-    """The family of a pipeline, from its model_index.json; raises ConfigError naming what the model is instead."""
-    folder = Path(path)
-    file = folder / "model_index.json" if folder.is_dir() else download(path, "model_index.json", config.revision)
-    try:
-        name = json.loads(file.read_text())["_class_name"]
-    except (ValueError, KeyError):
-        raise ConfigError(f"model.base {path}: model_index.json names no pipeline class, it is damaged") from None
-    for family in FAMILIES.values():
-        if name == family.pipeline_class:
-            return family
-    known = ", ".join(family.pipeline_class for family in FAMILIES.values())
-    raise ConfigError(f"model.base {path} is a {name}; t2ilib trains {known}")
-
-
-def download(repository: str, name: str, revision: str | None) -> Path:
-    """A file of a Hub repository, from the cache or the network; raises ConfigError with one sentence about what is wrong."""
-    from huggingface_hub import constants, errors, hf_hub_download
-
-    try:
-        return Path(hf_hub_download(repository, name, revision=revision))
-    except errors.GatedRepoError:
-        reason = f"is gated: accept its licence on https://huggingface.co/{repository}, then `hf auth login`"
-    except errors.RevisionNotFoundError:
-        reason = f"has no revision {revision!r}"
-    except errors.RepositoryNotFoundError:
-        reason = "does not exist on the Hub, or is private (then `hf auth login`)"
-    except errors.EntryNotFoundError as error:
-        if not isinstance(error, errors.LocalEntryNotFoundError):
-            reason = f"holds no {name}, so it is not a diffusers pipeline"
-        elif constants.HF_HUB_OFFLINE:
-            reason = "is not in the local cache, and HF_HUB_OFFLINE=1 forbids fetching it: unset that, or give a local folder"
-        else:
-            reason = (
-                "is not in the local cache and the Hub cannot be reached: connect, or give a local folder or tiny-sdxl"
-            )
-    except (OSError, errors.HfHubHTTPError) as error:
-        reason = f"could not be fetched ({type(error).__name__}: {error}): connect, or give a local folder or tiny-sdxl"
-    raise ConfigError(f"model.base {repository} {reason}")
-
-
-def check_folder(folder: Path, family: Family, variant: str | None) -> None:
-    """Raises ConfigError naming every file that a pipeline folder lacks; for pickled weights, how to convert them."""
-    lacking, pickled, variants = [], [], set()
-    stems = {
-        "unet": "diffusion_pytorch_model",
-        "vae": "diffusion_pytorch_model",
-        **dict.fromkeys(family.text_encoders, "model"),
-    }
-    for part, stem in stems.items():
-        if not (folder / part / "config.json").exists():
-            lacking.append(f"{part}/config.json")
-        infixes = [f".{variant}", ""] if variant else [""]
-        whole = [folder / part / f"{stem}{infix}.safetensors" for infix in infixes]
-        indices = [folder / part / f"{stem}.safetensors.index{infix}.json" for infix in infixes]
-        index = next(filter(Path.exists, indices), None)
-        if any(map(Path.exists, whole)):
-            continue
-        if index is not None:
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            lacking += [f"{part}/{shard}" for shard in shards if not (folder / part / shard).exists()]
-            continue
-        lacking.append(f"{part}/{whole[-1].name}")
-        pickled += [f"{part}/{path.name}" for path in sorted((folder / part).glob(f"{stem}*.bin"))]
-        variants |= {path.name.split(".")[1] for path in (folder / part).glob(f"{stem}.*.safetensors")}
-    for name in family.text_encoders:
-        tokenizer = name.replace("text_encoder", "tokenizer")
-        if not any((folder / tokenizer / file).exists() for file in ("tokenizer.json", "vocab.json")):
-            lacking.append(f"{tokenizer}/vocab.json")
-    if not (folder / "scheduler" / "scheduler_config.json").exists():
-        lacking.append("scheduler/scheduler_config.json")
-    if not lacking:
-        return
-    hint = ""
-    if pickled:
-        hint = (
-            f". Its weights are pickles ({', '.join(pickled)}), which can run any code when they are opened. If you trust where they"
-            " are from, convert them once: load the pipeline in diffusers with use_safetensors=False and call"
-            " save_pretrained(folder, safe_serialization=True)"
+    if config.config is not None:
+        raise ConfigError(
+            f"model.config describes a single file, but model.base {config.base} has configs: leave it out"
         )
-    elif variants:
-        hint = f". It holds the variant {', '.join(sorted(variants))}: set model.variant"
-    raise ConfigError(f"model.base {folder} is incomplete, it lacks {', '.join(lacking)}{hint}")
+    family = load_family(path, config)
+    folder = Path(path) if Path(path).is_dir() else fetch_pipeline(path, config, family)
+    files = check_folder(folder, family, config)
+    chosen = {} if config.vae is None else {"vae": load_vae(config, folder)}
+    remedy = "close other programs, set model.dtype to bfloat16, or use a machine with more"
+    require_memory(folder_bytes(files, dtype), f"model.base {config.base}", remedy)
+    pipeline = getattr(diffusers, family.pipeline_class).from_pretrained(
+        folder,
+        variant=config.variant,
+        torch_dtype={"vae": torch.float32, "default": dtype},
+        use_safetensors=True,
+        **chosen,
+        **UNUSED[family.name],
+    )
+    return family, pipeline
 
 
 def load_base(config: ModelConfig, device: torch.device | None = None) -> Components:
     """Loads a base model: frozen, in eval mode, on `device`, quantized if `config` says so.
 
-    The VAE stays in float32, because SDXL's overflows in float16. Raises ConfigError for a name that is neither shipped,
-    nor a folder, nor on the Hub, and for a model of another family.
+    The VAE stays in float32, because SDXL's overflows in float16. Raises ConfigError for a name that is neither shipped, nor a
+    folder, nor a file, nor on the Hub, for a model of another family, and for one that memory or disk cannot hold.
     """
-    import diffusers
-
     device = device or choose_device()
     dtype = choose_dtype(config.dtype, device)
     path = locate(config.base)
-    family = load_family(path, config)
-    if Path(path).is_dir():
-        check_folder(Path(path), family, config.variant)
     with quiet_libraries():
-        pipeline = getattr(diffusers, family.pipeline_class).from_pretrained(
-            path,
-            revision=config.revision,
-            variant=config.variant,
-            torch_dtype={"vae": torch.float32, "default": dtype},
-            use_safetensors=True,
-        )
+        if Path(path).is_file():
+            family, pipeline = load_single_file(Path(path), config, dtype)
+        else:
+            family, pipeline = load_folder(path, config, dtype)
     components = Components(
         family=family,
         path=config.base,
@@ -305,10 +218,9 @@ def build_pipeline(components: Components):
     """The diffusers pipeline of these parts, attached adapters included; without safety checker, progress bar off."""
     import diffusers
 
-    options = {
-        "sd15": {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
-        "sdxl": {"force_zeros_for_empty_prompt": components.zero_empty, "add_watermarker": False},
-    }[components.family.name]
+    options = dict(UNUSED[components.family.name])
+    if components.family.pooled_conditioning:
+        options["force_zeros_for_empty_prompt"] = components.zero_empty
     pipeline = getattr(diffusers, components.family.pipeline_class)(
         vae=components.vae,
         unet=components.unet,

@@ -2,17 +2,23 @@
 
 For counting, planning and testing without a download: the configs are those that the models were published with
 (runwayml/stable-diffusion-v1-5, stabilityai/stable-diffusion-xl-base-1.0), left out where diffusers' or transformers' default
-is the same. Nothing here can compute; `load_base` loads models that can.
+is the same. Nothing here can compute; `load_base` loads models that can, a single
+file with the configs from here.
 """
 
+import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from t2ilib.config import ConfigError, check_choice
-from t2ilib.models.components import SHIPPED, Components, quiet_libraries
 from t2ilib.models.families import FAMILIES
+from t2ilib.models.locate import SHIPPED
+
+if TYPE_CHECKING:
+    from t2ilib.models.components import Components
 
 CLIP_L = {
     "hidden_size": 768,
@@ -35,11 +41,13 @@ VAE = {
     "block_out_channels": (128, 256, 512, 512),
     "layers_per_block": 2,
 }
+NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 LAYOUTS: dict[str, dict] = {
     "sd15": {
         "unet": {"sample_size": 64, "cross_attention_dim": 768},
         "vae": VAE | {"sample_size": 512, "scaling_factor": 0.18215},
         "text_encoder": CLIP_L,
+        "scheduler": NOISE | {"_class_name": "PNDMScheduler", "skip_prk_steps": True},
         "prediction_type": "epsilon",
     },
     "sdxl": {
@@ -59,19 +67,22 @@ LAYOUTS: dict[str, dict] = {
         "vae": VAE | {"sample_size": 1024, "scaling_factor": 0.13025, "force_upcast": True},
         "text_encoder": CLIP_L,
         "text_encoder_2": OPENCLIP_BIG_G,
+        "scheduler": NOISE | {"_class_name": "EulerDiscreteScheduler"},
         "prediction_type": "epsilon",
     },
 }
 """Layout -> the published config of each part."""
 
 
-def build_layout(name: str, dtype: torch.dtype = torch.float32, device: str = "meta") -> Components:
+def build_layout(name: str, dtype: torch.dtype = torch.float32, device: str = "meta") -> "Components":
     """A model of this layout without weights (`device` "meta") or with random ones; no tokenizers.
 
     Raises ConfigError for a name that is not in LAYOUTS.
     """
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    from t2ilib.models.components import Components, quiet_libraries  # which loads single files with what is here
 
     layout = LAYOUTS[check_choice(name, LAYOUTS, "layout")]
     encoders = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
@@ -82,15 +93,45 @@ def build_layout(name: str, dtype: torch.dtype = torch.float32, device: str = "m
     with quiet_libraries():
         for module in (unet, vae, *text.values()):
             module.requires_grad_(False).eval().to(dtype)
-    scheduler = DDPMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        steps_offset=1,
-        prediction_type=layout["prediction_type"],
-    )
+    scheduler = DDPMScheduler(**NOISE, clip_sample=False, prediction_type=layout["prediction_type"])
     return Components(FAMILIES[name], name, unet, vae, text, {}, scheduler, zero_empty=name == "sdxl")
+
+
+def write_configs(name: str, folder: Path) -> None:
+    """Writes the configs of a layout as a diffusers pipeline folder without weights and tokenizers.
+
+    UNet and VAE go through their classes, because `from_single_file` reads fields of their configs that are left to defaults.
+    """
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    layout = LAYOUTS[check_choice(name, LAYOUTS, "layout")]
+    family = FAMILIES[name]
+    scheduler = layout["scheduler"]
+    index = {
+        "_class_name": family.pipeline_class,
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "scheduler": ["diffusers", scheduler["_class_name"]],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+    }
+    configs = {
+        "text_encoder/config.json": {"model_type": "clip_text_model", **layout["text_encoder"]},
+        "scheduler/scheduler_config.json": scheduler | {"prediction_type": layout["prediction_type"]},
+    }
+    if "text_encoder_2" in layout:
+        index |= {
+            "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+            "tokenizer_2": ["transformers", "CLIPTokenizer"],
+            "force_zeros_for_empty_prompt": True,
+        }
+        configs["text_encoder_2/config.json"] = {"model_type": "clip_text_model", **layout["text_encoder_2"]}
+    with torch.device("meta"):
+        UNet2DConditionModel(**layout["unet"]).save_config(folder / "unet")
+        AutoencoderKL(**layout["vae"]).save_config(folder / "vae")
+    for file, config in {"model_index.json": index, **configs}.items():
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).write_text(json.dumps(config))
 
 
 def is_layout(name: str) -> bool:

@@ -21,7 +21,8 @@ from t2ilib.config import ConfigError, ModelConfig, RunConfig, save_run
 from t2ilib.data.loader import sample_ids
 from t2ilib.data.manifest import load_datasets
 from t2ilib.memory import MemoryLog, Peak, require_disk
-from t2ilib.models.components import Components, choose_device, choose_dtype, load_base, locate
+from t2ilib.models.components import Components, choose_device, choose_dtype, load_base
+from t2ilib.models.locate import locate
 from t2ilib.seeds import seed_for
 from t2ilib.tracking import NullTracker, Tracker
 from t2ilib.training.history import Evaluation, History
