@@ -61,9 +61,13 @@ class Components:
         """Pipeline name -> trainable-in-principle part: the UNet and the text encoders."""
         return {"unet": self.unet, **self.text_encoders}
 
+    def parkable(self, trained: Iterable[str]) -> list[nn.Module]:
+        """What a training step does without: the VAE and the text encoders that nothing trains."""
+        return [self.vae, *(encoder for name, encoder in self.text_encoders.items() if name not in trained)]
+
     def park(self, trained: Iterable[str]) -> None:
         """Moves the VAE and the text encoders that nothing trains from the device to host memory until they are needed."""
-        self.parked = [self.vae, *(encoder for name, encoder in self.text_encoders.items() if name not in trained)]
+        self.parked = self.parkable(trained)
         for module in self.parked:
             module.to("cpu")
 

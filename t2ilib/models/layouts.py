@@ -2,17 +2,20 @@
 
 For counting, planning and testing without a download: the configs are those that the models were published with
 (runwayml/stable-diffusion-v1-5, stabilityai/stable-diffusion-xl-base-1.0), left out where diffusers' or transformers' default
-is the same. Nothing here can compute; `load_base` loads models that can.
+is the same. Of other models the config files are read, and no weights. Nothing here can compute; `load_base` loads models that
+can.
 """
 
+import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from t2ilib.config import ConfigError, check_choice
-from t2ilib.models.components import SHIPPED, Components, quiet_libraries
-from t2ilib.models.families import FAMILIES
+from t2ilib.config import ConfigError, ModelConfig, check_choice
+from t2ilib.models.components import SHIPPED, Components, download, load_family, locate, quiet_libraries
+from t2ilib.models.families import FAMILIES, Family
 
 CLIP_L = {
     "hidden_size": 768,
@@ -70,27 +73,74 @@ def build_layout(name: str, dtype: torch.dtype = torch.float32, device: str = "m
 
     Raises ConfigError for a name that is not in LAYOUTS.
     """
+    layout = LAYOUTS[check_choice(name, LAYOUTS, "layout")]
+    scheduler = {
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "clip_sample": False,
+        "steps_offset": 1,
+        "prediction_type": layout["prediction_type"],
+    }
+    return build_parts(name, FAMILIES[name], layout | {"scheduler": scheduler}, name == "sdxl", dtype, device)
+
+
+def build_parts(
+    path: str, family: Family, configs: dict[str, Any], zero_empty: bool, dtype: torch.dtype, device: str = "meta"
+) -> Components:
+    """The parts that `configs` (part -> config) describe, frozen, without weights on "meta" and with random ones elsewhere."""
     from diffusers import AutoencoderKL, DDPMScheduler, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    layout = LAYOUTS[check_choice(name, LAYOUTS, "layout")]
     encoders = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
-    with torch.device(device):
-        unet: nn.Module = UNet2DConditionModel(**layout["unet"])
-        vae = AutoencoderKL(**layout["vae"])
-        text = {part: encoder(CLIPTextConfig(**layout[part])) for part, encoder in encoders.items() if part in layout}
     with quiet_libraries():
+        with torch.device(device):
+            unet: nn.Module = UNet2DConditionModel.from_config(configs["unet"])
+            vae = AutoencoderKL.from_config(configs["vae"])
+            text = {part: encoders[part](CLIPTextConfig.from_dict(configs[part])) for part in family.text_encoders}
         for module in (unet, vae, *text.values()):
             module.requires_grad_(False).eval().to(dtype)
-    scheduler = DDPMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        steps_offset=1,
-        prediction_type=layout["prediction_type"],
-    )
-    return Components(FAMILIES[name], name, unet, vae, text, {}, scheduler, zero_empty=name == "sdxl")
+        scheduler = DDPMScheduler.from_config(configs["scheduler"])
+    return Components(family, path, unet, vae, text, {}, scheduler, zero_empty=zero_empty)
+
+
+def build_unloaded(config: ModelConfig, dtype: torch.dtype) -> Components:
+    """What `load_base` would load, on the meta device and without tokenizers: UNet and text encoders in `dtype`, VAE in float32.
+
+    `config.base` may also be the name of a layout. Of a folder or a Hub repository only config files are read. Raises
+    ConfigError for what is none of these, and for a config file that is missing.
+    """
+    if is_layout(config.base):
+        components = build_layout(config.base, dtype)
+    else:
+        path = locate(config.base)
+        family = load_family(path, config)
+        configs = {
+            part: read_config(path, f"{part}/config.json", config) for part in ("unet", "vae", *family.text_encoders)
+        }
+        configs["scheduler"] = read_config(path, "scheduler/scheduler_config.json", config)
+        zero_empty = read_config(path, "model_index.json", config).get("force_zeros_for_empty_prompt", False)
+        components = build_parts(config.base, family, configs, bool(zero_empty), dtype)
+    components.vae.float()
+    return components
+
+
+def read_config(path: str, name: str, config: ModelConfig) -> dict[str, Any]:
+    file = Path(path) / name if Path(path).is_dir() else download(path, name, config.revision)
+    try:
+        return json.loads(file.read_text())
+    except FileNotFoundError:
+        raise ConfigError(f"model.base {path} is incomplete, it lacks {name}") from None
+
+
+def native_resolution(config: ModelConfig) -> int:
+    """Side in pixels of the pictures that the UNet was made for; reads config files only."""
+    if is_layout(config.base):
+        unet, vae = LAYOUTS[config.base]["unet"], LAYOUTS[config.base]["vae"]
+    else:
+        path = locate(config.base)
+        unet, vae = (read_config(path, f"{part}/config.json", config) for part in ("unet", "vae"))
+    return unet["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
 
 
 def is_layout(name: str) -> bool:
