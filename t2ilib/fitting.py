@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from t2ilib.config import ConfigError, RunConfig, build_run, load_run, override_values
-from t2ilib.memory import GIB, memory_bound
+from t2ilib.memory import GIB, surely_fits
+from t2ilib.models.components import choose_device
 from t2ilib.models.layouts import native_resolution
 from t2ilib.planning import CATEGORIES, MemoryPlan, plan_memory
 
@@ -26,9 +27,6 @@ RESERVE_BYTES, RESERVE_SHARE = GIB // 2, 0.05
 """What a trace cannot see, and is assumed: half a GiB for the CUDA context with its libraries' kernels and workspaces, and a
 twentieth of the peak for what the allocator cannot reuse. Checked against two published figures for SDXL at 1024, batch 1,
 LoRA on an H100, 13.0 and with checkpointing 6.5 GiB: the step's traced 12.3 and 5.7 GiB become 13.4 and 6.5."""
-
-SMALL_SHARE = 0.5
-"""A run whose crude upper bound is under this share of what is available is not traced at all."""
 
 
 def needed_bytes(plan: MemoryPlan) -> int:
@@ -65,9 +63,11 @@ CHANGES: dict[str, Callable[[RunConfig], str | None]] = {
 
 @dataclass(frozen=True)
 class Advice:
-    """`fitting`: overrides that make the run fit, cheapest first, with their plans. `least`: all changes together."""
+    """`fitting`: overrides that make the run fit, cheapest first, with their plans. `offered`: all that could be changed, and
+    `least` the plan of the run with all of it, where that had to be looked at."""
 
     fitting: list[tuple[tuple[str, ...], MemoryPlan]]
+    offered: tuple[str, ...]
     least: MemoryPlan
 
 
@@ -98,7 +98,7 @@ def advise(
     if not found and fits(everything):
         found = [next(combination for combination in combinations(offered, traced) if fits(combination))]
     found = [smallest_split(run, overrides, fits) for overrides in found]
-    return Advice([(overrides, traced[overrides]) for overrides in found], traced.get(everything, plan))
+    return Advice([(overrides, traced[overrides]) for overrides in found], everything, traced.get(everything, plan))
 
 
 def combinations(offered: list[str], traced: dict[tuple[str, ...], MemoryPlan]) -> list[tuple[str, ...]]:
@@ -151,8 +151,7 @@ def require_memory(run: RunConfig, device: torch.device, num_pictures: int | Non
     if run.training.trains in ("vae", "clip"):
         return
     available = available_bytes(device) / sharing
-    bound = memory_bound(run)
-    if bound is not None and bound < SMALL_SHARE * available:
+    if surely_fits(run, available):
         return
     plan = plan_memory(run, device.type, num_pictures)
     log.info(
@@ -171,15 +170,27 @@ def require_memory(run: RunConfig, device: torch.device, num_pictures: int | Non
         )
 
 
+def misfits(runs: Sequence[tuple[str, RunConfig]], sharing: int) -> list[str]:
+    """A line for each of these named runs that will not fit the device found here."""
+    device, lines = choose_device(), []
+    for label, run in runs:
+        try:
+            require_memory(run, device, sharing=sharing)
+        except ConfigError as error:
+            lines.append(f"{label}: {error}")
+    return lines
+
+
 def remedy(advice: Advice) -> str:
     """The cheapest change, or that there is none, in half a sentence."""
     if advice.fitting:
         overrides, plan = advice.fitting[0]
         return f"set {' and '.join(overrides)} (then {needed_bytes(plan) / GIB:.1f} GiB)"
     least = advice.least
+    settings = f"even with {', '.join(advice.offered)}" if advice.offered else "there is nothing left to set, and"
     return (
-        f"even with NF4, checkpointing, an 8-bit optimizer and a split batch it is {needed_bytes(least) / GIB:.1f} GiB while"
-        f" {least.largest}: lower data.resolution, take a smaller base or more memory"
+        f"{settings} it is {needed_bytes(least) / GIB:.1f} GiB while {least.largest}: lower data.resolution, take a smaller"
+        " base or more memory"
     )
 
 

@@ -126,6 +126,8 @@ def require_disk(folder: Path, bytes_needed: int, what: str) -> None:
         )
 
 
+SMALL_SHARE = 0.5
+"""A run whose bound is under this share of what is available is not traced."""
 COPIES = 6
 """Of every weight in float32, as if all were trained: itself, its gradient, and at most Prodigy's four."""
 TENSORS_A_LAYER = 8
@@ -160,6 +162,12 @@ def memory_bound(run: RunConfig) -> int | None:
         "vae": pixels * pictures_at_once(run.data.resolution, PICTURES) * max(widths["vae"]),
     }
     return COPIES * weights + 4 * TENSORS_A_LAYER * sum(activations.values())
+
+
+def surely_fits(run: RunConfig, available: float) -> bool:
+    """Whether the crude bound is so far below the `available` bytes that tracing the run would be a waste of time."""
+    bound = memory_bound(run)
+    return bound is not None and bound < SMALL_SHARE * available
 
 
 def weight_shapes(folder: Path) -> dict[str, list[int]]:

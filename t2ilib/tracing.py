@@ -108,7 +108,9 @@ class Ledger(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         try:
             out = func(*args, **(kwargs or {}))
-        except DataDependentOutputException:  # a fake tensor has no value; which one it were changes no size here
+        except (
+            DataDependentOutputException
+        ):  # no value: as if it were one, or true. Prodigy then keeps LoRA's B, which is zero, like A
             out = 1.0 if args[0].is_floating_point() else 1
         if func.namespace == "bitsandbytes" and "gemm_4bit" in func.__name__:
             # seen as one operation; with more than a few rows it dequantizes the whole weight, then multiplies
