@@ -33,7 +33,6 @@ from t2ilib.tracing import (
     Ledger,
     autocast,
     checkpoint_options,
-    hold_nf4,
     materialize,
     state_tensors,
 )
@@ -91,6 +90,8 @@ def plan_memory(run: RunConfig, device_type: str = "cuda", num_pictures: int | N
         }
         with torch.device("meta"):
             if run.model.quantization == "nf4":
+                from t2ilib.models.fourbit import hold_nf4
+
                 for module in components.modules().values():
                     hold_nf4(module, dtype)
             modules = trained_modules(run, components)

@@ -15,7 +15,6 @@ from collections.abc import Iterable, Iterator
 from math import prod
 from typing import Any
 
-import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException
@@ -23,8 +22,6 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter, tree_map
-
-from t2ilib.models.quantize import BLOCK_SIZE
 
 CUDA_BLOCK = 512
 """Bytes that CUDA's caching allocator rounds every tensor up to (kMinBlockSize in c10/cuda/CUDACachingAllocator)."""
@@ -161,40 +158,6 @@ def checkpoint_options(device_type: str) -> dict[str, Any]:
     if device_type != "cuda":
         return {}
     return {"context_fn": lambda: (contextlib.nullcontext(), as_on_cuda())}
-
-
-class FourBitLinear(bnb.nn.Linear4bit):
-    """bitsandbytes' layer around a weight that is a plain parameter, because its `Params4bit` cannot be a fake tensor.
-
-    The forward and the backward pass are bitsandbytes' own: the weight is dequantized in both, and saved in none.
-    """
-
-    def __init__(self, layer: nn.Linear, compute_dtype: torch.dtype):
-        nn.Module.__init__(self)
-        codes, state = bnb.functional.quantize_4bit(layer.weight.data, compress_statistics=True, quant_type="nf4")
-        self.in_features, self.out_features = layer.in_features, layer.out_features
-        self.weight, self.bias = nn.Parameter(codes, requires_grad=False), layer.bias
-        self.weight.compress_statistics, self.weight.quant_type = True, "nf4"
-        self.compute_dtype, self.compute_type_is_set, self.support_avx512bf16_for_cpu = compute_dtype, True, False
-        self.quant_state = self.weight.quant_state = state
-
-    @property
-    def W_q(self) -> nn.Parameter:
-        """peft asks a layer that has this (HQQ's do) to dequantize itself, instead of asking for the class of its weight."""
-        return self.weight
-
-    def dequantize(self) -> Tensor:
-        return bnb.functional.dequantize_4bit(self.weight.data, self.quant_state)
-
-
-def hold_nf4(model: nn.Module, compute_dtype: torch.dtype) -> None:
-    """What `quantize_nf4` does, on the meta device: swaps every linear layer that NF4 can hold."""
-    with torch.device("cpu"):  # a table that bitsandbytes computes once for the whole process, from real numbers
-        bnb.functional.name2qmap.setdefault("dynamic", bnb.functional.create_dynamic_map())
-    for name, layer in list(model.named_modules()):
-        if type(layer) is nn.Linear and layer.in_features % BLOCK_SIZE == 0:
-            model.set_submodule(name, FourBitLinear(layer, compute_dtype))
-    model.is_loaded_in_4bit = True
 
 
 def quantization_states(model: nn.Module) -> Iterator[Any]:

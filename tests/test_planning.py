@@ -296,14 +296,14 @@ def test_the_command() -> None:
 def test_the_command_reads_run_configs_and_tells_what_would_fit(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(
         "model: {quantization: nf4}\nadapter: {rank: 4}\noptimizer: {name: adamw8bit}\ndata: {resolution: 256}\n"
-        "training: {batch_size: 37, gradient_checkpointing: true}"
+        "training: {batch_size: 211, gradient_checkpointing: true}"
     )
     result = CliRunner().invoke(
         app, ["plan", str(tmp_path / "run.yaml"), "--set", "adapter.kind=dora", "--card", "1.3"]
     )
     assert result.exit_code == 0, result.output
     assert (
-        "tiny-sdxl at 256x256, batch 37, dora of rank 4, nf4, gradient checkpointing, adamw8bit, on cuda"
+        "tiny-sdxl at 256x256, batch 211, dora of rank 4, nf4, gradient checkpointing, adamw8bit, on cuda"
         in result.output
     )
     assert "it does not fit 1 GB; tracing changes, cheapest first" in result.output
