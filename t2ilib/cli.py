@@ -251,6 +251,28 @@ def quantization(
         print(format_table([{"layer": name, "error": f"{e:.3f}"} for e, name in sorted(errors, reverse=True)[:worst]]))
 
 
+@app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="A run config in YAML, what model.base takes, or a layout: sd15, sdxl.")],
+    set: Annotated[list[str], typer.Option("--set", help="section.field=value; may be given several times.")] = [],
+    card: Annotated[
+        float | None, typer.Option(min=1, help="GB of the card to fit; without it the GPU that is found here, if any.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cuda or cpu: what the run will train on.")] = "cuda",
+) -> None:
+    """Predict the peak memory of a run by tracing it, without a GPU and without weights, and what would make it fit."""
+    with readable_errors():
+        from t2ilib.config import check_choice
+
+        check_choice(device, ("cuda", "cpu"), "--device")
+        from t2ilib.fitting import describe_plan, planned_run
+        from t2ilib.planning import plan_memory
+
+        run = planned_run(model, set)
+        for line in describe_plan(run, plan_memory(run, device), card):
+            print(line, flush=True)
+
+
 def one_or_more(values: list[str]) -> str | list[str] | None:
     return values[0] if len(values) == 1 else values or None
 

@@ -338,7 +338,11 @@ def build_run(values: Mapping[str, Any], source: str = "the run config") -> RunC
 
 def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a YAML run config and applies overrides such as `optimizer.learning_rate=3e-4`; raises ConfigError."""
-    values = load_yaml(path)
+    return build_run(override_values(load_yaml(path), overrides), str(path))
+
+
+def override_values(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """`values` with overrides such as `optimizer.learning_rate=3e-4` put in; raises ConfigError for what is not one."""
     for override in overrides:
         address, equals, text = override.partition("=")
         if not equals or not address:
@@ -355,7 +359,7 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
             place[field] = parse_value(text)
         except yaml.YAMLError as error:
             raise ConfigError(f"--set {override!r} is not valid YAML: {error}") from None
-    return build_run(values, str(path))
+    return values
 
 
 def parse_value(text: str) -> Any:

@@ -16,10 +16,11 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 
-from t2ilib.config import ConfigError
+from t2ilib.config import ConfigError, RunConfig, build_run
 
 KERNEL = "python3"
 RETRIED = ("Kernel died before replying", "ddress already in use")
@@ -46,6 +47,25 @@ def notebook_parameters(path: Path) -> dict[str, str]:
         if isinstance(target, ast.Name) and statement.value is not None:
             found[target.id] = ast.unparse(statement.value)
     return found
+
+
+def notebook_run(path: Path, parameters: dict[str, Any]) -> RunConfig | None:
+    """The config that the notebook's cell with `run = ...` makes of its parameters and these; None where no cell has that.
+
+    Only that cell is executed, and only config functions are there for it. Raises ConfigError for values it refuses.
+    """
+    cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+    sources = ["".join(cell["source"]) for cell in cells]
+    makers = [source for source in sources if re.search(r"^run = build_run\(", source, re.MULTILINE)]
+    if len(makers) != 1:
+        return None
+    defaults = {name: ast.literal_eval(source) for name, source in notebook_parameters(path).items()}
+    names = {"build_run": build_run, **defaults, **parameters}
+    try:
+        exec(makers[0], names)
+    except NameError:  # it builds on cells before it
+        return None
+    return names["run"]
 
 
 def execute_notebook(

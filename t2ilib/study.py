@@ -10,7 +10,9 @@ imported: models live in the notebooks' kernels.
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from t2ilib.config import ConfigError, check_choice, load_yaml
 from t2ilib.executor import Executor
-from t2ilib.notebooks import error_text, execute_notebook, export_html, notebook_parameters
+from t2ilib.memory import GIB, available_memory, surely_fits
+from t2ilib.notebooks import error_text, execute_notebook, export_html, notebook_parameters, notebook_run
+
+SMALLEST_CARD = 8 * GIB
+"""What a variant surely fits into needs no look at the device, for which torch would have to be loaded."""
 
 
 class Part(BaseModel):
@@ -161,6 +167,33 @@ def require_unedited(runs: Sequence[Run]) -> None:
         )
 
 
+def require_fit(runs: Sequence[Run], notebook: Path, jobs: int) -> None:
+    """Raises ConfigError naming every variant that will not fit the device while `jobs` of them run, with the cheapest change.
+
+    Asked once a variant, and in a process of its own: tracing takes torch, and a GPU's context stays as long as its process.
+    Variants of small models are not asked about, and those of a notebook with another way of making its run are not here:
+    `train` asks again.
+    """
+    smallest = min(available_memory(), SMALLEST_CARD) / jobs
+    asked = {}
+    for run in runs:
+        config = None if run.variant in asked else notebook_run(notebook, run.parameters | {"output": str(run.folder)})
+        if config is not None and not surely_fits(config, smallest):
+            asked[run.variant] = config
+    if not asked:
+        return
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        lines = pool.submit(misfits_of, list(asked.items()), jobs).result()
+    if lines:
+        raise ConfigError(f"{len(lines)} variant(s) do not fit this machine:\n  " + "\n  ".join(lines))
+
+
+def misfits_of(runs: list, jobs: int) -> list[str]:
+    from t2ilib.fitting import misfits
+
+    return misfits(runs, jobs)
+
+
 def run_study(
     path: Path,
     preset: str = "quick",
@@ -180,9 +213,10 @@ def run_study(
     check_parameters(study, notebook)
     runs = plan_runs(study, preset, results.absolute(), only, seeds)
     require_unedited(runs)
+    pending = [run for run in runs if run.state != "finished"]
+    require_fit(pending, notebook, jobs)
     folder = runs[0].folder.parents[1]
     write_study(study, preset, folder)
-    pending = [run for run in runs if run.state != "finished"]
     say(
         f"study {study.name}, preset {preset}: {len(runs)} runs, {len(runs) - len(pending)} finished before, {len(pending)} to do, {jobs} at a time"
     )

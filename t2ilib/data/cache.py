@@ -17,6 +17,7 @@ from t2ilib.memory import pictures_at_once
 from t2ilib.models.components import Components
 from t2ilib.models.families import time_ids
 
+PICTURES_AT_ONCE = 16
 CAPTIONS_AT_ONCE = 64
 
 
@@ -54,7 +55,7 @@ def load_pixels(dataset: Dataset, resolution: int) -> Tensor:
 
 @torch.no_grad()
 def encode_dataset(
-    components: Components, dataset: Dataset, resolution: int, with_text: bool, batch_size: int = 16
+    components: Components, dataset: Dataset, resolution: int, with_text: bool, batch_size: int = PICTURES_AT_ONCE
 ) -> EncodedDataset:
     """Encodes every picture, and, `with_text`, every distinct caption, on the components' device; results stay on the CPU."""
     vae = components.vae

@@ -10,7 +10,7 @@ import contextlib
 import logging
 import shutil
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -69,9 +69,13 @@ class Components:
             raise ValueError(f"{self.path} was not loaded from anywhere, so its full-precision {name} cannot be")
         return load_base(self.config.in_full(), torch.device("cpu")).modules()[name]
 
+    def parkable(self, trained: Iterable[str]) -> list[nn.Module]:
+        """What a training step does without: the VAE and the text encoders that nothing trains."""
+        return [self.vae, *(encoder for name, encoder in self.text_encoders.items() if name not in trained)]
+
     def park(self, trained: Iterable[str]) -> None:
         """Moves the VAE and the text encoders that nothing trains from the device to host memory until they are needed."""
-        self.parked = [self.vae, *(encoder for name, encoder in self.text_encoders.items() if name not in trained)]
+        self.parked = self.parkable(trained)
         for module in self.parked:
             module.to("cpu")
 
@@ -169,9 +173,17 @@ def load_base(config: ModelConfig, device: torch.device | None = None) -> Compon
     return components
 
 
-def quantize_parts(components: Components, config: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
-    """Quantizes the UNet and, unless `config` spares them, the text encoders; reports each part. Raises ConfigError for a
-    name in the skip list that no part has."""
+def quantize_parts(
+    components: Components,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    method: Callable[..., QuantizationReport] = quantize,
+) -> None:
+    """Quantizes the UNet and, unless `config` spares them, the text encoders; reports each part.
+
+    `method`: `quantize`, or what stands in for it. Raises ConfigError for a name in the skip list that no part has.
+    """
     parts = components.modules() if config.quantize_text_encoders else {"unet": components.unet}
     skip = {name: [s for s in config.quantization_skip if has_layer(part, s)] for name, part in parts.items()}
     unknown = set(config.quantization_skip) - {found for names in skip.values() for found in names}
@@ -179,7 +191,7 @@ def quantize_parts(components: Components, config: ModelConfig, dtype: torch.dty
         raise ConfigError(f"model.quantization_skip {', '.join(sorted(unknown))} names no layer of {', '.join(parts)}")
     for name, part in parts.items():
         convolutions = config.quantize_convolutions and name == "unet"
-        report = quantize(part, config.quantization, dtype, device, convolutions, skip[name])
+        report = method(part, config.quantization, dtype, device, convolutions, skip[name])
         components.quantization[name] = report
         log.info(
             "%s in %s: %d layers, %.1f -> %.1f MiB%s",

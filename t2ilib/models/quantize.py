@@ -50,15 +50,15 @@ class Conv2d4bit(nn.Conv2d):
         nn.Module.__init__(self)  # not nn.Conv2d's, which would draw a weight
 
     @classmethod
-    def of(cls, layer: nn.Conv2d, compute_dtype: torch.dtype) -> "Conv2d4bit":
-        """The quantized twin of `layer`, which must have whole blocks of weights."""
+    def of(cls, layer: nn.Conv2d, compute_dtype: torch.dtype, codes: nn.Parameter | None = None) -> "Conv2d4bit":
+        """The quantized twin of `layer`, which must have whole blocks of weights. `codes`: where they are there already."""
         twin = cls()
         for name in (*nn.Conv2d.__constants__, "_reversed_padding_repeated_twice"):
             setattr(twin, name, getattr(layer, name))
         twin.shape, twin.compute_dtype = layer.weight.shape, compute_dtype
-        twin.codes = params_4bit(
-            layer.weight.data.view(-1, BLOCK_SIZE)
-        )  # bitsandbytes' fast CPU kernel wants even rows
+        if codes is None:
+            codes = params_4bit(layer.weight.data.view(-1, BLOCK_SIZE))  # bitsandbytes' fast CPU kernel wants even rows
+        twin.codes = codes
         bias = None if layer.bias is None else nn.Parameter(layer.bias.data, requires_grad=False)
         twin.register_parameter("bias", bias)
         return twin

@@ -17,9 +17,10 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from t2ilib.adapters.load import adapter_file
-from t2ilib.config import ConfigError, ModelConfig, RunConfig, save_run
+from t2ilib.config import ConfigError, RunConfig, save_run
 from t2ilib.data.loader import sample_ids
 from t2ilib.data.manifest import load_datasets
+from t2ilib.fitting import require_fit
 from t2ilib.memory import MemoryLog, Peak, require_disk
 from t2ilib.models.components import Components, choose_device, choose_dtype, load_base
 from t2ilib.models.locate import locate
@@ -28,7 +29,7 @@ from t2ilib.tracking import NullTracker, Tracker
 from t2ilib.training.history import Evaluation, History
 from t2ilib.training.pretraining import setup_clip, setup_vae
 from t2ilib.training.progress import Progress
-from t2ilib.training.setups import Setup, setup_diffusion
+from t2ilib.training.setups import Setup, setup_diffusion, trained_precision
 from t2ilib.training.state import TrainState
 
 log = logging.getLogger(__name__)
@@ -73,6 +74,7 @@ def train(run: RunConfig, tracker: Tracker | None = None) -> TrainResult:
     training, held_out = load_datasets(run.data)
     if run.training.steps:
         sample_ids(run.seed, 0, run.training.batch_size, len(training))  # a batch that cannot be filled is told now
+    require_fit(run, accelerator.device, len(training) + len(held_out))
     components = load_base(trained_precision(run), accelerator.device)
     run.output.mkdir(parents=True, exist_ok=True)
     setup = SETUPS[run.training.trains](run, components, training, held_out, accelerator)
@@ -158,12 +160,6 @@ def build_accelerator(run: RunConfig) -> Accelerator:
             f"{accelerator.num_processes} processes were launched; a run trains in one. Start it without a launcher"
         )
     return accelerator
-
-
-def trained_precision(run: RunConfig) -> ModelConfig:
-    """The base as it must be loaded: whole models are trained in float32, whatever they are used in later."""
-    whole = run.training.trains in ("unet", "vae", "clip")
-    return run.model.model_copy(update={"dtype": "float32"}) if whole else run.model
 
 
 def micro_batches(ids: list[int], accumulation: int) -> list[list[int]]:

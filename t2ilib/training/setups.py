@@ -4,19 +4,21 @@ Here: adapters, the whole UNet, and nothing (the base model measured as it is). 
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from PIL import Image
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from t2ilib.adapters.attach import AdapterProof, attach_adapters
 from t2ilib.adapters.export import describe, save_adapter
 from t2ilib.adapters.weights import read_layers
-from t2ilib.config import RunConfig
+from t2ilib.config import ModelConfig, RunConfig
 from t2ilib.data.cache import encode_dataset
 from t2ilib.data.manifest import Dataset
 from t2ilib.evaluation.sampling import draw
@@ -25,6 +27,9 @@ from t2ilib.models.families import Denoiser
 from t2ilib.seeds import generator_for
 from t2ilib.training.objectives import addressed_noise, build_objective
 from t2ilib.training.validation import held_out_loss
+
+GRID_PROMPTS = 8
+"""Captions that make the prompts of the sample grids where `evaluation.prompts` is empty."""
 
 
 @dataclass
@@ -52,25 +57,16 @@ def setup_diffusion(
 ) -> Setup:
     """Adapters, the whole UNet, or nothing: whatever sees noisy latents. Encoders that nothing trains leave the device."""
     trains, device = run.training.trains, accelerator.device
-    modules: dict[str, nn.Module] = {}
-    proof = None
     trains_text = bool(run.adapter and run.adapter.text_encoder_targets)
     encoded = encode_dataset(components, training, run.data.resolution, with_text=not trains_text)
     encoded_held_out = (
         encode_dataset(components, held_out, run.data.resolution, with_text=not trains_text) if len(held_out) else None
     )
-    if trains == "adapter":
-        modules = attach_adapters(components, run.adapter, run.seed)
-        proof = AdapterProof(components, run.adapter)
-    elif trains == "unet":
-        components.unet.requires_grad_(True)
-        modules = {"unet": components.unet}
+    modules = trained_modules(run, components)
+    proof = AdapterProof(components, run.adapter) if trains == "adapter" else None
     components.park(modules if trains_text else ())
     if run.training.gradient_checkpointing:
-        components.unet.enable_gradient_checkpointing()
-        for name in modules:
-            if name != "unet":
-                modules[name].gradient_checkpointing_enable({"use_reentrant": False})
+        checkpoint_gradients(components, modules)
     objective = build_objective(run.objective, noise_schedule(components))
     plain = build_objective(run.objective.model_copy(update={"snr_gamma": None}), noise_schedule(components))
     num_timesteps = components.scheduler.config.num_train_timesteps
@@ -108,7 +104,9 @@ def setup_diffusion(
         elif trains == "unet":
             save_pipeline(components, folder / "model")
 
-    prompts = run.evaluation.prompts or tuple(dict.fromkeys((*held_out.captions(), *training.captions())))[:8]
+    prompts = (
+        run.evaluation.prompts or tuple(dict.fromkeys((*held_out.captions(), *training.captions())))[:GRID_PROMPTS]
+    )
     return Setup(
         components,
         denoiser,
@@ -121,6 +119,31 @@ def setup_diffusion(
         prompts=prompts,
         proof=proof,
     )
+
+
+def trained_modules(run: RunConfig, components: Components) -> dict[str, nn.Module]:
+    """Name -> component with trainable parameters, after attaching the adapters or thawing the UNet, as `run` says."""
+    if run.training.trains == "adapter":
+        return attach_adapters(components, run.adapter, run.seed)
+    if run.training.trains == "unet":
+        return {"unet": components.unet.requires_grad_(True)}
+    return {}
+
+
+def checkpoint_gradients(components: Components, modules: Iterable[str], **options: Any) -> None:
+    """Recomputes activations of the UNet, and of text encoders among `modules`, in the backward pass; `options` go to
+    `torch.utils.checkpoint`."""
+    options = {"use_reentrant": False} | options
+    components.unet.enable_gradient_checkpointing(lambda module, *inputs: checkpoint(module, *inputs, **options))
+    for name in modules:
+        if name != "unet":
+            components.text_encoders[name].gradient_checkpointing_enable(options)
+
+
+def trained_precision(run: RunConfig) -> ModelConfig:
+    """The base as it must be loaded: whole models are trained in float32, whatever they are used in later."""
+    whole = run.training.trains in ("unet", "vae", "clip")
+    return run.model.model_copy(update={"dtype": "float32"}) if whole else run.model
 
 
 def noise_schedule(components: Components):
