@@ -48,6 +48,16 @@ def test_grid_places_pictures_and_labels() -> None:
     assert grid.getpixel((right, grid.height - 64 * 2 - 12 + 20)) == (0, 128, 0)
 
 
+def test_a_wide_grid_goes_on_below() -> None:
+    rows = [[Image.new("RGB", (8, 8), color) for color in ("red", "green", "blue")]] * 2
+    wide, folded = (make_grid(rows, ["a", "b"], ["one", "two", "three"], cell=32, most_columns=n) for n in (3, 2))
+    assert folded.width < wide.width
+    assert folded.height == 2 * wide.height
+    below = {folded.getpixel((x, y)) for x in range(folded.width) for y in range(wide.height, folded.height)}
+    assert (0, 0, 255) in below
+    assert (255, 0, 0) not in below
+
+
 def test_pictures_come_back_in_order(tmp_path) -> None:
     pictures = [Image.new("RGB", (4, 4), (i, 0, 0)) for i in range(11)]
     save_pictures(pictures, tmp_path)

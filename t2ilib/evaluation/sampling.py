@@ -76,9 +76,24 @@ def reconstruct(vae: nn.Module, pixels: Tensor) -> tuple[list[Image.Image], floa
 
 
 def make_grid(
-    rows: Sequence[Sequence[Image.Image]], row_labels: Sequence[str], column_labels: Sequence[str], cell: int = 128
+    rows: Sequence[Sequence[Image.Image]],
+    row_labels: Sequence[str],
+    column_labels: Sequence[str],
+    cell: int = 128,
+    most_columns: int | None = None,
 ) -> Image.Image:
-    """Pictures in rows and columns with their labels; small pictures are enlarged without smoothing to `cell` pixels."""
+    """Pictures in rows and columns with their labels; small pictures are enlarged without smoothing to `cell` pixels.
+
+    More than `most_columns` go on below, all rows anew: programs that show a wide picture small leave nothing to see.
+    """
+    if most_columns is not None and len(column_labels) > most_columns:
+        starts = range(0, len(column_labels), most_columns)
+        parts = [slice(start, start + most_columns) for start in starts]
+        blocks = [make_grid([row[part] for row in rows], row_labels, column_labels[part], cell) for part in parts]
+        sheet = Image.new("RGB", (max(b.width for b in blocks), sum(b.height for b in blocks)), "white")
+        for number, block in enumerate(blocks):
+            sheet.paste(block, (0, sum(b.height for b in blocks[:number])))
+        return sheet
     font = ImageFont.load_default(12)
     pad, line = 6, 15
     label_width = max([int(font.getlength(label)) for label in row_labels] or [0]) + 2 * pad

@@ -105,7 +105,7 @@ class Evaluation:
             self.base_pictures = pictures
         rows = [self.base_pictures, pictures] if step and self.base_pictures else [pictures]
         labels = ["base", f"step {step}"] if len(rows) == 2 else ["base" if step == 0 else f"step {step}"]
-        grid = make_grid(rows, labels, self.setup.prompts)
+        grid = make_grid(rows, labels, self.setup.prompts, most_columns=4)
         grid.save(self.folder / f"grid-{step:06d}.png")
         self.tracker.log_image(grid, "samples", step)
 
