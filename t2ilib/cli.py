@@ -89,7 +89,7 @@ def generate(
     model: Annotated[
         str | None,
         typer.Option(
-            help="tiny-sdxl, a diffusers folder, a single .safetensors file or a Hub id; without it the base of the adapter's run."
+            help="tiny-sdxl, tiny-sd15, a diffusers folder, a single .safetensors file or a Hub id; without it the base of the adapter's run."
         ),
     ] = None,
     config: Config = None,
@@ -152,7 +152,7 @@ def adapters(
     model: Annotated[
         str,
         typer.Argument(
-            help="tiny-sdxl, a diffusers folder, a single .safetensors file, a Hub id, or a layout without weights: sd15, sdxl."
+            help="tiny-sdxl, tiny-sd15, a diffusers folder, a single .safetensors file, a Hub id, or a layout without weights: sd15, sdxl."
         ),
     ],
     config: Config = None,

@@ -47,7 +47,7 @@ class ModelConfig(Section):
     """Which base model, and how its frozen weights are kept."""
 
     base: str = "tiny-sdxl"
-    """`tiny-sdxl`, a local diffusers folder, a Hub id, or a single .safetensors file in the original layout."""
+    """`tiny-sdxl`, `tiny-sd15`, a local diffusers folder, a Hub id, or a single .safetensors file in the original layout."""
     config: str | None = None
     """For a single file: a diffusers folder, `tiny-sdxl` or Hub id whose configs, scheduler and tokenizers describe it. None
     takes the published SD1.5 or SDXL, and CLIP's tokenizer from the Hub's cache or the Hub."""

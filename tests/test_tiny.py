@@ -1,4 +1,4 @@
-"""The shipped tiny SDXL: it is a real SDXL to diffusers, small, quantizable, and draws what it is asked."""
+"""The shipped tiny models: real ones to diffusers, small, quantizable, and they draw what they are asked."""
 
 import subprocess
 import sys
@@ -18,6 +18,7 @@ from t2ilib.models import tiny
 from t2ilib.models.components import SHIPPED, load_base
 
 FOLDER = SHIPPED["tiny-sdxl"]
+both = pytest.mark.parametrize("name", SHIPPED)
 
 
 @pytest.fixture(scope="module")
@@ -25,20 +26,31 @@ def components():
     return load_base(ModelConfig(base="tiny-sdxl"))
 
 
-def test_is_small_and_has_a_card() -> None:
-    assert sum(path.stat().st_size for path in FOLDER.rglob("*") if path.is_file()) <= 16e6
-    card = (FOLDER / "README.md").read_text()
-    for words in ("seconds in steps", "all attributes right in", "chance", "experiments/tiny-sdxl"):
+def test_are_small() -> None:
+    sizes = {
+        name: sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        for name, folder in SHIPPED.items()
+    }
+    assert sizes["tiny-sdxl"] <= 16e6
+    assert sum(sizes.values()) <= 24e6
+
+
+@both
+def test_has_a_card(name: str) -> None:
+    card = (SHIPPED[name] / "README.md").read_text()
+    for words in ("seconds in steps", "all attributes right in", "chance", f"experiments/{name}"):
         assert words in card
 
 
-def test_diffusers_alone_loads_and_draws(tmp_path: Path) -> None:
+@both
+def test_diffusers_alone_loads_and_draws(tmp_path: Path, name: str) -> None:
+    kind = {"tiny-sdxl": "StableDiffusionXLPipeline", "tiny-sd15": "StableDiffusionPipeline"}[name]
     code = (
-        "import sys; from diffusers import StableDiffusionXLPipeline as P;"
+        f"import sys; from diffusers import {kind} as P;"
         "p = P.from_pretrained(sys.argv[1], use_safetensors=True);"
         "p('a small red circle', num_inference_steps=2).images[0].save(sys.argv[2])"
     )
-    subprocess.run([sys.executable, "-c", code, str(FOLDER), str(tmp_path / "a.png")], check=True, cwd=tmp_path)
+    subprocess.run([sys.executable, "-c", code, str(SHIPPED[name]), str(tmp_path / "a.png")], check=True, cwd=tmp_path)
     assert (tmp_path / "a.png").exists()
 
 
@@ -53,8 +65,19 @@ def test_has_the_parts_of_sdxl(components) -> None:
     assert latents.shape == (1, 4, 8, 8)
 
 
-def test_every_linear_layer_is_quantized() -> None:
-    components = load_base(ModelConfig(base="tiny-sdxl", quantization="nf4"))
+def test_has_the_parts_of_sd15() -> None:
+    components = load_base(ModelConfig(base="tiny-sd15"))
+    unet = components.unet.config
+    assert unet.addition_embed_type is None
+    assert not unet.use_linear_projection
+    assert type(components.unet.down_blocks[0].attentions[0].proj_in) is nn.Conv2d
+    assert list(components.text_encoders) == ["text_encoder"]
+    assert unet.cross_attention_dim == components.text_encoders["text_encoder"].config.hidden_size
+
+
+@both
+def test_every_linear_layer_is_quantized(name: str) -> None:
+    components = load_base(ModelConfig(base=name, quantization="nf4"))
     for name, module in components.modules().items():
         left = [n for n, layer in module.named_modules() if type(layer) is nn.Linear]
         assert left == [], f"{name} keeps {left}"
@@ -71,9 +94,10 @@ def test_captions_fit_the_tokenizer_word_by_word(components) -> None:
     assert tokenizer.unk_token_id not in tokenizer("zebra über 7", add_special_tokens=False).input_ids
 
 
-def test_draws_what_it_is_asked(components) -> None:
+@both
+def test_draws_what_it_is_asked(name: str) -> None:
     """On test prompts, none of whose combinations was trained on. The card has the figures for 256 pictures."""
-    result = accuracy(components, "test", 64, 1.5)
+    result = accuracy(load_base(ModelConfig(base=name)), "test", 64, 1.5)
     for name, share in result.accuracy.items():
         assert share >= 0.9, name
         assert name in ("fill", "style") or share > 2 * result.chance[name], name
