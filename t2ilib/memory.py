@@ -45,9 +45,13 @@ class MemoryLog:
 
     def __init__(self, folder: Path):
         self.folder, self.readings = folder, {}
+        reset_process_peak()
 
-    def note(self, moment: str) -> None:
+    def note(self, moment: str, peak: bool = False) -> None:
+        """`peak`: with the largest process memory since the log was begun, or since a `Peak` was last started."""
         self.readings[moment] = values = read_memory(self.folder)
+        if peak:
+            values["peak_process_mib"] = process_peak_mib()
         log.info(
             "memory at %s: %s",
             moment,

@@ -3,12 +3,13 @@ import subprocess
 import sys
 from collections import namedtuple
 
+import numpy as np
 import psutil
 import pytest
 import torch
 
 from t2ilib.config import ConfigError
-from t2ilib.memory import MIB, Peak, existing, process_peak_mib, read_memory, require_disk
+from t2ilib.memory import MIB, MemoryLog, Peak, existing, process_peak_mib, read_memory, require_disk
 
 
 def test_readings_are_in_mib_and_plausible(tmp_path):
@@ -108,3 +109,13 @@ def test_existing_finds_the_nearest_folder(tmp_path, monkeypatch):
     assert existing(tmp_path) == tmp_path
     monkeypatch.chdir(tmp_path)
     assert existing("relative/path") == tmp_path
+
+
+def test_the_peak_of_loading_is_noted(tmp_path):
+    memory = MemoryLog(tmp_path)
+    block = np.ones(64 * MIB, dtype=np.uint8)
+    del block
+    memory.note("loaded", peak=True)
+    readings = memory.readings["loaded"]
+    assert readings["peak_process_mib"] >= readings["process_mib"] + 50
+    assert memory.metrics()["memory/loaded/peak_process_mib"] == readings["peak_process_mib"]

@@ -81,7 +81,7 @@ def train(run: RunConfig, tracker: Tracker | None = None) -> TrainResult:
     state = TrainState(run, setup, accelerator, training.digest)
     require_disk(run.output, state.checkpoint_bytes() * (run.training.keep_checkpoints + 1), "checkpoints")
     save_run(run, run.output / "run.yaml")
-    memory.note("loaded")
+    memory.note("loaded", peak=True)
     start = state.resume()
     tracker.log_datasets(training, held_out)
     peak = Peak()
