@@ -208,29 +208,12 @@ def quantization(
     """Show what quantizing a base saves, part by part, and what it costs each layer in exactness."""
     with readable_errors():
         from t2ilib.config import build_run
-        from t2ilib.evaluation.quantization import quantization_errors
-        from t2ilib.models.components import load_base
-        from t2ilib.models.layouts import build_layout, is_layout
-        from t2ilib.models.quantize import foresee, has_layer
+        from t2ilib.evaluation.quantization import quantization_errors, quantization_reports
+        from t2ilib.models.layouts import is_layout
         from t2ilib.report import format_table
 
         chosen = {"quantization": method, "quantize_convolutions": convolutions, "quantization_skip": skip}
         config = build_run({"adapter": {}, "model": chosen | {"base": model}}, "the command").model
-        if is_layout(model):
-            import torch
-
-            reports = {
-                name: foresee(
-                    part,
-                    method,
-                    torch.bfloat16,
-                    convolutions and name == "unet",
-                    [s for s in skip if has_layer(part, s)],
-                )
-                for name, part in build_layout(model).modules().items()
-            }
-        else:
-            reports = load_base(config).quantization
         rows = [
             {
                 "part": name,
@@ -239,7 +222,7 @@ def quantization(
                 "MB before": f"{report.bytes_before / 1e6:,.1f}",
                 "MB after": f"{report.bytes_after / 1e6:,.1f}",
             }
-            for name, report in reports.items()
+            for name, report in quantization_reports(config).items()
         ]
         print(format_table(rows))
         if is_layout(model) or not worst:

@@ -357,14 +357,16 @@ def test_text_encoders_can_stay_in_full():
 @pytest.mark.parametrize(("method", "convolutions"), [("nf4", False), ("nf4", True), ("int8", False)])
 def test_bytes_are_foreseen_from_shapes(method, convolutions):
     model = load_base(ModelConfig(), CPU).unet
-    foreseen = foresee(model, method, torch.float32, convolutions)
+    foreseen = foresee(model, method, torch.float32, convolutions=convolutions)
     assert quantize(model, method, torch.float32, convolutions=convolutions) == foreseen
 
 
 @pytest.mark.parametrize(("layout", "limit"), [("sd15", 0.52e9), ("sdxl", 1.55e9)])
 def test_with_convolutions_the_real_unets_fit(layout, limit):
     unet = build_layout(layout).unet
-    linear, all_layers = (foresee(unet, "nf4", torch.bfloat16, convolutions) for convolutions in (False, True))
+    linear, all_layers = (
+        foresee(unet, "nf4", torch.bfloat16, convolutions=convolutions) for convolutions in (False, True)
+    )
     assert all_layers.bytes_after < limit < linear.bytes_after
     assert linear.bytes_before == 2 * sum(p.numel() for p in unet.parameters())
 

@@ -8,13 +8,23 @@ from collections.abc import Sequence
 import torch
 
 from t2ilib.config import ModelConfig
-from t2ilib.models.components import load_base
+from t2ilib.models.components import load_base, quantize_parts
 from t2ilib.models.families import Denoiser, time_ids
-from t2ilib.models.quantize import layer_errors
+from t2ilib.models.layouts import build_layout, is_layout
+from t2ilib.models.quantize import QuantizationReport, foresee, layer_errors
 from t2ilib.seeds import generator_for
 
 PROMPTS = ("a photo of a red apple on a table", "a small blue square on a white background")
 TIMESTEPS = (100, 500, 900)
+
+
+def quantization_reports(config: ModelConfig) -> dict[str, QuantizationReport]:
+    """Part -> what `config`'s quantization makes of it; of a layout (`sd15`, `sdxl`), which has no weights, in bfloat16."""
+    if not is_layout(config.base):
+        return load_base(config).quantization
+    components = build_layout(config.base)
+    quantize_parts(components, config, torch.bfloat16, torch.device("meta"), foresee)
+    return components.quantization
 
 
 @torch.no_grad()

@@ -103,7 +103,7 @@ def hold_quantized(
     """What `quantize` does, on the meta device, to the same layers."""
     with torch.device("cpu"):  # a table that bitsandbytes computes once for the whole process, from real numbers
         bnb.functional.name2qmap.setdefault("dynamic", bnb.functional.create_dynamic_map())
-    report = foresee(model, method, compute_dtype, convolutions, skip)
+    report = foresee(model, method, compute_dtype, device, convolutions, skip)
     for name in report.quantized:
         layer = model.get_submodule(name)
         model.set_submodule(name, STAND_INS[method, type(layer)](layer, compute_dtype))

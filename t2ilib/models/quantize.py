@@ -206,14 +206,22 @@ def quantize(
 
 
 def foresee(
-    model: nn.Module, method: str, dtype: torch.dtype, convolutions: bool = False, skip: Sequence[str] = ()
+    model: nn.Module,
+    method: str,
+    compute_dtype: torch.dtype,
+    device: torch.device | str = "meta",
+    convolutions: bool = False,
+    skip: Sequence[str] = (),
 ) -> QuantizationReport:
-    """What `quantize` would report of a model in `dtype`, from shapes alone: for layouts on the meta device."""
+    """What `quantize` would report of a model kept in `compute_dtype`, from shapes alone: for layouts on the meta device.
+
+    `device` is there to be called as `quantize` is.
+    """
     quantized, kept = select_layers(model, method, convolutions, skip)
     values = [*model.parameters(), *model.buffers()]
-    before = sum(v.numel() * (dtype.itemsize if v.is_floating_point() else v.element_size()) for v in values)
+    before = sum(v.numel() * (compute_dtype.itemsize if v.is_floating_point() else v.element_size()) for v in values)
     weights = [model.get_submodule(name).weight for name in quantized]
-    saved = sum(weight.numel() * dtype.itemsize - quantized_bytes(method, weight.shape) for weight in weights)
+    saved = sum(weight.numel() * compute_dtype.itemsize - quantized_bytes(method, weight.shape) for weight in weights)
     return QuantizationReport(tuple(quantized), tuple(kept), before, before - saved)
 
 

@@ -1,0 +1,119 @@
+import pytest
+import torch
+from adapting import CAPTIONS, fit, output_of
+from safetensors import safe_open
+
+from t2ilib.adapters.attach import attach_adapters
+from t2ilib.adapters.export import save_adapter
+from t2ilib.adapters.load import FILE_NAME, load_adapter, weigh_adapters
+from t2ilib.adapters.spec import resolve_targets
+from t2ilib.adapters.weights import read_layers
+from t2ilib.config import AdapterSpec, ConfigError
+
+
+def trainable(components):
+    return {
+        f"{c}.{n}"
+        for c, module in components.modules().items()
+        for n, p in module.named_parameters()
+        if p.requires_grad
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "alpha", "text"),
+    [
+        ("lora", 4.0, "many"), ("lora", 10.0, "attention"), ("lora", 10.0, None), ("dora", 4.0, None), ("dora", 10.0, None),
+        ("dora", 10.0, "attention"),
+    ],
+)  # fmt: skip
+def test_a_saved_adapter_comes_back(make, tmp_path, kind, alpha, text):
+    components = make()
+    spec = AdapterSpec(kind=kind, rank=4, alpha=alpha, targets="many", text_encoder_targets=text)
+    base = output_of(components)
+    attach_adapters(components, spec, 0)
+    fit(components, num_steps=3, trains_text=text is not None)
+    trained = output_of(components)
+    assert float((trained - base).abs().max()) > 1e-2
+    file = save_adapter(components, tmp_path / "run" / "adapter")
+    assert file == tmp_path / "run" / "adapter" / FILE_NAME
+    with safe_open(file, "pt") as stored:
+        keys, metadata = list(stored.keys()), stored.metadata()
+    assert {key.split(".")[0] for key in keys} == set(resolve_targets(make(), spec))
+    assert any("magnitude" in key for key in keys) == (kind == "dora")
+    assert "lora_adapter_metadata" in metadata
+    for path in (file, file.parent, tmp_path / "run"):
+        other = make()
+        load_adapter(other, path)
+        assert torch.allclose(output_of(other), trained, atol=1e-5)
+
+
+def test_a_loaded_adapter_is_frozen(make, tmp_path):
+    components = make()
+    attach_adapters(components, AdapterSpec(rank=2, text_encoder_targets="attention"), 0)
+    save_adapter(components, tmp_path)
+    other = make()
+    load_adapter(other, tmp_path)
+    assert trainable(other) == set()
+
+
+def test_the_text_encoders_part_of_a_file_matters(make, tmp_path):
+    components = make()
+    spec = AdapterSpec(rank=4, text_encoder_targets="attention")
+    attach_adapters(components, spec, 0)
+    fit(components, num_steps=3, trains_text=True)
+    save_adapter(components, tmp_path)
+    other = make()
+    with torch.no_grad():
+        base = other.encode_text(CAPTIONS)["pooled"]
+        load_adapter(other, tmp_path)
+        assert torch.allclose(
+            other.encode_text(CAPTIONS)["pooled"], components.encode_text(CAPTIONS)["pooled"], atol=1e-5
+        )
+        assert not torch.allclose(other.encode_text(CAPTIONS)["pooled"], base, atol=1e-3)
+
+
+def test_adapter_files_that_cannot_be_loaded(make, tmp_path):
+    components = make()
+    with pytest.raises(
+        ConfigError, match=rf"no adapter at .*give a \.safetensors file, or a folder that holds {FILE_NAME}"
+    ):
+        load_adapter(components, tmp_path)
+    attach_adapters(components, AdapterSpec(rank=2), 0)
+    save_adapter(components, tmp_path)
+    other = make()
+    narrow = dict(other.unet.config) | {"block_out_channels": (64, 192), "attention_head_dim": (1, 3)}
+    other.unet = type(other.unet).from_config(narrow).requires_grad_(False)
+    with pytest.raises(ConfigError, match=rf"{FILE_NAME} does not fit test"):
+        load_adapter(other, tmp_path)
+
+
+def test_several_adapters_add_up_and_switch_off(make, tmp_path):
+    base = output_of(make())
+    for number in (1, 2):
+        components = make()
+        attach_adapters(components, AdapterSpec(rank=2 * number, text_encoder_targets="attention"), number)
+        fit(components, num_steps=3, trains_text=True)
+        save_adapter(components, tmp_path / str(number))
+    components = make()
+    load_adapter(components, tmp_path / "1", "first")
+    load_adapter(components, tmp_path / "2", "second")
+    outputs = {}
+    for weights in ((1.0, 0.0), (0.0, 1.0), (0.7, -0.4), (0.0, 0.0)):
+        weigh_adapters(components, dict(zip(("first", "second"), weights, strict=True)))
+        outputs[weights] = output_of(components)
+    assert trainable(components) == set()
+    assert torch.equal(outputs[0.0, 0.0], base)
+    mixed = make()  # W + sum_i w_i s_i B_i A_i, written into the weights
+    for number, weight in ((1, 0.7), (2, -0.4)):
+        alone = make()
+        load_adapter(alone, tmp_path / str(number))
+        if number == 1:
+            assert torch.allclose(outputs[1.0, 0.0], output_of(alone), atol=1e-5)
+        for layer in read_layers(alone):
+            target = mixed.modules()[layer.component].get_submodule(layer.module)
+            target.weight.data += weight * 8.0 / layer.rank * layer.up @ layer.down  # alpha was 8
+    assert torch.allclose(outputs[0.7, -0.4], output_of(mixed), atol=1e-4)
+    assert float((outputs[0.7, -0.4] - base).abs().max()) > 1e-3
+    with pytest.raises(ConfigError, match="no adapter is called third; attached are first, second"):
+        weigh_adapters(components, {"third": 1.0})
