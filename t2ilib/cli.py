@@ -130,7 +130,8 @@ def generate(
         asked = {"base": model, "config": config, "quantization": quantization}
         changes = {name: value for name, value in asked.items() if value is not None}
         if model not in (None, chosen.base):
-            changes |= {"config": config, "vae": None}  # those of the adapter's run belong to its own base
+            of_its_own = {"config": config, "vae": None, "revision": None, "variant": None, "quantization_skip": ()}
+            changes |= of_its_own  # those of the adapter's run belong to its own base
         if quantization == "none":
             changes |= {"quantize_convolutions": False, "quantization_skip": ()}
         components = load_base(build_run({"adapter": {}, "model": chosen.model_dump() | changes}, "the command").model)
@@ -207,11 +208,12 @@ def quantization(
 ) -> None:
     """Show what quantizing a base saves, part by part, and what it costs each layer in exactness."""
     with readable_errors():
-        from t2ilib.config import build_run
+        from t2ilib.config import build_run, check_choice
         from t2ilib.evaluation.quantization import quantization_errors, quantization_reports
         from t2ilib.models.layouts import is_layout
         from t2ilib.report import format_table
 
+        check_choice(method, ("nf4", "int8"), "--method")
         chosen = {"quantization": method, "quantize_convolutions": convolutions, "quantization_skip": skip}
         config = build_run({"adapter": {}, "model": chosen | {"base": model}}, "the command").model
         rows = [

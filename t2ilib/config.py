@@ -203,6 +203,8 @@ class TrainingConfig(Section):
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     gradient_checkpointing: bool = False
     ema_decay: Share = 0.0
+    require_fit: bool = True
+    """Refuse before loading a run whose predicted memory (`t2ilib plan`) the device has not."""
     checkpoint_every: Positive = 100
     keep_checkpoints: Positive = 2
 
@@ -287,7 +289,9 @@ class RunConfig(Section):
         """12 hex digits of what decides the trained weights: all but output, name, tracking and evaluation."""
         values = self.model_dump(mode="json", exclude={"output", "name", "tracking", "evaluation"})
         values["training"] = {
-            k: v for k, v in values["training"].items() if k not in ("checkpoint_every", "keep_checkpoints")
+            k: v
+            for k, v in values["training"].items()
+            if k not in ("checkpoint_every", "keep_checkpoints", "require_fit")
         }
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 

@@ -49,7 +49,9 @@ def checkpoint_activations(run: RunConfig) -> str | None:
 
 def quantize_base(run: RunConfig) -> str | None:
     trains_base = run.training.trains not in ("adapter", "nothing")
-    return None if trains_base or run.model.quantization != "none" else "model.quantization=nf4"
+    takes_from_base = run.adapter is not None and run.adapter.init in ("pissa", "olora")
+    settled = trains_base or takes_from_base or run.model.quantization != "none"
+    return None if settled else "model.quantization=nf4"
 
 
 def quantize_convolutions(run: RunConfig) -> str | None:
@@ -140,9 +142,10 @@ def changed(run: RunConfig, overrides: Sequence[str]) -> RunConfig:
 
 
 def available_bytes(device: torch.device) -> int:
-    """Free memory of the GPU, or of the host."""
+    """Free memory of the GPU, with what this process holds there and does not use, or of the host."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
     return available_memory()
 
 
@@ -152,7 +155,7 @@ def require_fit(run: RunConfig, device: torch.device, num_pictures: int | None =
     `sharing`: how many such runs go on at a time. A run whose bound is far below what is available is not traced, and
     training a VAE or a CLIP cannot be.
     """
-    if run.training.trains in ("vae", "clip"):
+    if run.training.trains in ("vae", "clip") or not run.training.require_fit:
         return
     available = available_bytes(device) / sharing
     if surely_fits(run, available):
@@ -170,7 +173,8 @@ def require_fit(run: RunConfig, device: torch.device, num_pictures: int | None =
         advice = advise(run, plan, available, num_pictures, most=1)
         raise ConfigError(
             f"this run needs {needed_bytes(plan) / GIB:.1f} GiB of {device.type} memory while {plan.largest}, and"
-            f" {available / GIB:.1f} GiB are available{' to each' if sharing > 1 else ''}: {remedy(advice)}"
+            f" {available / GIB:.1f} GiB are available{' to each' if sharing > 1 else ''}: {remedy(advice)}. To try all the same,"
+            " set training.require_fit to false"
         )
 
 

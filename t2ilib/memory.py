@@ -180,7 +180,12 @@ def memory_bound(run: RunConfig) -> int | None:
     """
     shipped, named = Path(__file__).parent / "models" / "weights" / run.model.base, Path(run.model.base).expanduser()
     folder = shipped if shipped.is_dir() else named
-    shapes = {part: weight_shapes(folder / part) for part in ("unet", "vae", "text_encoder", "text_encoder_2")}
+    parts = ("unet", "vae", "text_encoder", "text_encoder_2")
+    try:
+        shapes = {part: weight_shapes(folder / part) for part in parts}
+        levels = len(json.loads((folder / "vae" / "config.json").read_text())["block_out_channels"])
+    except (OSError, ValueError, KeyError, MemoryError, OverflowError):  # damaged: loading it will say so
+        return None
     if not all(shapes[part] for part in ("unet", "vae", "text_encoder")):
         return None
     weights = 4 * sum(prod(shape) for part in shapes.values() for shape in part.values())
@@ -189,7 +194,6 @@ def memory_bound(run: RunConfig) -> int | None:
         for name, part in shapes.items()
     }
     pixels, batch = run.data.resolution**2, run.training.batch_size
-    levels = len(json.loads((folder / "vae" / "config.json").read_text())["block_out_channels"])
     activations = {
         "unet": batch * pixels // 4 ** (levels - 1) * sum(widths["unet"]),
         "text": max(batch, CAPTIONS) * TEXT_TOKENS * sum(widths["text_encoder"] + widths["text_encoder_2"]),

@@ -2,10 +2,11 @@
 
 A logged adapter refers to its base by name or path (MLflow's diffusers flavor stores no base) and has a signature with the
 base's own picture size, where MLflow's default is 512. A study registers one version for each new winner under its name, and
-moves the alias `champion` to it: `models:/<study>@champion`. Importing this imports no torch.
+moves the alias `champion` to it: `models:/<study>-<preset>@champion`. Importing this imports no torch.
 """
 
 import contextlib
+import logging
 import os
 import statistics
 from collections.abc import Iterator, Sequence
@@ -16,6 +17,8 @@ from t2ilib.tracking import quiet_mlflow
 
 if TYPE_CHECKING:
     from t2ilib.study import Run
+
+log = logging.getLogger(__name__)
 
 ALIAS = "champion"
 MODEL_TAG = "t2ilib.model"
@@ -101,7 +104,11 @@ def register_champion(client, name: str, runs: Sequence["Run"]) -> tuple["Run", 
     from mlflow.exceptions import MlflowException
 
     ids = [run.result().get("mlflow_run_id") for run in runs]
-    uris = [client.get_run(run_id).data.tags.get(MODEL_TAG) if run_id else None for run_id in ids]
+    try:
+        uris = [client.get_run(run_id).data.tags.get(MODEL_TAG) if run_id else None for run_id in ids]
+    except MlflowException as error:
+        log.warning("no champion is named, because the runs were logged to another store: %s", error)
+        return None
     winner = choose_winner([run for run, uri in zip(runs, uris, strict=True) if uri])
     if winner is None:
         return None

@@ -300,7 +300,7 @@ def name_champion(path: Path, preset: str, results: Path) -> str | None:
     from t2ilib.tracking import open_client, tracking_uri
 
     client, _ = open_client(tracking_uri(None, results), study.name, results)
-    found = register_champion(client, study.name, runs)
+    found = register_champion(client, f"{study.name}-{preset}", runs)
     return found and f"{found[1]} ({found[0].label})"
 
 

@@ -140,13 +140,18 @@ class MlflowTracker:
         """The adapter as a model that MLflow's diffusers flavor loads onto `base`, a folder or Hub id."""
         from importlib.metadata import version
 
+        from mlflow.exceptions import MlflowException
+
         from t2ilib.registry import log_adapter
 
         if Path(base).is_file():
             log.warning("the adapter is not logged as an MLflow model: MLflow loads no base from a single file")
             return
         needed = ("diffusers", "transformers", "torch", "peft", "safetensors", "accelerate")
-        log_adapter(self, file, base, side, [f"{name}=={version(name).split('+')[0]}" for name in needed])
+        try:
+            log_adapter(self, file, base, side, [f"{name}=={version(name).split('+')[0]}" for name in needed])
+        except MlflowException as error:  # an older server: the training is finished all the same
+            log.warning("the adapter is not logged as an MLflow model: %s", error)
 
 
 def quiet_mlflow() -> None:

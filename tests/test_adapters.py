@@ -325,3 +325,34 @@ def test_qdora_trains_its_magnitude():
     proof = AdapterProof(components, spec)
     fit(components, proof)
     assert proof.finish()["adapter/magnitude_change_norm"] > 1e-3
+
+
+def test_an_adapter_is_in_the_mode_of_its_module(make):
+    """peft's modules come in training mode; left so, a checkpoint's adapter would be drawn with its dropout on."""
+    components = make()
+    attach_adapters(components, AdapterSpec(rank=2, dropout=0.5, text_encoder_targets="attention"), 0)
+    assert not any(m.training for module in components.modules().values() for m in module.modules())
+    components = make()
+    components.unet.train()
+    attach_adapters(components, AdapterSpec(rank=2, dropout=0.5), 0)
+    assert all(m.training for m in components.unet.modules())
+
+
+def test_layers_that_kept_their_precision_start_as_always():
+    """Nothing was lost there, and from A and B both zero nothing is ever learned."""
+    components = load_base(ModelConfig(quantization="nf4", quantization_skip=("to_q",), quantize_text_encoders=False))
+    spec = AdapterSpec(init="loftq", rank=4, targets="many", text_encoder_targets="attention")
+    attach_adapters(components, spec, 0)
+    proof = AdapterProof(components, spec)
+    starts = {n: p for module in components.modules().values() for n, p in module.named_parameters() if "lora_B" in n}
+    assert {bool(p.any()) for n, p in starts.items() if "to_q" in n or "conv1" in n or "q_proj" in n} == {False}
+    assert all(bool(p.any()) for n, p in starts.items() if "to_k" in n)
+    fit(components, proof, trains_text=True)
+    proof.finish()
+
+
+def test_initialisations_need_directions_enough(make):
+    with pytest.raises(
+        ConfigError, match=r"as many directions of a weight as the rank, and .* layers of unet have fewer \("
+    ):
+        attach_adapters(make(), AdapterSpec(init="pissa", rank=100), 0)

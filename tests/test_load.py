@@ -2,6 +2,7 @@ import pytest
 import torch
 from adapting import CAPTIONS, fit, output_of
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 from t2ilib.adapters.attach import attach_adapters
 from t2ilib.adapters.export import save_adapter
@@ -117,3 +118,17 @@ def test_several_adapters_add_up_and_switch_off(make, tmp_path):
     assert float((outputs[0.7, -0.4] - base).abs().max()) > 1e-3
     with pytest.raises(ConfigError, match="no adapter is called third; attached are first, second"):
         weigh_adapters(components, {"third": 1.0})
+
+
+def test_a_file_for_another_model_is_refused(make, tmp_path):
+    """diffusers loads the layers it knows and leaves the others out without a word."""
+    components = make()
+    attach_adapters(components, AdapterSpec(rank=2), 0)
+    file = save_adapter(components, tmp_path)
+    tensors = load_file(file)
+    for part in ("A", "B"):
+        name = next(key for key in tensors if key.endswith(f"attn1.to_q.lora_{part}.weight"))
+        tensors[name.replace("down_blocks.0", "down_blocks.7")] = tensors.pop(name)
+    save_file(tensors, tmp_path / "foreign.safetensors")
+    with pytest.raises(ConfigError, match=r"adapts \d+ layers, and test has \d+ of them"):
+        load_adapter(make(), tmp_path / "foreign.safetensors")

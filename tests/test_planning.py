@@ -332,3 +332,24 @@ def test_the_command_names_mistakes(arguments: list[str], message: str) -> None:
     result = CliRunner().invoke(app, ["plan", *arguments])
     assert result.exit_code == 2
     assert message in result.output
+
+
+def test_what_cannot_be_quantized_is_not_told_to_be() -> None:
+    run = run_of("adapter.init=pissa")
+    advice = advise(run, plan_memory(run), 1.0)
+    assert not advice.fitting
+    assert not any("quantization" in override for override in advice.offered)
+
+
+def test_damaged_weights_are_left_to_the_loader(tmp_path: Path) -> None:
+    for part in ("unet", "vae", "text_encoder"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "a.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    assert memory_bound(run_of(f"model.base={tmp_path}")) is None
+
+
+def test_a_run_may_be_tried_all_the_same(monkeypatch) -> None:
+    monkeypatch.setattr(fitting, "available_bytes", lambda device: 1.0)
+    with pytest.raises(ConfigError, match=r"set training\.require_fit to false"):
+        require_fit(run_of(), CPU)
+    require_fit(run_of("training.require_fit=false"), CPU)

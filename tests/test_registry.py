@@ -15,7 +15,7 @@ from t2ilib.config import build_run
 from t2ilib.models.components import build_pipeline
 from t2ilib.registry import ALIAS, MODEL_TAG, choose_winner, register_champion
 from t2ilib.study import Run
-from t2ilib.tracking import open_tracker, tracking_uri
+from t2ilib.tracking import open_client, open_tracker, tracking_uri
 from t2ilib.training.loop import train
 
 PROMPT = "a large upright red heart at the center on a white background"
@@ -111,3 +111,9 @@ def test_the_winner_is_the_best_variant_by_its_mean_then_its_best_seed(tmp_path:
 def test_without_known_concepts_the_held_out_loss_decides(tmp_path: Path) -> None:
     runs = [finished(tmp_path, "a", 0, loss=0.3), finished(tmp_path, "b", 0, loss=0.2)]
     assert choose_winner(runs).variant == "b"
+
+
+def test_runs_of_another_store_name_no_champion(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    client, _ = open_client(tracking_uri(None, tmp_path), "other", tmp_path)
+    assert register_champion(client, "other-quick", [finished(tmp_path, "a", 0, loss=0.3)]) is None
+    assert "logged to another store" in caplog.text

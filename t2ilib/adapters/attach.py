@@ -7,12 +7,13 @@ float32 whatever the base is: in float16 a LoRA's small steps round to nothing.
 import hashlib
 import logging
 from collections import Counter
+from math import prod
 
 import torch
 from torch import Tensor, nn
 
 from t2ilib.adapters.dropout import DROPOUTS
-from t2ilib.adapters.spec import resolve_sizes
+from t2ilib.adapters.spec import resolve_sizes, weight_shape
 from t2ilib.config import AdapterSpec, ConfigError
 from t2ilib.models.components import Components
 from t2ilib.seeds import seed_for
@@ -27,9 +28,11 @@ class AdapterError(ValueError):
 def attach_adapters(components: Components, spec: AdapterSpec, seed: int) -> dict[str, nn.Module]:
     """Attaches `spec` to the UNet and, where asked, the text encoders; returns the components that now have adapters.
 
-    Raises ConfigError for targets that match nothing. Everything else stays frozen.
+    Everything else stays frozen, and a module in eval mode has its adapter in eval mode. Raises ConfigError for targets that
+    match nothing and for initialisations that a layer cannot have.
     """
     adapted = {}
+    full = components.load_full() if spec.init == "loftq" else None
     for name, sizes in resolve_sizes(components, spec).items():
         torch.manual_seed(seed_for(seed, "adapter", name))
         module = components.modules()[name]
@@ -43,11 +46,11 @@ def attach_adapters(components: Components, spec: AdapterSpec, seed: int) -> dic
         for parameter in module.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
-        if spec.init == "loftq":
-            start_from_lost(components, name)
+        if full is not None and name in components.quantization:
+            start_from_lost(module, full.modules()[name], set(components.quantization[name].quantized))
         if spec.dropout and spec.dropout_kind in DROPOUTS:
             DROPOUTS[spec.dropout_kind](module, "default", spec.dropout)
-        adapted[name] = module
+        adapted[name] = module.train(module.training)  # peft's own modules come in training mode
         ranks = sorted({rank for rank, _ in sizes.values()})
         log.info(
             "%s: %s of rank %s on %d layers, %s trainable parameters",
@@ -79,40 +82,55 @@ def peft_config(sizes: dict[str, tuple[int, float]], spec: AdapterSpec):
 
 
 def require_initialisable(module: nn.Module, name: str, sizes: dict[str, tuple[int, float]], spec: AdapterSpec) -> None:
-    """peft has pissa and olora for linear layers alone; raises ConfigError naming the convolutions among the targets."""
+    """Raises ConfigError naming the layers that `spec.init` is not for: convolutions, which peft has no pissa and olora for, and
+    layers with fewer directions than the rank."""
+    if spec.init in ("default", "gaussian"):
+        return
+    layers = {layer: module.get_submodule(layer) for layer in sizes}
     if spec.init in ("pissa", "olora"):
-        others = [layer for layer in sizes if not isinstance(module.get_submodule(layer), nn.Linear)]
+        others = [name for name, layer in layers.items() if not isinstance(layer, nn.Linear)]
         if others:
             raise ConfigError(
                 f"adapter.init {spec.init!r} is for linear layers, and the targets of {name} have {len(others)} convolutions"
-                f" ({', '.join(others[:3])}{' ...' if len(others) > 3 else ''}): exclude them, or take another init"
+                f" ({some(others)}): exclude them, or take another init"
             )
+    shapes = {layer: weight_shape(layers[layer]) for layer in sizes}
+    small = [layer for layer, (rank, _) in sizes.items() if rank > min(shapes[layer][0], prod(shapes[layer][1:]))]
+    if small:
+        raise ConfigError(
+            f"adapter.init {spec.init!r} takes as many directions of a weight as the rank, and {len(small)} layers of {name} have"
+            f" fewer ({some(small)}): lower the rank, that of these layers in adapter.ranks, or exclude them"
+        )
+
+
+def some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
 
 
 @torch.no_grad()
-def start_from_lost(components: Components, component: str) -> None:
+def start_from_lost(module: nn.Module, full: nn.Module, quantized: set[str]) -> None:
     """LoftQ with one iteration (arXiv 2310.08659, algorithm 1): B A starts as the best approximation of W - Q(W) of its rank.
 
-    The base stays what quantizing alone makes of it, so the adapter fits every NF4 copy of that base. Loads the component once
-    more in full, on the host; DoRA's magnitudes start as the norms of the corrected weights.
+    The base stays what quantizing alone makes of it, so the adapter fits every NF4 copy of that base. Layers that kept their
+    precision lost nothing and start as always. DoRA's magnitudes start as the norms of the corrected weights.
     """
     from peft.utils.integrations import dequantize_module_weight
 
-    full, module = components.load_full(component), components.modules()[component]
     for name, layer in module.named_modules():
-        if not hasattr(layer, "lora_A"):
+        if not hasattr(layer, "lora_A") or name not in quantized:
             continue
         a, b, scale = layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.scaling["default"]
-        weight = full.get_submodule(name).weight.float()
-        lost = weight - dequantize_module_weight(layer.base_layer).detach().to("cpu", torch.float32)
+        kept = dequantize_module_weight(layer.base_layer).detach().to("cpu", torch.float32)
+        lost = full.get_submodule(name).weight.float() - kept
         u, s, v = torch.linalg.svd(lost.flatten(1), full_matrices=False)
-        root = s[: len(a)].clamp(min=0).sqrt() / scale**0.5
-        b.copy_((u[:, : len(a)] * root).view_as(b))
-        a.copy_((root[:, None] * v[: len(a)]).view_as(a))
+        root = s[: len(a)].sqrt() / scale**0.5
+        up, down = u[:, : len(a)] * root, root[:, None] * v[: len(a)]
+        b.copy_(up.view_as(b))
+        a.copy_(down.view_as(a))
         if getattr(layer, "lora_magnitude_vector", None):
-            corrected = weight - lost + scale * (b.flatten(1) @ a.flatten(1)).view_as(weight).cpu()
+            corrected = kept.flatten(1) + scale * up @ down
             magnitude = layer.lora_magnitude_vector["default"].weight
-            magnitude.copy_(corrected.flatten(1).norm(dim=1).view_as(magnitude))
+            magnitude.copy_(corrected.norm(dim=1).view_as(magnitude))
 
 
 def base_digest(components: Components) -> str:

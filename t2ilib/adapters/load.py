@@ -1,5 +1,6 @@
 """Adapters from files and checkpoints back onto a base: one or several, each with its weight, or switched off."""
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -46,12 +47,24 @@ def load_adapter(components: Components, path: Path, name: str = "default") -> N
     try:
         with quiet_libraries():
             build_pipeline(components).load_lora_weights(file.parent, weight_name=file.name, adapter_name=name)
-    except (RuntimeError, ValueError, KeyError) as error:
+    except (RuntimeError, ValueError, KeyError, IndexError) as error:
         raise ConfigError(f"{file} does not fit {components.path}: {error}") from error
+    require_all_placed(components, file, name)
     if ours:
         put_weights(components, file, name)
     for module in components.modules().values():
         module.requires_grad_(False)
+
+
+def require_all_placed(components: Components, file: Path, name: str) -> None:
+    """Raises ConfigError where the file has adapted layers that `components` has not: diffusers leaves those out."""
+    with safe_open(file, "pt") as stored:
+        count = sum(bool(re.search(r"lora[._](A|down)\.weight$", key)) for key in list(stored.keys()))
+    placed = sum(name in getattr(m, "lora_A", {}) for part in components.modules().values() for m in part.modules())
+    if placed < count:
+        raise ConfigError(
+            f"{file} adapts {count} layers, and {components.path} has {placed} of them: it was trained on another base"
+        )
 
 
 def put_weights(components: Components, file: Path, name: str) -> None:
@@ -87,6 +100,11 @@ def load_checkpoint_adapter(components: Components, folder: Path, step: int) -> 
     if run.adapter is None:
         raise ConfigError(
             f"{folder} trained {run.training.trains}, not an adapter: draw with --model {folder / 'model'}"
+        )
+    if run.adapter.init in ("pissa", "olora") and components.path != run.model.base:
+        raise ConfigError(
+            f"{folder} took its start from {run.model.base} (init {run.adapter.init}): a checkpoint of it goes with that base alone;"
+            " without --checkpoint its finished adapter goes with others"
         )
     weights = load_checkpoint(paths[step]).tensors["weights"]
     for name, module in attach_adapters(components, run.adapter, run.seed).items():

@@ -150,6 +150,13 @@ class AdapterRow:
     parameters: int
 
 
+def weight_shape(layer: nn.Module) -> tuple[int, ...]:
+    """Of a linear layer or convolution as it was before quantization: (out, in), or (out, in / groups, kh, kw)."""
+    if isinstance(layer, nn.Conv2d):
+        return (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
+    return (layer.out_features, layer.in_features)
+
+
 def adapter_table(components: Components, spec: AdapterSpec) -> list[AdapterRow]:
     """Every layer that `spec` means, with the adapter's parameters on it; needs shapes only, so the meta device will do.
 
@@ -161,10 +168,7 @@ def adapter_table(components: Components, spec: AdapterSpec) -> list[AdapterRow]
         model = components.modules()[component]
         for name, (rank, _) in sizes.items():
             layer = model.get_submodule(name)
-            if isinstance(layer, nn.Conv2d):
-                shape = (layer.out_channels, layer.in_channels // layer.groups, *layer.kernel_size)
-            else:
-                shape = (layer.out_features, layer.in_features)
+            shape = weight_shape(layer)
             outputs, inputs = shape[0], prod(shape[1:])
             parameters = rank * (inputs + outputs) + (outputs if spec.kind == "dora" else 0)
             layer_kind = "convolution" if isinstance(layer, nn.Conv2d) else "linear"

@@ -23,7 +23,7 @@ from t2ilib.memory import require_memory
 from t2ilib.models.autoencoders import load_vae
 from t2ilib.models.families import Family
 from t2ilib.models.locate import SHIPPED, UNUSED, check_folder, fetch_pipeline, folder_bytes, load_family, locate
-from t2ilib.models.quantize import QuantizationReport, has_layer, quantize
+from t2ilib.models.quantize import QuantizationReport, has_layer, move, quantize
 from t2ilib.models.single_file import load_single_file
 
 log = logging.getLogger(__name__)
@@ -62,12 +62,13 @@ class Components:
         """Pipeline name -> trainable-in-principle part: the UNet and the text encoders."""
         return {"unet": self.unet, **self.text_encoders}
 
-    def load_full(self, name: str) -> nn.Module:
-        """One part as it is before quantization, on the host; loads the base once more. Raises ValueError for a base not loaded
-        from anywhere."""
+    def load_full(self) -> "Components":
+        """The same base before quantization, on the host, in the dtype it was quantized from. Raises ValueError for one that was
+        not loaded from anywhere."""
         if self.config is None:
-            raise ValueError(f"{self.path} was not loaded from anywhere, so its full-precision {name} cannot be")
-        return load_base(self.config.in_full(), torch.device("cpu")).modules()[name]
+            raise ValueError(f"{self.path} was not loaded from anywhere, so it cannot be in full precision either")
+        dtype = str(choose_dtype(self.config.dtype, self.device)).removeprefix("torch.")
+        return load_base(self.config.in_full().model_copy(update={"dtype": dtype}), torch.device("cpu"))
 
     def parkable(self, trained: Iterable[str]) -> list[nn.Module]:
         """What a training step does without: the VAE and the text encoders that nothing trains."""
@@ -77,18 +78,18 @@ class Components:
         """Moves the VAE and the text encoders that nothing trains from the device to host memory until they are needed."""
         self.parked = self.parkable(trained)
         for module in self.parked:
-            module.to("cpu")
+            move(module, "cpu")
 
     @contextlib.contextmanager
     def awake(self) -> Iterator[None]:
         """All parts on the device, for as long as the scope lasts."""
         for module in self.parked:
-            module.to(self.device)
+            move(module, self.device)
         try:
             yield
         finally:
             for module in self.parked:
-                module.to("cpu")
+                move(module, "cpu")
 
     def encode_text(self, captions: list[str]) -> dict[str, torch.Tensor]:
         """What the UNet is conditioned on (see `families`), without time ids; an empty caption as the pipeline has it."""

@@ -174,6 +174,14 @@ def select_layers(
     return quantized, kept
 
 
+def move(model: nn.Module, device: torch.device | str) -> None:
+    """`model.to(device)`, with the codes of int8 layers, which after their first pass lie outside their parameters."""
+    model.to(device)
+    for layer in model.modules():
+        if type(layer._parameters.get("weight")).__name__ == "Int8Params":
+            layer.to(device)
+
+
 def has_layer(model: nn.Module, ending: str) -> bool:
     """Whether a linear or convolution layer has this name, or one that ends so."""
     layers = (name for name, layer in model.named_modules() if isinstance(layer, nn.Linear | nn.Conv2d))

@@ -3,6 +3,7 @@
 On a CPU `adamw8bit` costs some 35 times fused AdamW a step: it is there to be the same optimizer, not to be fast.
 """
 
+import contextlib
 from collections.abc import Callable
 
 import torch
@@ -27,14 +28,15 @@ def prodigy(groups: list[dict], config: OptimizerConfig) -> torch.optim.Optimize
     """Prodigy (arXiv 2306.06101): estimates the step size; `learning_rate` multiplies it and is best left at 1."""
     from prodigyopt import Prodigy
 
-    return Prodigy(
-        groups,
-        betas=config.betas,
-        weight_decay=config.weight_decay,
-        decouple=True,
-        use_bias_correction=True,
-        safeguard_warmup=True,
-    )
+    with contextlib.redirect_stdout(None):  # it prints that it decouples the weight decay
+        return Prodigy(
+            groups,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+            decouple=True,
+            use_bias_correction=True,
+            safeguard_warmup=True,
+        )
 
 
 OPTIMIZERS: dict[str, Callable[[list[dict], OptimizerConfig], torch.optim.Optimizer]] = {
