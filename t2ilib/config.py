@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 
 class ConfigError(ValueError):
@@ -207,6 +207,12 @@ class TrainingConfig(Section):
     """Refuse before loading a run whose predicted memory (`t2ilib plan`) the device has not."""
     checkpoint_every: Positive = 100
     keep_checkpoints: Positive = 2
+
+    @field_validator("mixed_precision", mode="before")
+    @classmethod
+    def unquoted_no(cls, value: Any) -> Any:
+        """YAML reads `no` as false."""
+        return "no" if value is False else value
 
     @model_validator(mode="after")
     def batch_divides(self) -> "TrainingConfig":

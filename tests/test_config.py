@@ -229,3 +229,10 @@ def test_defaults_of_sections_are_valid_and_not_shared():
     first, second = RunConfig(adapter=AdapterSpec()), RunConfig(adapter=AdapterSpec())
     first.tracking.tags["x"] = "y"
     assert second.tracking.tags == {}
+
+
+def test_no_needs_no_quotes(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("adapter: {}\ntraining: {mixed_precision: no}\n")
+    assert load_run(path).training.mixed_precision == "no"
+    assert load_run(path, ["training.mixed_precision=no"]).training.mixed_precision == "no"
