@@ -73,3 +73,13 @@ def fit(components, proof=None, num_steps=8, trains_text=False, rate=1e-2, befor
         losses.append(loss.item())
     denoiser.eval()
     return losses
+
+
+def trainable(components):
+    """Names of the parameters that require a gradient."""
+    return {
+        f"{c}.{n}"
+        for c, module in components.modules().items()
+        for n, p in module.named_parameters()
+        if p.requires_grad
+    }

@@ -2,7 +2,7 @@ import re
 
 import pytest
 import torch
-from adapting import fit, output_of
+from adapting import fit, output_of, trainable
 from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 
@@ -13,15 +13,6 @@ from t2ilib.adapters.spec import ATTENTION, match_modules, resolve_targets
 from t2ilib.config import AdapterSpec, ConfigError, ModelConfig, build_run
 from t2ilib.models.components import load_base
 from t2ilib.models.quantize import quantize
-
-
-def trainable(components):
-    return {
-        f"{c}.{n}"
-        for c, module in components.modules().items()
-        for n, p in module.named_parameters()
-        if p.requires_grad
-    }
 
 
 def test_without_text_targets_only_the_unet_is_adapted(make):

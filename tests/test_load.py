@@ -1,6 +1,6 @@
 import pytest
 import torch
-from adapting import CAPTIONS, fit, output_of
+from adapting import CAPTIONS, fit, output_of, trainable
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -10,15 +10,6 @@ from t2ilib.adapters.load import FILE_NAME, load_adapter, weigh_adapters
 from t2ilib.adapters.spec import resolve_targets
 from t2ilib.adapters.weights import read_layers
 from t2ilib.config import AdapterSpec, ConfigError
-
-
-def trainable(components):
-    return {
-        f"{c}.{n}"
-        for c, module in components.modules().items()
-        for n, p in module.named_parameters()
-        if p.requires_grad
-    }
 
 
 @pytest.mark.parametrize(
