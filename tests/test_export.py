@@ -255,7 +255,10 @@ def test_files_say_what_they_are(make, tmp_path):
     save_pipeline(make(), tmp_path / "base")
     base = ModelConfig(base=str(tmp_path / "base"))
     kohya = export_adapter(file, tmp_path / "kohya.safetensors", "kohya", base)
-    assert expected.items() <= read_metadata(kohya).items()
+    told = read_metadata(kohya)
+    assert expected.items() <= told.items()
+    assert told["modelspec.implementation"].endswith("generative-models")  # whose block names the file has
+    assert metadata["modelspec.implementation"] == "diffusers"
     merged = export_adapter(file, tmp_path / "merged", "merged", base, "bfloat16")
     readme = (merged / "README.md").read_text()
     assert "in torch.bfloat16" in readme

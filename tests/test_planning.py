@@ -18,6 +18,7 @@ from t2ilib.config import ConfigError, ModelConfig, RunConfig, build_run, overri
 from t2ilib.fitting import Advice, advise, needed_bytes, planned_run, remedy, require_fit
 from t2ilib.memory import GIB, MIB, memory_bound, surely_fits
 from t2ilib.models.components import load_base
+from t2ilib.models.locate import SHIPPED
 from t2ilib.models.unloaded import build_unloaded, native_resolution
 from t2ilib.notebooks import notebook_run
 from t2ilib.planning import MemoryPlan, plan_memory, trace_run
@@ -353,3 +354,20 @@ def test_a_run_may_be_tried_all_the_same(monkeypatch) -> None:
     with pytest.raises(ConfigError, match=r"set training\.require_fit to false"):
         require_fit(run_of(), CPU)
     require_fit(run_of("training.require_fit=false"), CPU)
+
+
+def test_configs_on_the_hub_are_those_of_the_revision(monkeypatch) -> None:
+    asked = []
+
+    def index(repository, name, revision=None):
+        asked.append(revision)
+        return SHIPPED["tiny-sdxl"] / name
+
+    def snapshot(repository, revision=None, **options):
+        asked.append(revision)
+        return SHIPPED["tiny-sdxl"]
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", index)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot)
+    build_unloaded(ModelConfig(base="owner/name", revision="v2"), torch.float32)
+    assert asked == ["v2", "v2"]

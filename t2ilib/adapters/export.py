@@ -7,7 +7,6 @@ exactly is refused by name.
 
 import json
 import logging
-import shutil
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,9 @@ from torch import Tensor
 from t2ilib.adapters.load import FILE_NAME, adapter_file, load_adapter, read_metadata
 from t2ilib.adapters.weights import AdapterLayer, read_layers
 from t2ilib.config import ConfigError, ModelConfig, RunConfig, check_choice, load_run
-from t2ilib.models.components import Components, build_pipeline, clip_folder, load_base, quiet_libraries
+from t2ilib.models.components import Components, build_pipeline, load_base, quiet_libraries, save_pipeline
+from t2ilib.models.original import original_unet_names
+from t2ilib.models.single_file import IMPLEMENTATION
 
 log = logging.getLogger(__name__)
 
@@ -95,23 +96,20 @@ def write_kohya(
         tensors[f"{name}.alpha"] = torch.tensor(layer.alpha)
         if layer.magnitude is not None:
             tensors[f"{name}.dora_scale"] = layer.magnitude.reshape(-1, *[1] * (layer.down.ndim - 1))
-    write(file, tensors, dict(metadata))
+    implementation = {"modelspec.implementation": IMPLEMENTATION} if components.family.original_names else {}
+    write(file, tensors, {**metadata, **implementation})
 
 
 def kohya_names(components: Components) -> dict[tuple[str, str], str]:
     """(component, module) -> the name of its tensors in kohya's layout, for every linear and convolution layer."""
-    from t2ilib.models.original import original_unet_names
-
-    prefixes = {"unet": "lora_unet", "text_encoder": "lora_te"}
-    unet = {name: name for name, _ in components.unet.named_modules()}
-    if components.family.name == "sdxl":
-        prefixes |= {"text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
-        unet = original_unet_names(components.unet)
+    family = components.family
+    names = {name: name for name, _ in components.unet.named_modules()}
+    unet = original_unet_names(components.unet) if family.original_names else names
     modules = {"unet": unet}
     for component, encoder in components.text_encoders.items():
         modules[component] = {name: with_text_model(name) for name, _ in encoder.named_modules()}
     return {
-        (component, module): f"{prefixes[component]}_{name.replace('.', '_')}"
+        (component, module): f"{family.kohya_prefixes[component]}_{name.replace('.', '_')}"
         for component, own in modules.items()
         for module, name in own.items()
     }
@@ -127,15 +125,16 @@ def write_merged(
         )
     pipeline = build_pipeline(components)
     with quiet_libraries():
-        pipeline.fuse_lora(components=[c for c in by_component(layers)], safe_fusing=True)
+        pipeline.fuse_lora(components=list(by_component(layers)), safe_fusing=True)
         pipeline.unload_lora_weights()
-        pipeline.save_pretrained(folder)
+    save_pipeline(components, folder)
+    told = f"An adapter merged into {components.path} in {components.unet.dtype}."
     trained_on = metadata.get("t2ilib.quantization", "none")
-    told = f"# {metadata.get('modelspec.title', 'merged')}\n\nAn adapter merged into {components.path} in {components.unet.dtype}"
-    told += f".\nIt was trained over that base in {trained_on}.\n" if trained_on != "none" else ".\n"
-    (folder / "README.md").write_text(
-        told + "\n" + "".join(f"- {key}: {value}\n" for key, value in sorted(metadata.items()))
-    )
+    if trained_on != "none":
+        told += f" It was trained over that base in {trained_on}."
+    rows = "".join(f"- {key}: {value}\n" for key, value in sorted(metadata.items()))
+    title = metadata.get("modelspec.title", "merged")
+    (folder / "README.md").write_text(f"# {title}\n\n{told} What its file said of it:\n\n{rows}")
 
 
 FORMATS: dict[str, Callable[[Sequence[AdapterLayer], Components, Path, Mapping[str, str]], None]] = {
@@ -175,9 +174,6 @@ def export_adapter(
         key: value for key, value in read_metadata(file).items() if key.startswith(("modelspec.", "ss_", "t2ilib."))
     }
     writer(read_layers(components), components, target, metadata)
-    clip = clip_folder(components)
-    if format == "merged" and clip is not None:
-        shutil.copytree(clip, target / "clip", dirs_exist_ok=True)
     return target
 
 
@@ -186,21 +182,17 @@ def describe(
 ) -> dict[str, str]:
     """modelspec (github.com/Stability-AI/ModelSpec) and `ss_` metadata of a run's adapter; what is not known is not there."""
     spec, side = run.adapter, run.data.resolution
-    architecture, version = {
-        "sd15": ("stable-diffusion-v1", "sd_v1"),
-        "sdxl": ("stable-diffusion-xl-v1-base", "sdxl_base_v1-0"),
-    }[components.family.name]
     ranks, alphas = {layer.rank for layer in layers}, {layer.alpha for layer in layers}
     values = {
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": f"{architecture}/{spec.kind}",
+        "modelspec.architecture": f"{components.family.architecture}/{spec.kind}",
         "modelspec.implementation": "diffusers",
         "modelspec.title": run.name,
         "modelspec.resolution": f"{side}x{side}",
         "modelspec.prediction_type": components.scheduler.config.prediction_type.removesuffix("_prediction"),
         "modelspec.trigger_phrase": ", ".join(spec.trigger_words),
         "ss_sd_model_name": components.path,
-        "ss_base_model_version": version,
+        "ss_base_model_version": components.family.version,
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(next(iter(ranks))) if len(ranks) == 1 else "Dynamic",
         "ss_network_alpha": f"{next(iter(alphas)):g}" if len(alphas) == 1 else "Dynamic",

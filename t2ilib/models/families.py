@@ -48,18 +48,46 @@ def encode_sdxl(components: "Components", captions: Sequence[str]) -> dict[str, 
 
 @dataclass(frozen=True)
 class Family:
-    """`text_encoders`: their names in the pipeline. `pooled_conditioning`: whether the UNet also takes pooled text and time ids."""
+    """`text_encoders`: their names in the pipeline. `pooled_conditioning`: whether the UNet also takes pooled text and time ids.
+
+    For files: `architecture` as modelspec calls it, `version` as kohya's sd-scripts do, `kohya_prefixes` of the parts' tensors there,
+    and whether the UNet's modules have their `original_names` in that layout.
+    """
 
     name: str
     pipeline_class: str
     text_encoders: tuple[str, ...]
     encode_text: Callable[["Components", Sequence[str]], dict[str, Tensor]]
     pooled_conditioning: bool
+    architecture: str
+    version: str
+    kohya_prefixes: Mapping[str, str]
+    original_names: bool
 
 
 FAMILIES = {
-    "sd15": Family("sd15", "StableDiffusionPipeline", ("text_encoder",), encode_sd15, False),
-    "sdxl": Family("sdxl", "StableDiffusionXLPipeline", ("text_encoder", "text_encoder_2"), encode_sdxl, True),
+    "sd15": Family(
+        name="sd15",
+        pipeline_class="StableDiffusionPipeline",
+        text_encoders=("text_encoder",),
+        encode_text=encode_sd15,
+        pooled_conditioning=False,
+        architecture="stable-diffusion-v1",
+        version="sd_v1",
+        kohya_prefixes={"unet": "lora_unet", "text_encoder": "lora_te"},
+        original_names=False,
+    ),
+    "sdxl": Family(
+        name="sdxl",
+        pipeline_class="StableDiffusionXLPipeline",
+        text_encoders=("text_encoder", "text_encoder_2"),
+        encode_text=encode_sdxl,
+        pooled_conditioning=True,
+        architecture="stable-diffusion-xl-v1-base",
+        version="sdxl_base_v1-0",
+        kohya_prefixes={"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"},
+        original_names=True,
+    ),
 }
 
 

@@ -152,12 +152,18 @@ def fetch_pipeline(repository: str, config: ModelConfig, family: Family) -> Path
         )
 
 
-def fetch_files(repository: str, patterns: tuple[str, ...], field: str, instead: str = "give a local folder") -> Path:
-    """A local folder with the files of a Hub repository that match `patterns`, for the parts other than the base."""
+def fetch_files(
+    repository: str,
+    patterns: tuple[str, ...],
+    field: str,
+    instead: str = "give a local folder",
+    revision: str | None = None,
+) -> Path:
+    """A local folder with the files of a Hub repository that match `patterns`."""
     import huggingface_hub
 
-    with hub_refusals(repository, None, field, f"holds none of {', '.join(patterns)}", instead):
-        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=list(patterns)))
+    with hub_refusals(repository, revision, field, f"holds none of {', '.join(patterns)}", instead):
+        return Path(huggingface_hub.snapshot_download(repository, revision=revision, allow_patterns=list(patterns)))
 
 
 def require_room(repository: str, revision: str | None, wanted: Callable[[list[str]], list[str]], field: str) -> None:

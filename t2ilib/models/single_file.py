@@ -40,7 +40,9 @@ VOCABULARY = "openai/clip-vit-large-patch14"
 """Whose tokenizer all Stable Diffusion text encoders share; it cannot be shipped."""
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json")
 
-ARCHITECTURES = {"sd15": "stable-diffusion-v1", "sd2": "stable-diffusion-v2", "sdxl": "stable-diffusion-xl-v1-base"}
+ARCHITECTURES = {name: family.architecture for name, family in FAMILIES.items()} | {"sd2": "stable-diffusion-v2"}
+IMPLEMENTATION = "https://github.com/Stability-AI/generative-models"
+"""Whose code the original names are of, as modelspec wants it said."""
 TITLES = {"sd15": "SD1.x", "sd2": "SD2", "sdxl": "SDXL"}
 
 REFUSED = (
@@ -296,7 +298,7 @@ def save_single_file(components: "Components", path: Path) -> None:
         "format": "pt",
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": ARCHITECTURES[kind],
-        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+        "modelspec.implementation": IMPLEMENTATION,
         "modelspec.title": path.stem,
         "modelspec.prediction_type": {"epsilon": "epsilon", "v_prediction": "v"}[scheduler.prediction_type],
     }

@@ -1,6 +1,6 @@
 """A model as `load_base` would load it, without its weights: on the meta device, from config files alone, for planning.
 
-Leaves out tokenizers, which hold no memory worth the name.
+Leaves out tokenizers, which hold no memory worth the name, and `model.vae`: the base's own VAE stands for it.
 """
 
 import contextlib
@@ -64,7 +64,9 @@ def config_folder(config: ModelConfig) -> Iterator[tuple[Path, Family]]:
             yield find_configs(Path(path), kind, family, config, Path(scratch)), family
         else:
             family = load_family(path, config)
-            folder = Path(path) if Path(path).is_dir() else fetch_files(path, CONFIGS, "model.base")
+            folder = Path(path)
+            if not folder.is_dir():
+                folder = fetch_files(path, CONFIGS, "model.base", revision=config.revision)
             lacking = [name for name in lacking_configs(folder, family) if not name.startswith("tokenizer")]
             if lacking:
                 raise ConfigError(f"model.base {config.base} is incomplete, it lacks {', '.join(lacking)}")
