@@ -25,6 +25,7 @@ demo: install  ## Run the adapters study in its quick preset and write its repor
 
 test: install  ## Run the test suite
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	@if command -v nvidia-smi >/dev/null && nvidia-smi -L | grep -q GPU; then $(BIN)/python -m pytest -m gpu; fi
 
 lint: install  ## Check style, and that notebooks are committed without outputs
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .

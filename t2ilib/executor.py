@@ -1,7 +1,6 @@
 """Running the notebooks of a study side by side, one process each, and telling how far they are."""
 
 import json
-import os
 import re
 import signal
 import threading
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
+from t2ilib.memory import usable_cores
 from t2ilib.notebooks import end_notebook, error_text, execute_notebook, export_html, notebook_parameters
 
 if TYPE_CHECKING:
@@ -188,8 +188,3 @@ class Executor:
         draft = run.folder / "result.json.part"
         draft.write_text(json.dumps(result, indent=1))
         draft.rename(run.folder / "result.json")
-
-
-def usable_cores() -> int:
-    """Cores this process may use, which in a container are fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

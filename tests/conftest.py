@@ -3,16 +3,32 @@
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ.setdefault("OMP_NUM_THREADS", "1" if "PYTEST_XDIST_WORKER" in os.environ else "2")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import pytest
+
+from t2ilib.memory import usable_cores
+
+
+def pytest_configure(config) -> None:
+    """Each worker gets its share of the cores, which it inherits from the process that starts it. Tests are about the CPU, and
+    see no other device, unless those marked `gpu` are asked for, by `-m gpu`."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    workers = config.getoption("numprocesses", None) or 1
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        os.environ.setdefault("OMP_NUM_THREADS", str(min(2, max(1, usable_cores() // workers))))
+
+
+def pytest_collection_modifyitems(config, items) -> None:
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if config.option.markexpr != "gpu":
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="about a GPU: run pytest -m gpu"))
 
 
 @pytest.fixture(scope="session", autouse=True)
 def machine(tmp_path_factory):
-    import torch
-
-    torch.set_num_threads(min(2, torch.get_num_threads()))
     os.environ["T2ILIB_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from t2ilib.adapters.attach import attach_adapters
 from t2ilib.config import ConfigError, load_run
+from t2ilib.memory import align
 from t2ilib.models.components import Components, build_pipeline, quiet_libraries
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
@@ -53,7 +54,7 @@ def load_adapter(components: Components, path: Path, name: str = "default") -> N
     if ours:
         put_weights(components, file, name)
     for module in components.modules().values():
-        module.requires_grad_(False)
+        align(module.requires_grad_(False))
 
 
 def require_all_placed(components: Components, file: Path, name: str) -> None:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from t2ilib.config import RunConfig
 from t2ilib.data import shapes
 from t2ilib.evaluation.sampling import draw, save_pictures
+from t2ilib.memory import align
 from t2ilib.models.components import Components, clip_folder, quiet_libraries
 from t2ilib.models.families import tokenize
 from t2ilib.tracking import NullTracker, Tracker
@@ -92,6 +93,7 @@ def load_clip(run: RunConfig, components: Components):
         return None
     with quiet_libraries():
         clip, tokenizer = CLIPModel.from_pretrained(name, dtype=torch.float32), AutoTokenizer.from_pretrained(name)
+    align(clip)
     return clip.to(components.device).eval(), tokenizer
 
 

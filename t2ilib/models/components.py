@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from t2ilib.config import ConfigError, ModelConfig
-from t2ilib.memory import require_memory
+from t2ilib.memory import align, require_memory
 from t2ilib.models.autoencoders import load_vae
 from t2ilib.models.families import Family
 from t2ilib.models.locate import SHIPPED, UNUSED, check_folder, fetch_pipeline, folder_bytes, load_family, locate
@@ -167,6 +167,7 @@ def load_base(config: ModelConfig, device: torch.device | None = None) -> Compon
     )
     for module in (*components.modules().values(), components.vae):
         module.requires_grad_(False).eval()
+        align(module)
     if config.quantization != "none":
         quantize_parts(components, config, dtype, device)
     for module in (*components.modules().values(), components.vae):

@@ -20,6 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from t2ilib.memory import aligned
+
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
@@ -98,7 +100,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
                 f"{path / name} is damaged or missing: delete {path} to go on from an older checkpoint"
             )
     meta = json.loads((path / "meta.json").read_text())
-    tensors = {Path(name).stem: load_file(path / name) for name in sums if name.endswith(".safetensors")}
+    stems = {Path(name).stem: load_file(path / name) for name in sums if name.endswith(".safetensors")}
+    tensors = {stem: {key: aligned(tensor) for key, tensor in stored.items()} for stem, stored in stems.items()}
     return Checkpoint(meta.pop("step"), tensors, meta)
 
 
