@@ -1,23 +1,21 @@
 """RunConfig: everything that decides a run, as frozen, validated data. Importing it imports no torch.
 
-One section for each stage of a run (model, adapter, data, objective, optimizer, training, evaluation, tracking). Unknown
-fields are errors, values are checked here rather than where they are used, and several mistakes are reported together.
-`load_run` reads YAML and applies `section.field=value` overrides; `save_run` writes the resolved config that a run keeps.
+One section for each stage of a run (model, adapter, data, objective, optimizer, training, evaluation, tracking), and one for the
+drawn world. Unknown fields are errors, and values are checked here rather than where they are used; `runfile` makes runs of
+what people write, and reports several mistakes together.
 
-Leaves out: the names that other layers own (targets, sources, optimizers, objectives). Those layers check them, because
-only they know which exist; `check_choice` gives all of them the same error.
+Leaves out what only a loaded model can tell: whether a target names layers that it has. `check_choice` gives names that are
+looked up elsewhere the same error.
 """
 
-import contextlib
 import difflib
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class ConfigError(ValueError):
@@ -29,9 +27,8 @@ def check_choice(value: str, allowed: Iterable[str], what: str) -> str:
     allowed = list(allowed)
     if value in allowed:
         return value
-    near = difflib.get_close_matches(str(value), allowed, 1, 0.5)
-    hint = f" Did you mean {near[0]!r}?" if near else ""
-    raise ConfigError(f"{what} {value!r} does not exist; choose from {', '.join(allowed)}.{hint}")
+    names = [str(name) for name in allowed]
+    raise ConfigError(f"{what} {value!r} does not exist; choose from {', '.join(names)}.{did_you_mean(value, names)}")
 
 
 class Section(BaseModel):
@@ -130,7 +127,7 @@ class AdapterSpec(Section):
 class DataConfig(Section):
     """Which captioned pictures."""
 
-    source: str = "folder"
+    source: Literal["folder", "shapes"] = "folder"
     path: Path | None = None
     """For `folder`: an image folder with metadata.jsonl, metadata.csv, or a .txt caption beside each picture."""
     validation_path: Path | None = None
@@ -139,25 +136,48 @@ class DataConfig(Section):
     image_column: str = "file_name"
     caption_column: str = "text"
     resolution: Annotated[int, Field(ge=8, multiple_of=8)] = 64
-    crop: Annotated[int, Field(ge=8, multiple_of=8)] | None = None
-    """For training an autoencoder: the side of random crops; None trains on whole pictures."""
     on_error: Literal["stop", "skip"] = "stop"
     """What a missing or corrupt picture does: stop the run, or be rejected, counted and logged."""
+
+
+class ShapesConfig(Section):
+    """The drawn world, for `data.source: shapes`: which pictures are drawn, how many are checked, and which part of a tiny model
+    is trained on them alone."""
+
+    scenes: tuple[Literal["base", "heart", "striped", "blueprint"], ...] = ("base",)
+    """What is drawn, in equal shares: `base` and the concepts outside it."""
     num_pictures: Positive = 48
-    """For `shapes`: how many training pictures are drawn."""
-    scenes: tuple[str, ...] = ("base",)
-    """For `shapes`: what is drawn, in equal shares: `base` and the concepts outside it, heart, striped, blueprint."""
+    """How many training pictures are drawn."""
     jitter: Annotated[float, Field(ge=0, le=1)] = 1.0
-    """For `shapes`: how far position, size, tilt and colour stray from their nominal values."""
+    """How far position, size, tilt and colour stray from their nominal values."""
     seed: int = 0
-    """For `shapes`: which pictures are drawn. Apart from the run's seed, so that all seeds of a study share their data."""
+    """Which pictures are drawn. Apart from the run's seed, so that all seeds of a study share their data."""
+    checked_prompts: Annotated[int, Field(ge=0)] = 48
+    """How many prompts of the concepts, and of the base world, the checker judges at the end."""
+    trains: Literal["vae", "clip"] | None = None
+    """The parts of a tiny model that come before its UNet, in place of what `training.trains` names."""
+    crop: Annotated[int, Field(ge=8, multiple_of=8)] | None = None
+    """For the VAE: the side of random crops; None trains on whole pictures."""
+
+    @field_validator("scenes")
+    @classmethod
+    def each_once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        if not value or len(set(value)) < len(value):
+            raise ValueError(f"name each kind once, and at least one, not {', '.join(value) or 'none'}")
+        return value
+
+    @model_validator(mode="after")
+    def crops_are_the_autoencoders(self) -> "ShapesConfig":
+        if self.crop is not None and self.trains != "vae":
+            raise ValueError("crop is about training the VAE: set trains to vae, or leave it out")
+        return self
 
 
 class ObjectiveConfig(Section):
     """What is minimised."""
 
-    name: str = "auto"
-    """`epsilon`, `v_prediction`, `sample`; "auto" takes what the base model predicts."""
+    name: Literal["auto", "epsilon", "v_prediction", "sample"] = "auto"
+    """What the network predicts; "auto" takes what the base model predicts."""
     snr_gamma: Annotated[float, Field(gt=0)] | None = 5.0
     """min-SNR weighting (arXiv 2303.09556); None for the plain mean squared error."""
     caption_dropout: Share = 0.0
@@ -167,7 +187,7 @@ class ObjectiveConfig(Section):
 class OptimizerConfig(Section):
     """How it is minimised. `text_encoder_learning_rate` None: as the UNet's."""
 
-    name: str = "adamw"
+    name: Literal["adamw", "adamw8bit", "prodigy"] = "adamw"
     learning_rate: PositiveFloat = 1e-3
     text_encoder_learning_rate: PositiveFloat | None = None
     lora_plus_ratio: Annotated[float, Field(ge=1)] | None = None
@@ -195,10 +215,11 @@ class OptimizerConfig(Section):
 class TrainingConfig(Section):
     """How long, in what batches, and what is kept."""
 
-    trains: Literal["adapter", "unet", "vae", "clip", "nothing"] = "adapter"
+    trains: Literal["adapter", "unet", "nothing"] | None = None
+    """None: the adapter, or what `shapes.trains` names. `nothing` measures the base as it is."""
     steps: Annotated[int, Field(ge=0)] = 200
     batch_size: Positive = 4
-    """Pictures a step, over all processes and accumulated micro-batches."""
+    """Pictures a step, over all accumulated micro-batches."""
     accumulation: Positive = 1
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     gradient_checkpointing: bool = False
@@ -231,8 +252,9 @@ class EvaluationConfig(Section):
     """Fixed prompts of the sample grids; empty takes the first validation captions."""
     num_inference_steps: Positive = 20
     guidance_scale: Annotated[float, Field(ge=1)] = 3.0
-    checked_prompts: Annotated[int, Field(ge=0)] = 48
-    """For `shapes`: how many prompts of the concepts, and of the base world, the checker judges at the end."""
+    measures: tuple[str, ...] | None = None
+    """What judges the pictures that are drawn at the end: names from `evaluation.measures.MEASURES`, of entry points, or of objects
+    in Python files (`my_measures.py:sharpness`). None: all that come with t2ilib and apply."""
     clip_model: str | None = None
     """Folder or Hub id of the CLIP that scores pictures; None takes the base's own `clip` folder, if it has one."""
 
@@ -256,19 +278,44 @@ class RunConfig(Section):
     model: ModelConfig = ModelConfig()
     adapter: AdapterSpec | None = None
     data: DataConfig = DataConfig()
+    shapes: ShapesConfig | None = None
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     tracking: TrackingConfig = TrackingConfig()
 
+    @property
+    def trains(self) -> str:
+        """adapter, unet, vae, clip or nothing."""
+        return self.training.trains or (self.shapes and self.shapes.trains) or "adapter"
+
+    @model_validator(mode="before")
+    @classmethod
+    def drawn_world(cls, values: Any) -> Any:
+        """`data.source: shapes` brings its section along, with its defaults."""
+        data = values.get("data") if isinstance(values, Mapping) else None
+        source = data.get("source") if isinstance(data, Mapping) else getattr(data, "source", None)
+        return {**values, "shapes": {}} if source == "shapes" and values.get("shapes") is None else values
+
     @model_validator(mode="after")
-    def adapter_where_trained(self) -> "RunConfig":
-        trains = self.training.trains
+    def holds_together(self) -> "RunConfig":
+        trains = self.trains
+        if self.shapes is not None and self.data.source != "shapes":
+            raise ValueError(
+                f"the shapes section is about data.source shapes, and data.source is {self.data.source}: set shapes to null"
+            )
+        if self.data.source == "shapes" and self.data.path is not None:
+            raise ValueError("data.path is about picture folders: leave it out, or set data.source to folder")
+        if self.shapes is not None and self.shapes.trains and self.training.trains:
+            raise ValueError(
+                f"training.trains is {self.training.trains} and shapes.trains is {self.shapes.trains}: leave one of them out"
+            )
         if (trains == "adapter") != (self.adapter is not None):
             raise ValueError(
-                f"training.trains is {trains!r} but the adapter section is {'missing' if self.adapter is None else 'given'}:"
-                " an adapter section goes with trains: adapter, and with nothing else"
+                f"this run trains {trains}, so its adapter section must be null: an adapter is trained over a base that stands still"
+                if self.adapter is not None
+                else "this run has no adapter section: add one, or set training.trains to unet or nothing"
             )
         if self.adapter is not None:
             residual, base = self.adapter.init in ("pissa", "olora"), self.model.quantization
@@ -293,19 +340,21 @@ class RunConfig(Section):
 
     def training_digest(self) -> str:
         """12 hex digits of what decides the trained weights: all but output, name, tracking and evaluation."""
-        values = self.model_dump(mode="json", exclude={"output", "name", "tracking", "evaluation"})
-        values["training"] = {
-            k: v
-            for k, v in values["training"].items()
-            if k not in ("checkpoint_every", "keep_checkpoints", "require_fit")
-        }
+        left_out = {"checkpoint_every": True, "keep_checkpoints": True, "require_fit": True}
+        values = self.model_dump(
+            mode="json",
+            exclude={"output": True, "name": True, "tracking": True, "evaluation": True, "training": left_out}
+            | {"shapes": {"checked_prompts": True}},
+        )
+        values["training"]["trains"] = self.trains
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
     def flat(self) -> dict[str, Any]:
         """`section.field` -> JSON-like value, for logging; the same keys for every run, whatever it trains."""
         values = self.model_dump(mode="json", exclude={"output", "name", "tracking"})
-        if values["adapter"] is None:
-            values["adapter"] = {field: None for field in AdapterSpec.model_fields}
+        values["training"]["trains"] = self.trains
+        for section, kind in (("adapter", AdapterSpec), ("shapes", ShapesConfig)):
+            values[section] = values[section] or dict.fromkeys(kind.model_fields)
         return {
             f"{section}.{field}" if isinstance(content, dict) else section: value
             for section, content in values.items()
@@ -313,87 +362,7 @@ class RunConfig(Section):
         }
 
 
-def describe_errors(error: ValidationError, source: str) -> ConfigError:
-    """All mistakes of a config in one message, one line each."""
-    lines = []
-    for mistake in error.errors():
-        place = ".".join(str(part) for part in mistake["loc"]) or "the run"
-        if mistake["type"] == "extra_forbidden":
-            near = difflib.get_close_matches(str(mistake["loc"][-1]), sorted(known_fields(mistake["loc"][:-1])), 1, 0.5)
-            lines.append(f"{place}: no such field." + (f" Did you mean {near[0]!r}?" if near else ""))
-        else:
-            value = "" if mistake["type"] == "value_error" else f" (got {mistake['input']!r})"
-            lines.append(f"{place}: {mistake['msg'].removeprefix('Value error, ')}{value}")
-    return ConfigError(f"{len(lines)} mistake{'s' * (len(lines) > 1)} in {source}:\n  " + "\n  ".join(lines))
-
-
-def known_fields(location: Sequence[int | str]) -> set[str]:
-    section: Any = RunConfig
-    for part in location:
-        field = section.model_fields.get(part)
-        kinds = getattr(field.annotation, "__args__", (field.annotation,)) if field else ()
-        section = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
-        if section is None:
-            return set()
-    return set(section.model_fields)
-
-
-def build_run(values: Mapping[str, Any], source: str = "the run config") -> RunConfig:
-    """A RunConfig from nested plain values; raises ConfigError listing every mistake."""
-    try:
-        return RunConfig.model_validate(values)
-    except ValidationError as error:
-        raise describe_errors(error, source) from None
-
-
-def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Reads a YAML run config and applies overrides such as `optimizer.learning_rate=3e-4`; raises ConfigError."""
-    return build_run(override_values(load_yaml(path), overrides), str(path))
-
-
-def override_values(values: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """`values` with overrides such as `optimizer.learning_rate=3e-4` put in; raises ConfigError for what is not one."""
-    for override in overrides:
-        address, equals, text = override.partition("=")
-        if not equals or not address:
-            raise ConfigError(f"--set {override!r}: write section.field=value, e.g. --set optimizer.learning_rate=3e-4")
-        *parents, field = address.split(".")
-        place = values
-        for parent in parents:
-            if place.get(parent) is None:
-                place[parent] = {}
-            place = place[parent]
-            if not isinstance(place, dict):
-                raise ConfigError(f"--set {override!r}: {parent} is a value, not a section")
-        try:
-            place[field] = parse_value(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--set {override!r} is not valid YAML: {error}") from None
-    return values
-
-
-def parse_value(text: str) -> Any:
-    """A YAML scalar or list; `3e-4` counts as the number it looks like, which YAML 1.1 would read as text."""
-    if "e" in text.lower() and text[:1] in "0123456789.-+":
-        with contextlib.suppress(ValueError):
-            return float(text)
-    return yaml.safe_load(text)
-
-
-def load_yaml(path: Path) -> dict[str, Any]:
-    """The mapping in a YAML file; raises ConfigError for a missing file, broken YAML (with its line) or another shape."""
-    try:
-        values = yaml.safe_load(Path(path).read_text())
-    except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist: give the path of a YAML file") from None
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold a mapping of fields, not {type(values).__name__}")
-    return values
-
-
-def save_run(run: RunConfig, path: Path) -> None:
-    """Writes the resolved config, with every default filled in, as YAML that `load_run` reads back."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False))
+def did_you_mean(name: Any, known: Iterable[str]) -> str:
+    """ " Did you mean ...?", where one of `known` is near; otherwise nothing."""
+    near = difflib.get_close_matches(str(name), sorted(known), 1, 0.5)
+    return f" Did you mean {near[0]!r}?" if near else ""

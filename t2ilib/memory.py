@@ -5,18 +5,16 @@ evaluation does not hide in the peak of training. Elsewhere the peak of the whol
 """
 
 import contextlib
-import json
 import logging
 import os
 import resource
 import shutil
 import sys
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from t2ilib.config import ConfigError, RunConfig
+from t2ilib.config import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -190,64 +188,6 @@ def available_memory(control_group: Path = Path("/sys/fs/cgroup")) -> int:
 def usable_cores() -> int:
     """Cores this process may use, which in a container are fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-SMALL_SHARE = 0.5
-"""A run whose bound is under this share of what is available is not traced."""
-COPIES = 6
-"""Of every weight in float32, as if all were trained: itself, its gradient, and at most Prodigy's four."""
-TENSORS_A_LAYER = 8
-"""Of a layer's output in float32: the output, its norm, activation, their casts and gradients, with room."""
-TEXT_TOKENS, CAPTIONS, PICTURES = 77, 64, 32
-"""Of a caption, and what is encoded or drawn at once at the most."""
-
-
-def memory_bound(run: RunConfig) -> int | None:
-    """A crude upper bound, in bytes, on what training `run` can take, from the headers of its base's weight files alone; None
-    where they do not lie in a folder here.
-
-    As if everything were float32 and trained, every layer's output were kept TENSORS_A_LAYER times over, and no block worked at
-    less than the full size of the latents. Many times the truth, and enough to tell a small model from one that must be traced
-    (`planning`) in a millisecond; no torch is imported.
-    """
-    shipped, named = Path(__file__).parent / "models" / "weights" / run.model.base, Path(run.model.base).expanduser()
-    folder = shipped if shipped.is_dir() else named
-    parts = ("unet", "vae", "text_encoder", "text_encoder_2")
-    try:
-        shapes = {part: weight_shapes(folder / part) for part in parts}
-        levels = len(json.loads((folder / "vae" / "config.json").read_text())["block_out_channels"])
-    except (OSError, ValueError, KeyError, MemoryError, OverflowError):  # damaged: loading it will say so
-        return None
-    if not all(shapes[part] for part in ("unet", "vae", "text_encoder")):
-        return None
-    weights = 4 * sum(prod(shape) for part in shapes.values() for shape in part.values())
-    widths = {
-        name: [shape[0] for key, shape in part.items() if len(shape) > 1 and "embedding" not in key] or [0]
-        for name, part in shapes.items()
-    }
-    pixels, batch = run.data.resolution**2, run.training.batch_size
-    activations = {
-        "unet": batch * pixels // 4 ** (levels - 1) * sum(widths["unet"]),
-        "text": max(batch, CAPTIONS) * TEXT_TOKENS * sum(widths["text_encoder"] + widths["text_encoder_2"]),
-        "vae": pixels * pictures_at_once(run.data.resolution, PICTURES) * max(widths["vae"]),
-    }
-    return COPIES * weights + 4 * TENSORS_A_LAYER * sum(activations.values())
-
-
-def surely_fits(run: RunConfig, available: float) -> bool:
-    """Whether the crude bound is so far below the `available` bytes that tracing the run would be a waste of time."""
-    bound = memory_bound(run)
-    return bound is not None and bound < SMALL_SHARE * available
-
-
-def weight_shapes(folder: Path) -> dict[str, list[int]]:
-    """Name -> shape of every tensor in the safetensors files of `folder`, from their headers."""
-    shapes = {}
-    for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        shapes |= {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
-    return shapes
 
 
 def existing(folder: Path) -> Path:

@@ -1,7 +1,7 @@
 """Addressed randomness: every random number is a function of (seed, purpose, key), never of what was drawn before.
 
 A generator is made anew for each use from a hash of its address, so the noise of sample 17 at step 240 is the same
-whatever the number of workers, processes or devices, and whether the run was interrupted or not. Generators live on the
+whatever the batch, the device and the moment, and whether the run was interrupted or not. Generators live on the
 CPU: CPU and CUDA generators give different numbers for one seed, and a result should not depend on the device.
 
 Leaves out: the global generators of torch, numpy and random, which no module of this library draws from. Dropout inside

@@ -2,9 +2,10 @@
 
 import torch
 
-from t2ilib.models import tiny
 from t2ilib.models.components import Components
-from t2ilib.models.families import FAMILIES, Denoiser
+from t2ilib.models.denoiser import Denoiser
+from t2ilib.models.families import FAMILIES
+from t2ilib.shapes import models
 
 CAPTIONS = ["a red circle", "a small blue square on a white background"]
 
@@ -12,16 +13,16 @@ CAPTIONS = ["a red circle", "a small blue square on a white background"]
 def build_parts(family="sdxl"):
     """A model of the tiny layout with random weights."""
     torch.manual_seed(0)
-    tokenizer = tiny.build_tokenizer()
+    tokenizer = models.build_tokenizer()
     names = FAMILIES[family].text_encoders
     return Components(
         family=FAMILIES[family],
         path="test",
-        unet=tiny.build_unet(f"tiny-{family}").requires_grad_(False).eval(),
-        vae=tiny.build_vae().requires_grad_(False).eval(),
-        text_encoders={name: tiny.build_text_encoder(name, tokenizer).requires_grad_(False).eval() for name in names},
+        unet=models.build_unet(f"tiny-{family}").requires_grad_(False).eval(),
+        vae=models.build_vae().requires_grad_(False).eval(),
+        text_encoders={name: models.build_text_encoder(name, tokenizer).requires_grad_(False).eval() for name in names},
         tokenizers={name.replace("text_encoder", "tokenizer"): tokenizer for name in names},
-        scheduler=tiny.build_scheduler(),
+        scheduler=models.build_scheduler(),
     )
 
 

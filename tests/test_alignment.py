@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from t2ilib.config import ModelConfig, build_run
+from t2ilib.config import ModelConfig
 from t2ilib.memory import ALIGNMENT, align, aligned
-from t2ilib.models.components import load_base
+from t2ilib.models.load import load_base
+from t2ilib.runfile import build_run
 from t2ilib.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from t2ilib.training.loop import train
 
@@ -57,7 +58,7 @@ def test_modules_keep_their_parameters_while_they_move() -> None:
 @pytest.fixture(scope="module")
 def float32_folder(tmp_path_factory) -> Path:
     """A pipeline whose weights need no conversion, so that loaders hand over the mapped file itself."""
-    from t2ilib.models.components import save_pipeline
+    from t2ilib.models.pipeline import save_pipeline
 
     folder = tmp_path_factory.mktemp("base") / "model"
     save_pipeline(load_base(ModelConfig()), folder)
@@ -98,7 +99,8 @@ def test_adapters_and_resumed_state_are_aligned(float32_folder: Path, tmp_path: 
         "output": str(tmp_path / "run"),
         "model": {"base": str(float32_folder)},
         "adapter": {"rank": 3, "alpha": 3.0, "text_encoder_targets": "attention"},
-        "data": {"source": "shapes", "num_pictures": 4},
+        "data": {"source": "shapes"},
+        "shapes": {"num_pictures": 4},
         "training": {"steps": 1, "batch_size": 1},
         "evaluation": {"validate_every": 0, "sample_every": 0, "prompts": ["a"], "num_inference_steps": 1},
     }

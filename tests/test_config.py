@@ -1,20 +1,22 @@
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 
 from t2ilib.config import (
     AdapterSpec,
     ConfigError,
+    DataConfig,
+    ModelConfig,
+    ObjectiveConfig,
     OptimizerConfig,
     RunConfig,
-    build_run,
+    ShapesConfig,
+    TrainingConfig,
     check_choice,
-    load_run,
-    load_yaml,
-    parse_value,
-    save_run,
 )
+from t2ilib.runfile import build_run, load_run, load_yaml, merge, parse_value, save_run
 
 ADAPTER = {"adapter": {}}
 
@@ -25,7 +27,7 @@ def test_yaml_round_trip_keeps_every_value(tmp_path):
             "name": "trip", "seed": 7, "output": "somewhere/else",
             "model": {"base": "owner/model", "dtype": "bfloat16", "quantization": "nf4"},
             "adapter": {"kind": "dora", "rank": 3, "alpha": 1.5, "targets": ["to_q", "to_k"], "text_encoder_targets": "many"},
-            "data": {"path": "pictures", "scenes": ["heart", "base"]},
+            "data": {"source": "shapes"}, "shapes": {"scenes": ["heart", "base"]},
             "objective": {"snr_gamma": None},
             "optimizer": {"learning_rate": 1e-5, "betas": [0.0, 0.95]},
             "evaluation": {"prompts": ["a red: 'circle'", "yes", "3e-4"]},
@@ -126,16 +128,23 @@ def test_prodigy_with_a_second_learning_rate_is_refused_with_the_reason():
 @pytest.mark.parametrize(
     ("values", "reason"),
     [
-        ({}, "adapter section is missing"),
-        ({"adapter": {}, "training": {"trains": "unet"}}, "adapter section is given"),
-        ({"adapter": {}, "training": {"trains": "nothing", "steps": 0}}, "adapter section is given"),
+        ({}, "this run has no adapter section: add one, or set training.trains"),
+        ({"adapter": {}, "training": {"trains": "unet"}}, "trains unet, so its adapter section must be null"),
+        ({"adapter": {}, "training": {"trains": "nothing", "steps": 0}}, "trains nothing, so its adapter section must be null"),
         ({"training": {"trains": "nothing"}}, "steps must be 0"),
         ({"adapter": {}, "training": {"ema_decay": 0.9}}, "ema_decay"),
         ({"training": {"trains": "unet"}, "model": {"quantization": "nf4"}}, "quantized base cannot be trained"),
         ({"adapter": {}, "training": {"batch_size": 6, "accumulation": 4}}, "6 is not a multiple of accumulation 4"),
         ({"adapter": {}, "training": {"batch_size": 0}}, "batch_size"),
+        ({"adapter": {}, "shapes": {}}, "data.source is folder: set shapes to null"),
+        ({"adapter": {}, "data": {"source": "shapes", "path": "x"}}, "data.path is about picture folders"),
+        ({"data": {"source": "shapes"}, "shapes": {"trains": "vae"}, "training": {"trains": "unet"}}, "leave one of them out"),
+        ({"adapter": {}, "data": {"source": "shapes"}, "shapes": {"trains": "clip"}}, "trains clip, so its adapter section"),
+        ({"adapter": {}, "data": {"source": "shapes"}, "shapes": {"crop": 32}}, "crop is about training the VAE"),
+        ({"adapter": {}, "data": {"source": "shapes"}, "shapes": {"scenes": []}}, "at least one"),
+        ({"adapter": {}, "data": {"source": "shapes"}, "shapes": {"scenes": ["base", "base"]}}, "name each kind once"),
     ],
-)
+)  # fmt: skip
 def test_sections_that_contradict_each_other(values, reason):
     with pytest.raises(ConfigError, match=reason):
         build_run(values)
@@ -180,7 +189,7 @@ def test_flat_has_the_same_keys_for_every_run():
     ("override", "changes"),
     [
         ("optimizer.learning_rate=2e-3", True), ("seed=1", True), ("adapter.rank=4", True), ("model.quantization=nf4", True),
-        ("training.steps=7", True), ("data.num_pictures=3", True),
+        ("training.steps=7", True), ("data={source: shapes}", True),
         ("output=elsewhere", False), ("name=other", False), ("evaluation.sample_every=3", False),
         ("evaluation.prompts=[a cat]", False), ("training.checkpoint_every=3", False), ("training.keep_checkpoints=3", False),
         ("tracking.experiment=x", False),
@@ -236,3 +245,46 @@ def test_no_needs_no_quotes(tmp_path):
     path.write_text("adapter: {}\ntraining: {mixed_precision: no}\n")
     assert load_run(path).training.mixed_precision == "no"
     assert load_run(path, ["training.mixed_precision=no"]).training.mixed_precision == "no"
+
+
+def test_the_drawn_world_brings_its_section_along():
+    assert build_run({"adapter": {}, "data": {"source": "shapes"}}).shapes == ShapesConfig()
+    assert build_run({"adapter": {}}).shapes is None
+    drawn = build_run({"data": {"source": "shapes"}, "shapes": {"trains": "vae"}})
+    assert (drawn.trains, build_run({"adapter": {}}).trains) == ("vae", "adapter")
+
+
+def test_a_field_of_another_section_is_told_where_it_lives():
+    with pytest.raises(ConfigError, match=r"data.num_pictures: no such field. It is a field of shapes."):
+        build_run({"adapter": {}, "data": {"num_pictures": 3}})
+
+
+def test_merged_parts_lie_over_one_another_field_by_field():
+    parts = ({"a": {"x": 1, "d": {"k": 1}}, "b": {"y": 1}}, {"a": {"d": {"m": 2}}, "b": None}, {"c": 3})
+    assert merge(*parts) == {"a": {"x": 1, "d": {"m": 2}}, "b": None, "c": 3}
+    assert parts[0]["a"]["d"] == {"k": 1}, "a part was changed"
+    assert merge({"b": None}, {"b": {"y": 2}}) == {"b": {"y": 2}}
+
+
+def test_names_in_the_config_are_those_of_the_dictionaries():
+    from t2ilib.adapters.dropout import DROPOUTS
+    from t2ilib.data.manifest import SOURCES
+    from t2ilib.evaluation.measures import MEASURES
+    from t2ilib.evaluation.metrics import BUILT_IN
+    from t2ilib.models.quantize import METHODS
+    from t2ilib.training.loop import SETUPS
+    from t2ilib.training.objectives import OBJECTIVES
+    from t2ilib.training.optim import OPTIMIZERS
+
+    def named(section, field):
+        annotation = section.model_fields[field].annotation
+        inner = [kind for kind in get_args(annotation) if get_args(kind)] or [annotation]
+        return set(get_args(inner[0]))
+
+    assert named(DataConfig, "source") == set(SOURCES)
+    assert named(OptimizerConfig, "name") == set(OPTIMIZERS)
+    assert named(ObjectiveConfig, "name") == {"auto", *OBJECTIVES}
+    assert named(ModelConfig, "quantization") == {"none", *METHODS}
+    assert named(AdapterSpec, "dropout_kind") == {"input", *DROPOUTS}
+    assert named(TrainingConfig, "trains") | named(ShapesConfig, "trains") == set(SETUPS)
+    assert set(BUILT_IN) == set(MEASURES)

@@ -7,10 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
-from t2ilib.config import build_run
+from t2ilib.cli import app
 from t2ilib.evaluation.sampling import draw
-from t2ilib.models.components import SHIPPED, load_base
+from t2ilib.models.files.locate import SHIPPED
+from t2ilib.models.load import load_base
+from t2ilib.runfile import build_run
 from t2ilib.training.loop import train
 
 PROMPT = "a large upright red heart at the center on a white background"
@@ -42,7 +45,8 @@ def trained(request, tmp_path_factory):
                 "targets": "many",
                 "text_encoder_targets": text,
             },
-            "data": {"source": "shapes", "scenes": ["heart"], "num_pictures": 16},
+            "data": {"source": "shapes"},
+            "shapes": {"scenes": ["heart"], "num_pictures": 16},
             "optimizer": {"learning_rate": 5e-3},
             "training": {"steps": 8, "batch_size": 4},
             "evaluation": {"validate_every": 0, "prompts": [PROMPT], "num_inference_steps": 4, "guidance_scale": 2.0},
@@ -71,23 +75,9 @@ def test_generate_command_with_adapter_checkpoint_and_scale(trained, tmp_path: P
     run, result = trained
 
     def generate(*arguments: str) -> np.ndarray:
-        command = [
-            sys.executable,
-            "-m",
-            "t2ilib.cli",
-            "-q",
-            "generate",
-            "--prompt",
-            PROMPT,
-            "--steps",
-            "4",
-            "--guidance",
-            "2.0",
-            "--out",
-            str(tmp_path),
-            *arguments,
-        ]
-        subprocess.run(command, check=True)
+        words = ["-q", "generate", "--prompt", PROMPT, "--steps", "4", "--guidance", "2.0", "--out", str(tmp_path)]
+        done = CliRunner().invoke(app, [*words, *arguments])
+        assert done.exit_code == 0, done.output
         return np.asarray(Image.open(tmp_path / "00.png"), int)
 
     ours = np.asarray(draw(result.components, [PROMPT], run.evaluation)[0], int)

@@ -3,14 +3,13 @@
 import re
 import subprocess
 import sys
-import time
 import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
@@ -68,24 +67,3 @@ def test_bare_make_lists_the_targets() -> None:
     listed = subprocess.run(["make", "-s"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for target in ("demo", "test", "install"):
         assert f"make {target} " in listed
-
-
-@pytest.mark.parametrize(
-    "command",
-    [[], ["train"], ["generate"], ["study", "run"], ["study", "status"], ["data", "shapes"], ["tiny", "build"]],
-)
-def test_help_is_quick(command: list[str]) -> None:
-    """Under a second; the best of three, since other processes may be using the machine."""
-    seconds = []
-    for _ in range(3):
-        begun = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "t2ilib.cli", *command, "--help"], capture_output=True, check=True)
-        seconds.append(time.perf_counter() - begun)
-        if seconds[-1] < 1:
-            return
-    pytest.fail(f"--help took {min(seconds):.2f} s")
-
-
-def test_help_imports_no_heavy_library() -> None:
-    code = "import sys, t2ilib.cli, t2ilib.study, t2ilib.report; sys.exit(' '.join({'torch', 'diffusers', 'mlflow'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stderr.strip() == ""

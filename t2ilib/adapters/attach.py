@@ -16,6 +16,7 @@ from t2ilib.adapters.dropout import DROPOUTS
 from t2ilib.adapters.spec import resolve_sizes, weight_shape
 from t2ilib.config import AdapterSpec, ConfigError
 from t2ilib.models.components import Components
+from t2ilib.models.load import load_full
 from t2ilib.seeds import seed_for
 
 log = logging.getLogger(__name__)
@@ -32,7 +33,7 @@ def attach_adapters(components: Components, spec: AdapterSpec, seed: int) -> dic
     match nothing and for initialisations that a layer cannot have.
     """
     adapted = {}
-    full = components.load_full() if spec.init == "loftq" else None
+    full = load_full(components) if spec.init == "loftq" else None
     for name, sizes in resolve_sizes(components, spec).items():
         torch.manual_seed(seed_for(seed, "adapter", name))
         module = components.modules()[name]

@@ -17,10 +17,13 @@ from torch import Tensor
 
 from t2ilib.adapters.load import FILE_NAME, adapter_file, load_adapter, read_metadata
 from t2ilib.adapters.weights import AdapterLayer, read_layers
-from t2ilib.config import ConfigError, ModelConfig, RunConfig, check_choice, load_run
-from t2ilib.models.components import Components, build_pipeline, load_base, quiet_libraries, save_pipeline
-from t2ilib.models.original import original_unet_names
-from t2ilib.models.single_file import IMPLEMENTATION
+from t2ilib.config import ConfigError, ModelConfig, RunConfig, check_choice
+from t2ilib.models.components import Components
+from t2ilib.models.files.original import original_unet_names
+from t2ilib.models.files.single_file import IMPLEMENTATION
+from t2ilib.models.load import load_base
+from t2ilib.models.pipeline import build_pipeline, quiet_libraries, save_pipeline
+from t2ilib.runfile import load_run
 
 log = logging.getLogger(__name__)
 

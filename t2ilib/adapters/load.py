@@ -4,14 +4,13 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from t2ilib.adapters.attach import attach_adapters
-from t2ilib.config import ConfigError, load_run
+from t2ilib.config import ConfigError
 from t2ilib.memory import align
-from t2ilib.models.components import Components, build_pipeline, quiet_libraries
+from t2ilib.models.components import Components
+from t2ilib.models.pipeline import build_pipeline, quiet_libraries
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
 
@@ -86,34 +85,6 @@ def put_weights(components: Components, file: Path, name: str) -> None:
                 raise ConfigError(
                     f"{file} has weights that {components.path} has no place for: {', '.join(left.unexpected_keys[:4])}"
                 )
-
-
-def load_checkpoint_adapter(components: Components, folder: Path, step: int) -> None:
-    """Attaches the adapter of a run's folder as it was at a checkpoint; raises ConfigError naming the steps there are."""
-    from t2ilib.training.checkpoint import list_checkpoints, load_checkpoint
-
-    paths = {int(path.name.removeprefix("step-")): path for path in list_checkpoints(folder / "checkpoints")}
-    if step not in paths:
-        raise ConfigError(
-            f"{folder} has no checkpoint of step {step}; there are {', '.join(map(str, paths)) or 'none'}"
-        )
-    run = load_run(folder / "run.yaml")
-    if run.adapter is None:
-        raise ConfigError(
-            f"{folder} trained {run.training.trains}, not an adapter: draw with --model {folder / 'model'}"
-        )
-    if run.adapter.init in ("pissa", "olora") and components.path != run.model.base:
-        raise ConfigError(
-            f"{folder} took its start from {run.model.base} (init {run.adapter.init}): a checkpoint of it goes with that base alone;"
-            " without --checkpoint its finished adapter goes with others"
-        )
-    weights = load_checkpoint(paths[step]).tensors["weights"]
-    for name, module in attach_adapters(components, run.adapter, run.seed).items():
-        with torch.no_grad():
-            for key, parameter in module.named_parameters():
-                if f"{name}.{key}" in weights:
-                    parameter.copy_(weights[f"{name}.{key}"])
-        module.requires_grad_(False)
 
 
 def weigh_adapters(components: Components, weights: Mapping[str, float]) -> None:

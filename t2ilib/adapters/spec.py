@@ -97,7 +97,7 @@ def resolve_targets(components: Components, spec: AdapterSpec) -> dict[str, list
     """
     targets = {"unet": match_modules(components.unet, "unet", spec.targets)}
     if spec.text_encoder_targets is not None:
-        unused = unused_text_layers(components)
+        unused = unused_text_layers(components.family, components.text_encoders)
         for name, encoder in components.text_encoders.items():
             matched = match_modules(encoder, name, spec.text_encoder_targets)
             targets[name] = [module for module in matched if not f"{name}.{module}.".startswith(unused or ("\0",))]

@@ -1,7 +1,7 @@
 """Which samples a step sees. The order of an epoch is a function of the seed and the epoch's number alone.
 
-So a resumed run continues in the middle of its epoch, and every process of a distributed run computes the same order and
-takes its own share. Data here is small and encoded, so there are no workers: what would need them is streaming.
+So a resumed run continues in the middle of its epoch. Data here is small and encoded, so there are no workers: what would need
+them is streaming.
 """
 
 import functools

@@ -6,18 +6,25 @@ the user's choice (`data.on_error`); in both cases the message names all of them
 
 import hashlib
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from t2ilib.config import ConfigError, DataConfig, check_choice
-from t2ilib.data.sources import SOURCES
+from t2ilib.config import ConfigError, RunConfig
+from t2ilib.data.sources import folder
 from t2ilib.data.sources.folder import Record
+from t2ilib.shapes import source as shapes
 
 log = logging.getLogger(__name__)
 
+SOURCES: dict[str, Callable[[RunConfig], tuple[list[Record], list[Record]]]] = {
+    "folder": lambda run: folder.load(run.data),
+    "shapes": lambda run: shapes.load(run.shapes),
+}
+"""`data.source` -> the training and the held-out records of a run."""
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 
 
@@ -91,9 +98,9 @@ def examine(name: str, records: list[Record], on_error: str) -> Dataset:
     return Dataset(name, tuple(good), digest.hexdigest(), tuple(bad))
 
 
-def load_datasets(config: DataConfig) -> tuple[Dataset, Dataset]:
+def load_datasets(run: RunConfig) -> tuple[Dataset, Dataset]:
     """The training and the held-out pictures of a run; the second may be empty. Raises ConfigError as the sources do."""
-    check_choice(config.source, SOURCES, "data.source")
-    training, held_out = SOURCES[config.source](config)
-    name = Path(config.path).name if config.path else "-".join((config.source, *config.scenes))
-    return examine(name, training, config.on_error), examine(f"{name}-held-out", held_out, config.on_error)
+    training, held_out = SOURCES[run.data.source](run)
+    name = Path(run.data.path).name if run.data.path else "-".join((run.data.source, *run.shapes.scenes))
+    on_error = run.data.on_error
+    return examine(name, training, on_error), examine(f"{name}-held-out", held_out, on_error)

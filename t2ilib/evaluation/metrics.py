@@ -1,123 +1,77 @@
-"""What a trained model is measured by: concepts learned, base knowledge kept, CLIP score.
+"""What a number is: its title, unit, which way is better, and what part it plays in a report. Imports no torch.
 
-In the shapes world prompts are scenes, so "did the picture follow its prompt?" is answered by the checker, exactly. On
-other pictures only the CLIP score is measured; a metric that was not measured is missing, never zero.
+Whatever measures something declares its metrics here, in these words, beside the code that measures. A run writes the
+declarations next to the numbers, so a report knows a metric by them and by nothing else: one that a user adds is shown like one
+that ships.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from importlib import metadata
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-import torch
-from PIL import Image
-from torch.nn import functional as F
+from t2ilib.config import ConfigError, check_choice
 
-from t2ilib.config import RunConfig
-from t2ilib.data import shapes
-from t2ilib.evaluation.sampling import draw, save_pictures
-from t2ilib.memory import align
-from t2ilib.models.components import Components, clip_folder, quiet_libraries
-from t2ilib.models.families import tokenize
-from t2ilib.tracking import NullTracker, Tracker
-
-SHOWN = 4
-"""Pictures of each group that are kept for the report's grid."""
+UNITS = ("share", "loss", "score", "count", "mib", "rate")
+ROLES = ("learned", "kept", "loss", "memory", "host", "size", "speed")
+DECLARATIONS = "metrics.about.json"
+"""Beside a run's metrics.json: metric -> the fields of its `Metric`."""
 
 
-def measure(
-    run: RunConfig, components: Components, tracker: Tracker | None = None, metrics: dict[str, float] | None = None
-) -> dict[str, float]:
-    """Draws test prompts, measures the pictures, and writes all of a run's final numbers to `metrics.json` in its output.
+@dataclass(frozen=True)
+class Metric:
+    """How a measured number is named, written and judged.
 
-    `metrics`: what training gave (`TrainResult.metrics`), written along. Also keeps some pictures for the report.
+    `unit`: share (0 to 1, written in percent), loss, score, count, mib, or rate (1/s). `better`: higher, lower, or None where
+    neither is.
+    `exact`: decided by the settings, not by the seed: two values differ or they do not, and there is nothing to test.
+    `table`: the report's table that shows it; None keeps it out of the report. `role`: what it says about a variant (`memory` is the
+    device's, `host` that of the process); of the metrics of one role the first that was measured speaks for it. `headline`: how
+    the report's first lines name the leader.
     """
-    groups = checked_scenes(run)
-    prompts = {name: [shapes.caption(scene) for scene in scenes] for name, scenes in groups.items()}
-    if not groups and run.evaluation.prompts:
-        prompts = {"prompts": list(run.evaluation.prompts)}
-    found: dict[str, float] = {}
-    shown: list[tuple[str, Image.Image]] = []
-    clip = load_clip(run, components)
-    for name, texts in prompts.items():
-        pictures = draw(components, texts, run.evaluation, resolution=run.data.resolution)
-        shown += list(zip(texts, pictures, strict=True))[:: max(1, len(texts) // SHOWN)][:SHOWN]
-        if name in groups:
-            found |= checked(name, groups[name], pictures)
-        if clip is not None:
-            found[f"clip_score/{name}"] = clip_score(*clip, pictures, texts)
-    if shown:
-        save_pictures([picture for _, picture in shown], run.output / "pictures")
-        (run.output / "pictures" / "prompts.json").write_text(json.dumps([text for text, _ in shown], indent=1))
-    (tracker or NullTracker()).log_metrics(found, run.training.steps)
-    metrics = (metrics or {}) | found
-    (run.output / "metrics.json").write_text(json.dumps(metrics, indent=1))
-    return metrics
+
+    title: str
+    unit: str = "score"
+    better: str | None = None
+    exact: bool = False
+    table: str | None = "Measured"
+    role: str | None = None
+    headline: str | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for a unit, direction or role that does not exist."""
+        for name, allowed in {"unit": UNITS, "better": ("higher", "lower", None), "role": (*ROLES, None)}.items():
+            check_choice(getattr(self, name), allowed, f"metric {self.title!r}: {name}")
 
 
-def checked_scenes(run: RunConfig) -> dict[str, list[shapes.Scene]]:
-    """Test scenes by group, none of them ever trained on: `concept` (what the run was taught) and `base_kept`."""
-    count = run.evaluation.checked_prompts
-    if run.data.source != "shapes" or not count:
-        return {}
-    concepts = [name for name in run.data.scenes if name != "base"]
-    groups = {"concept": shapes.mixed_scenes(count, "test", 0, concepts)} if concepts else {}
-    return groups | {"base_kept": shapes.mixed_scenes(count, "test", 0, ["base"])}
+def as_written(metric: Metric) -> dict[str, Any]:
+    """The fields of a metric as they stand in a file: those that are not the default."""
+    return {f.name: value for f in fields(metric) if (value := getattr(metric, f.name)) != f.default}
 
 
-def checked(group: str, scenes: Sequence[shapes.Scene], pictures: Sequence[Image.Image]) -> dict[str, float]:
-    """Accuracies in [0, 1] by attribute and of all together; for concepts also the share of pictures with the concept asked for,
-    and as `chance` the share when every picture is held against every prompt."""
-    result = shapes.check(scenes, pictures)
-    found = {f"{group}/{name}": value for name, value in result.accuracy.items()}
-    found |= {f"{group}/all": result.all_attributes}
-    if group == "concept":
-        shown = [set(shapes.read(picture).values()) for picture in pictures]
-        asked = [scene.concepts[0] for scene in scenes]
-        right = [concept in seen for concept, seen in zip(asked, shown, strict=True)]
-        for name in dict.fromkeys(asked):
-            found[f"concept/{name}"] = float(
-                np.mean([hit for hit, concept in zip(right, asked, strict=True) if concept == name])
-            )
-        found["concept/learned"] = float(np.mean(right))
-        found["concept/chance"] = float(np.mean([[concept in seen for seen in shown] for concept in asked]))
-    return found
+def declare(folder: Path, metrics: Mapping[str, Metric]) -> None:
+    """Puts those of `metrics` that a table shows in front of what a run's folder says of its numbers: what is declared last is
+    shown first."""
+    path = folder / DECLARATIONS
+    known = json.loads(path.read_text()) if path.exists() else {}
+    new = {name: as_written(metric) for name, metric in metrics.items() if metric.table}
+    path.write_text(json.dumps(new | {name: about for name, about in known.items() if name not in new}, indent=1))
 
 
-def load_clip(run: RunConfig, components: Components):
-    """(CLIP model, tokenizer) for scoring, or None where neither the run names one nor the base brings one."""
-    from transformers import AutoTokenizer, CLIPModel
-
-    name = run.evaluation.clip_model or clip_folder(components)
-    if name is None:
-        return None
-    with quiet_libraries():
-        clip, tokenizer = CLIPModel.from_pretrained(name, dtype=torch.float32), AutoTokenizer.from_pretrained(name)
-    align(clip)
-    return clip.to(components.device).eval(), tokenizer
+BUILT_IN = ("checker", "clip")
+"""The names in `measures.MEASURES`, for those who must not import torch to know them."""
+ENTRY_POINTS = "t2ilib.measures"
+"""The group under which an installed package offers measures by name."""
 
 
-@torch.no_grad()
-def clip_score(model, tokenizer, pictures: Sequence[Image.Image], texts: Sequence[str]) -> float:
-    """Mean of 100 max(cos(image, text), 0) (CLIPScore without its factor of 2.5, arXiv 2104.08718)."""
-    size = model.config.vision_config.image_size
-    resized = [picture.convert("RGB").resize((size, size), Image.Resampling.BICUBIC) for picture in pictures]
-    pixels = (
-        torch.from_numpy(np.stack([np.asarray(picture) for picture in resized])).permute(0, 3, 1, 2).to(model.device)
-        / 255
-    )
-    mean, std = pixel_statistics(Path(model.config._name_or_path))
-    pixels = (pixels - mean.to(pixels)) / std.to(pixels)
-    image = F.normalize(model.visual_projection(model.vision_model(pixels).pooler_output), dim=-1)
-    ids = tokenize(tokenizer, texts).to(model.device)
-    text = F.normalize(model.text_projection(model.text_model(ids).pooler_output), dim=-1)
-    return float(100 * (image * text).sum(-1).clamp(min=0).mean())
-
-
-def pixel_statistics(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """Channel mean and standard deviation (3, 1, 1) a CLIP was trained with; OpenAI's where its folder does not say."""
-    mean, std = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-    if (folder / "preprocessor_config.json").exists():
-        settings = json.loads((folder / "preprocessor_config.json").read_text())
-        mean, std = settings["image_mean"], settings["image_std"]
-    return torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
+def check_measures(names: Iterable[str]) -> None:
+    """Raises ConfigError for the name of a measure that does not exist, or whose Python file does not; none is imported."""
+    installed = {entry.name for entry in metadata.entry_points(group=ENTRY_POINTS)}
+    for name in names:
+        path, colon, _ = name.rpartition(":")
+        if not colon:
+            check_choice(name, [*BUILT_IN, *sorted(installed), "<file>.py:<name>"], "evaluation.measures:")
+        elif Path(path).suffix != ".py" or not Path(path).expanduser().is_file():
+            raise ConfigError(f"evaluation.measures {name!r}: there is no Python file {path}")

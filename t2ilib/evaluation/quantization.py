@@ -8,9 +8,10 @@ from collections.abc import Sequence
 import torch
 
 from t2ilib.config import ModelConfig
-from t2ilib.models.components import load_base, quantize_parts
-from t2ilib.models.families import Denoiser, time_ids
-from t2ilib.models.layouts import build_layout, is_layout
+from t2ilib.models.denoiser import Denoiser
+from t2ilib.models.families import time_ids
+from t2ilib.models.files.layouts import build_layout, is_layout
+from t2ilib.models.load import load_base, quantize_parts
 from t2ilib.models.quantize import QuantizationReport, foresee, layer_errors
 from t2ilib.seeds import generator_for
 

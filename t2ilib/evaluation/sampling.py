@@ -6,14 +6,14 @@ A picture of prompt i is the same whatever the batch size and whichever variant 
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor, nn
+from torch import Tensor
 
 from t2ilib.config import EvaluationConfig
 from t2ilib.memory import pictures_at_once
-from t2ilib.models.components import Components, build_pipeline
+from t2ilib.models.components import Components
+from t2ilib.models.pipeline import build_pipeline
 from t2ilib.seeds import generator_for
 
 DRAW_SEED = 0
@@ -60,19 +60,6 @@ def decode(vae, latents: Tensor, image_processor) -> list[Image.Image]:
     else:
         latents = latents / vae.config.scaling_factor
     return image_processor.postprocess(vae.decode(latents, return_dict=False)[0].detach())
-
-
-@torch.no_grad()
-def reconstruct(vae: nn.Module, pixels: Tensor) -> tuple[list[Image.Image], float]:
-    """Encodes and decodes (N, 3, H, W) uint8; returns pictures and the mean squared error on the [-1, 1] scale."""
-    pictures, errors = [], []
-    for part in pixels.split(64):
-        scaled = part.float() / 127.5 - 1
-        decoded = vae.decode(vae.encode(scaled).latent_dist.mode()).sample.float()
-        errors.append((decoded - scaled).square().mean((1, 2, 3)))
-        rounded = ((decoded.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-        pictures += [Image.fromarray(np.ascontiguousarray(picture)) for picture in rounded]
-    return pictures, float(torch.cat(errors).mean())
 
 
 def make_grid(

@@ -1,21 +1,21 @@
 """What the model families do differently, in one place: encoding text, and calling the UNet.
 
-Outside this module nobody asks which family a model is of. A `Family` is data plus two functions; `Denoiser` makes every
-UNet look like `denoiser(noisy_latents, timesteps, batch) -> prediction`. Conditioning goes by `encoder_hidden_states`
-(B, T, D) and, in SDXL, `pooled` (B, P) and `time_ids` (B, 6).
+Outside this module nobody asks which family a model is of. A `Family` is data plus a function that encodes text; with it `Denoiser`
+makes every UNet look like `denoiser(noisy_latents, timesteps, batch) -> prediction`. Conditioning goes by
+`encoder_hidden_states` (B, T, D) and, in SDXL, `pooled` (B, P) and `time_ids` (B, 6).
 
 Leaves out: refiner models, inpainting UNets (9 input channels), SD3 and Flux.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-if TYPE_CHECKING:
-    from t2ilib.models.components import Components
+Parts = Mapping[str, Any]
+"""Text encoders or tokenizers, by their names in the pipeline."""
 
 
 def tokenize(tokenizer, captions: Sequence[str]) -> Tensor:
@@ -29,18 +29,18 @@ def tokenize(tokenizer, captions: Sequence[str]) -> Tensor:
     ).input_ids
 
 
-def encode_sd15(components: "Components", captions: Sequence[str]) -> dict[str, Tensor]:
+def encode_sd15(text_encoders: Parts, tokenizers: Parts, captions: Sequence[str]) -> dict[str, Tensor]:
     """The last hidden state of the one CLIP text encoder, after its final norm."""
-    encoder = components.text_encoders["text_encoder"]
-    ids = tokenize(components.tokenizers["tokenizer"], captions).to(encoder.device)
+    encoder = text_encoders["text_encoder"]
+    ids = tokenize(tokenizers["tokenizer"], captions).to(encoder.device)
     return {"encoder_hidden_states": encoder(ids).last_hidden_state}
 
 
-def encode_sdxl(components: "Components", captions: Sequence[str]) -> dict[str, Tensor]:
+def encode_sdxl(text_encoders: Parts, tokenizers: Parts, captions: Sequence[str]) -> dict[str, Tensor]:
     """Both encoders' penultimate hidden states side by side, and the second's projected pooled output (arXiv 2307.01952)."""
     hidden = []
-    for name, encoder in components.text_encoders.items():
-        ids = tokenize(components.tokenizers[name.replace("text_encoder", "tokenizer")], captions).to(encoder.device)
+    for name, encoder in text_encoders.items():
+        ids = tokenize(tokenizers[name.replace("text_encoder", "tokenizer")], captions).to(encoder.device)
         output = encoder(ids, output_hidden_states=True)
         hidden.append(output.hidden_states[-2])
     return {"encoder_hidden_states": torch.cat(hidden, dim=-1), "pooled": output.text_embeds}
@@ -48,7 +48,8 @@ def encode_sdxl(components: "Components", captions: Sequence[str]) -> dict[str, 
 
 @dataclass(frozen=True)
 class Family:
-    """`text_encoders`: their names in the pipeline. `pooled_conditioning`: whether the UNet also takes pooled text and time ids.
+    """`text_encoders`: their names in the pipeline. `pooled_conditioning`: whether the UNet also takes pooled text and time ids. `left_out`:
+    arguments that keep parts of published pipelines away which training has no use for; SD1.5's safety checker alone is 1.2 GB.
 
     For files: `architecture` as modelspec calls it, `version` as kohya's sd-scripts do, `kohya_prefixes` of the parts' tensors there,
     and whether the UNet's modules have their `original_names` in that layout.
@@ -57,8 +58,9 @@ class Family:
     name: str
     pipeline_class: str
     text_encoders: tuple[str, ...]
-    encode_text: Callable[["Components", Sequence[str]], dict[str, Tensor]]
+    encode_text: Callable[[Parts, Parts, Sequence[str]], dict[str, Tensor]]
     pooled_conditioning: bool
+    left_out: Mapping[str, Any]
     architecture: str
     version: str
     kohya_prefixes: Mapping[str, str]
@@ -72,6 +74,7 @@ FAMILIES = {
         text_encoders=("text_encoder",),
         encode_text=encode_sd15,
         pooled_conditioning=False,
+        left_out={"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
         architecture="stable-diffusion-v1",
         version="sd_v1",
         kohya_prefixes={"unet": "lora_unet", "text_encoder": "lora_te"},
@@ -83,6 +86,7 @@ FAMILIES = {
         text_encoders=("text_encoder", "text_encoder_2"),
         encode_text=encode_sdxl,
         pooled_conditioning=True,
+        left_out={"add_watermarker": False},
         architecture="stable-diffusion-xl-v1-base",
         version="sdxl_base_v1-0",
         kohya_prefixes={"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"},
@@ -91,15 +95,15 @@ FAMILIES = {
 }
 
 
-def unused_text_layers(components: "Components") -> tuple[str, ...]:
+def unused_text_layers(family: Family, text_encoders: Parts) -> tuple[str, ...]:
     """Module prefixes (`text_encoder.<module>.`) that can never receive a gradient.
 
     SDXL reads the penultimate hidden state, so the last layer of its first encoder has no effect; the second's last layer
     still feeds the pooled output.
     """
-    if components.family.name != "sdxl":
+    if family.name != "sdxl":
         return ()
-    encoder = components.text_encoders["text_encoder"]
+    encoder = text_encoders["text_encoder"]
     last = encoder.config.num_hidden_layers - 1
     return tuple(
         f"text_encoder.{name}." for name, _ in encoder.named_modules() if name.endswith(f"encoder.layers.{last}")
@@ -109,29 +113,3 @@ def unused_text_layers(components: "Components") -> tuple[str, ...]:
 def time_ids(original: tuple[int, int], crop: tuple[int, int], target: tuple[int, int]) -> Tensor:
     """SDXL's micro-conditioning (6,): original (height, width), crop (top, left), target (height, width), in pixels."""
     return torch.tensor([*original, *crop, *target], dtype=torch.float32)
-
-
-class Denoiser(nn.Module):
-    """The UNet behind one signature: `denoiser(noisy_latents, timesteps, batch)` -> (B, C, h, w) in float32.
-
-    `noisy_latents`: (B, C, h, w); `timesteps`: (B,); `batch` holds the conditioning, or `captions` where text encoders are
-    trained and so must be encoded anew in every step.
-    """
-
-    def __init__(self, components: "Components", trains_text: bool):
-        super().__init__()
-        self.unet = components.unet
-        self.text_encoders = nn.ModuleDict(components.text_encoders) if trains_text else None
-        self.components = components
-
-    def forward(self, noisy_latents: Tensor, timesteps: Tensor, batch: Mapping[str, Any]) -> Tensor:
-        if self.text_encoders is not None:
-            batch = batch | self.components.encode_text(batch["captions"])
-        dtype = self.unet.dtype
-        added = None
-        if self.components.family.pooled_conditioning:
-            added = {"text_embeds": batch["pooled"].to(dtype), "time_ids": batch["time_ids"].to(dtype)}
-        hidden = batch["encoder_hidden_states"].to(dtype)
-        return self.unet(
-            noisy_latents.to(dtype), timesteps, encoder_hidden_states=hidden, added_cond_kwargs=added
-        ).sample.float()

@@ -11,13 +11,11 @@
 from pathlib import Path
 
 from t2ilib.report.figures import plot_cost_quality, plot_learning_curves, plot_pictures
-from t2ilib.report.reading import GROUPS, METRICS, StudyReport, load_report
+from t2ilib.report.reading import StudyReport, load_report
 from t2ilib.report.tables import caveats, compare, difference_table, format_table, markdown_table, summary_table
-from t2ilib.report.texts import describe_variant, explain_reading, headline
+from t2ilib.report.texts import QUALITY, describe_variant, explain_reading, headline
 
 __all__ = [
-    "GROUPS",
-    "METRICS",
     "StudyReport",
     "caveats",
     "caveats_markdown",
@@ -37,7 +35,6 @@ __all__ = [
     "write_markdown",
 ]
 
-COMPARED = ("concept/learned", "base_kept/all", "held_out_loss")
 DPI = 130
 
 
@@ -52,8 +49,8 @@ def differences_markdown(report: StudyReport) -> str:
     """The difference tables of what a study is about, each under its metric's name."""
     reference = report.variants[report.reference].title
     return "\n\n".join(
-        f"**{METRICS[metric].title}**, against {reference}\n\n{markdown_table(difference_table(report, metric))}"
-        for metric in report.measured(*COMPARED)
+        f"**{report.metrics[metric].title}**, against {reference}\n\n{markdown_table(difference_table(report, metric))}"
+        for metric in report.speaking(*QUALITY)
     )
 
 
@@ -74,7 +71,10 @@ def write_markdown(report: StudyReport, folder: Path | str) -> Path:
         "## In short\n\n" + headline(report),
         "## Before believing it\n\n" + caveats_markdown(report),
         "## Numbers",
-        *(f"### {title}\n\n{markdown_table(summary_table(report, metrics))}" for title, metrics in GROUPS.items()),
+        *(
+            f"### {title}\n\n{markdown_table(summary_table(report, metrics))}"
+            for title, metrics in report.tables().items()
+        ),
         "## Differences\n\n" + differences_markdown(report),
         "## How to read this\n\n" + explain_reading(),
         "## Figures\n\n" + "\n\n".join(f"![{title}]({name})" for name, (title, _) in figures.items()),

@@ -16,7 +16,7 @@ from matplotlib.transforms import Bbox
 from PIL import Image
 
 from t2ilib.evaluation.statistics import mean_interval
-from t2ilib.report.reading import METRICS, StudyReport
+from t2ilib.report.reading import StudyReport
 
 COLORS = ("#4477aa", "#ee6677", "#228833", "#aa3377", "#3fa7c9", "#a58f00", "#000000", "#ee7733", "#009988", "#888888")
 """After Paul Tol's bright and vibrant palettes (SRON/EPS/TN/09-002), which colour-blind eyes tell apart; cyan and yellow are
@@ -42,7 +42,9 @@ def plot_learning_curves(report: StudyReport, metric: str = "held_out_loss") -> 
     Only steps that all of a variant's runs logged are drawn, or the mean would jump where a seed joins or leaves.
     """
     figure = Figure(figsize=(9, 4.8), layout="constrained")
-    axes = figure.add_subplot(xlabel="step", ylabel=METRICS[metric].title if metric in METRICS else metric)
+    axes = figure.add_subplot(
+        xlabel="step", ylabel=report.metrics[metric].title if metric in report.metrics else metric
+    )
     ends = []
     for name in report.trained:
         curves = [run.history[metric] for run in report.runs_of(name) if metric in run.history]
@@ -84,13 +86,19 @@ def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]], gap: f
 
 
 def plot_cost_quality(report: StudyReport, costs: Sequence[str] = ()) -> Figure:
-    """Concept learned and base kept (rows) against costs (columns): means with 95% intervals; the untouched base is a line.
+    """What was learned and kept (rows) against costs (columns): means with 95% intervals; the untouched base is a line.
 
-    Costs default to peak GPU memory where it was measured (process memory otherwise), trainable parameters, and speed.
+    Costs default to what speaks for memory, size and speed.
     """
-    memory = "peak_device_mib" if report.measured("peak_device_mib") else "peak_process_mib"
-    costs = report.measured(*(costs or (memory, "trainable_parameters", "steps_per_second")))
-    qualities = report.measured("concept/learned", "base_kept/all")
+    costs = (
+        report.measured(*costs)
+        if costs
+        else (
+            *(report.speaking("memory") or report.speaking("host")),
+            *report.speaking("size", "speed"),
+        )
+    )
+    qualities = report.speaking("learned", "kept")
     figure = Figure(figsize=(5.2 * max(1, len(costs)), 4.0 * max(1, len(qualities))), layout="constrained")
     if not costs or not qualities:
         figure.text(0.5, 0.5, "cost or quality was not measured", ha="center", color="0.5")
@@ -98,10 +106,10 @@ def plot_cost_quality(report: StudyReport, costs: Sequence[str] = ()) -> Figure:
     grid = figure.subplots(len(qualities), len(costs), squeeze=False, sharex="col", sharey="row")
     panels = []
     for row, quality in zip(grid, qualities, strict=True):
-        row[0].set_ylabel(METRICS[quality].title)
+        row[0].set_ylabel(report.metrics[quality].title)
         panels += [(axes, draw_panel(axes, report, cost, quality)) for axes, cost in zip(row, costs, strict=True)]
     for axes, cost in zip(grid[-1], costs, strict=True):
-        axes.set_xlabel(METRICS[cost].title)
+        axes.set_xlabel(report.metrics[cost].title)
     figure.draw_without_rendering()  # axes have their final places only now, and labels are placed in pixels
     figure.set_layout_engine("none")
     for axes, points in panels:
@@ -130,7 +138,7 @@ def draw_panel(axes: Axes, report: StudyReport, cost: str, quality: str) -> list
         place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "ha": "right"}
         axes.annotate("untouched base", (1, level), (-2, 2), fontsize=7.5, color="0.5", **place)
     counts = [x for x, *_ in points]
-    if METRICS[cost].kind == "count" and counts and min(counts) > 0 and max(counts) > 8 * min(counts):
+    if report.metrics[cost].unit == "count" and counts and min(counts) > 0 and max(counts) > 8 * min(counts):
         axes.set_xscale("log")
     axes.margins(0.16, 0.14)
     axes.set_ylim(

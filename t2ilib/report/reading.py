@@ -7,88 +7,36 @@ so a report can be made on another machine from a copied folder.
 import json
 import math
 from collections import defaultdict
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from t2ilib.config import ConfigError, check_choice
+from t2ilib.evaluation.metrics import Metric
+from t2ilib.studies.file import Variant
 
 
 @dataclass(frozen=True)
-class Metric:
-    """How a measured number is named, written and judged. `kind`: share (0 to 1), loss, score, count, mib, or rate (1/s)."""
-
-    title: str
-    kind: str
-    higher_is_better: bool | None
-    exact: bool = False
-    """Decided by the settings, not by the seed: two values differ or they do not, and there is nothing to test."""
-
-
-METRICS = {
-    "concept/learned": Metric("concept learned", "share", True),
-    "concept/heart": Metric("heart", "share", True),
-    "concept/striped": Metric("striped", "share", True),
-    "concept/blueprint": Metric("blueprint", "share", True),
-    "concept/all": Metric("concept prompt all right", "share", True),
-    "concept/chance": Metric("concept by chance", "share", None),
-    "base_kept/all": Metric("base kept", "share", True),
-    "held_out_loss": Metric("held-out loss", "loss", False),
-    "clip_score/concept": Metric("CLIP score, concept", "score", True),
-    "clip_score/base_kept": Metric("CLIP score, base", "score", True),
-    "trainable_parameters": Metric("trainable parameters", "count", False, exact=True),
-    "adapter_mib": Metric("adapter, MiB", "mib", False, exact=True),
-    "peak_process_mib": Metric("peak process memory, MiB", "mib", False),
-    "peak_device_mib": Metric("peak GPU memory, MiB", "mib", False),
-    "steps_per_second": Metric("steps per second", "rate", True),
-}
-"""What a report knows, in the order of its columns. Other metrics of a run are kept in `Run.metrics` and not shown."""
-
-GROUPS = {
-    "Learned and kept": ("concept/learned", "concept/all", "concept/chance", "base_kept/all", "held_out_loss"),
-    "By concept, and CLIP scores": (
-        "concept/heart",
-        "concept/striped",
-        "concept/blueprint",
-        "clip_score/concept",
-        "clip_score/base_kept",
-    ),
-    "Cost": ("trainable_parameters", "adapter_mib", "peak_process_mib", "peak_device_mib", "steps_per_second"),
-}
-"""The same in tables that fit a page."""
-
-
-@dataclass(frozen=True)
-class Run:
-    """A finished run. `history`: metric -> {step: value}, from metrics.jsonl."""
+class FinishedRun:
+    """A finished run. `settings`: the sections and fields that its study said; `history`: metric -> {step: value}, from
+    metrics.jsonl; `declared`: what its numbers are."""
 
     variant: str
     seed: int
     folder: Path
     seconds: float | None
-    parameters: Mapping[str, Any]
+    settings: Mapping[str, Any]
     metrics: Mapping[str, float]
+    declared: Mapping[str, Metric]
     history: Mapping[str, Mapping[int, float]]
     mlflow_run_id: str | None = None
 
 
 @dataclass(frozen=True)
-class Variant:
-    """What the study file says of a variant; `parameters` is its delta from the study's base settings."""
-
-    title: str
-    overview: str = ""
-    hypothesis: str = ""
-    how_it_helps: str = ""
-    origin: str = ""
-    parameters: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
 class StudyReport:
     """A study as far as it has run. `seeds`: those of the study file, then those that were run beyond it; `missing`: (variant,
-    seed) that did not finish; `not_finite`: metrics that were dropped, as text."""
+    seed) that did not finish; `not_finite`: metrics that were dropped, as text; `metrics`: what its runs declared of theirs."""
 
     folder: Path
     name: str
@@ -98,16 +46,17 @@ class StudyReport:
     base: str | None
     seeds: tuple[int, ...]
     variants: Mapping[str, Variant]
-    runs: Mapping[tuple[str, int], Run]
+    runs: Mapping[tuple[str, int], FinishedRun]
     missing: tuple[tuple[str, int], ...]
     not_finite: tuple[str, ...]
+    metrics: Mapping[str, Metric]
 
     @property
     def trained(self) -> list[str]:
         """The variants that compete: all but the untouched base."""
         return [name for name in self.variants if name != self.base]
 
-    def runs_of(self, variant: str) -> list[Run]:
+    def runs_of(self, variant: str) -> list[FinishedRun]:
         check_choice(variant, self.variants, "variant")
         return [run for (name, _), run in self.runs.items() if name == variant]
 
@@ -116,8 +65,28 @@ class StudyReport:
         return {run.seed: run.metrics[metric] for run in self.runs_of(variant) if metric in run.metrics}
 
     def measured(self, *metrics: str) -> list[str]:
-        """Those of `metrics` (all known ones if none is named) that at least one run measured."""
-        return [name for name in metrics or METRICS if any(name in run.metrics for run in self.runs.values())]
+        """Those of `metrics` (all that a table shows, if none is named) that at least one run measured."""
+        asked = metrics or [name for name, metric in self.metrics.items() if metric.table]
+        return [name for name in asked if any(name in run.metrics for run in self.runs.values())]
+
+    def tables(self) -> dict[str, list[str]]:
+        """Title -> the measured metrics that its table shows."""
+        tables: dict[str, list[str]] = {}
+        for name in self.measured():
+            tables.setdefault(self.metrics[name].table, []).append(name)
+        return tables
+
+    def with_role(self, *roles: str) -> list[str]:
+        """The measured metrics that play these roles, role by role; the first of each speaks for it."""
+        return [name for role in roles for name in self.measured() if self.metrics[name].role == role]
+
+    def speaking(self, *roles: str) -> list[str]:
+        """For each of these roles that something measured, the one metric that speaks for it."""
+        return [names[0] for role in roles if (names := self.with_role(role))]
+
+    def against(self, variant: str) -> str:
+        """What a variant is compared with: the neighbour that it names, or the reference."""
+        return self.variants[variant].against or self.reference
 
 
 def load_report(folder: Path | str) -> StudyReport:
@@ -160,25 +129,35 @@ def load_report(folder: Path | str) -> StudyReport:
         runs,
         tuple(missing),
         tuple(not_finite),
+        declarations(runs.values()),
     )
 
 
+def declarations(runs: Iterable[FinishedRun]) -> dict[str, Metric]:
+    """What all runs declared; first what the one that declared most does, in its order: the untouched base measures fewer things."""
+    found: dict[str, Metric] = {}
+    for run in sorted(runs, key=lambda run: -len(run.declared)):
+        found |= {name: metric for name, metric in run.declared.items() if name not in found}
+    return found
+
+
 def read_variant(name: str, told: Mapping[str, Any]) -> Variant:
-    texts = {
-        key: str(told.get(key) or "").strip() for key in ("title", "overview", "hypothesis", "how_it_helps", "origin")
-    }
-    return Variant(**(texts | {"title": texts["title"] or name}), parameters=told.get("parameters") or {})
+    texts = {key: str(told.get(key) or "").strip() for key in ("overview", "hypothesis", "how_it_helps", "origin")}
+    return Variant(
+        **texts, title=str(told.get("title") or name).strip(), against=told.get("against"), run=told.get("run") or {}
+    )
 
 
-def read_run(path: Path, name: str, seed: int, result: Mapping[str, Any]) -> tuple[Run, list[str]]:
+def read_run(path: Path, name: str, seed: int, result: Mapping[str, Any]) -> tuple[FinishedRun, list[str]]:
     """The run and, as text, the metrics that are not finite numbers: those count as not measured, and the report says so."""
     told = {key: value for key, value in (result.get("metrics") or {}).items() if value is not None}
     metrics = {key: float(value) for key, value in told.items() if math.isfinite(value)}
     dropped = [f"{name}, seed {seed}: {key} is {told[key]}" for key in told if key not in metrics]
     history = read_history(path / "metrics.jsonl")
-    parameters = result.get("parameters") or {}
-    return Run(
-        name, seed, path, result.get("seconds"), parameters, metrics, history, result.get("mlflow_run_id")
+    settings = result.get("run") or {}
+    declared = {key: Metric(**about) for key, about in (result.get("measures") or {}).items()}
+    return FinishedRun(
+        name, seed, path, result.get("seconds"), settings, metrics, declared, history, result.get("mlflow_run_id")
     ), dropped
 
 

@@ -7,6 +7,7 @@ A row is a dict of plain strings, so one table serves a terminal (`format_table`
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from t2ilib.evaluation.metrics import Metric
 from t2ilib.evaluation.statistics import (
     PairedDifference,
     max_statistic,
@@ -15,11 +16,11 @@ from t2ilib.evaluation.statistics import (
     smallest_p,
     verdict,
 )
-from t2ilib.report.reading import METRICS, Metric, StudyReport
+from t2ilib.report.reading import StudyReport
 
 SEEDS_TO_DECIDE = next(n for n in range(2, 64) if smallest_p(n) < 0.05)
 NOT_MEASURED = "–"
-WORDS = ("variant", "name", "verdict")
+WORDS = ("variant", "name", "against", "verdict")
 """Columns of words, which stand to the left; numbers stand to the right."""
 Row = dict[str, str]
 
@@ -43,9 +44,9 @@ def write_number(value: float, metric: Metric, signed: bool = False, beside: flo
         "count": (value, ",.0f"),
         "mib": (value, ",.0f" if abs(value if beside is None else beside) >= 100 else ".2f"),
         "rate": (value, ".2f"),
-    }[metric.kind]
+    }[metric.unit]
     text = format(scaled, ("+" if signed else "") + pattern)
-    return text + (" pp" if signed else " %") * (metric.kind == "share")
+    return text + (" pp" if signed else " %") * (metric.unit == "share")
 
 
 def write_mean(values: Mapping[int, float], metric: Metric) -> str:
@@ -82,37 +83,41 @@ def summary_table(report: StudyReport, metrics: Sequence[str] = ()) -> list[Row]
             "name": name,
             "runs": f"{len(report.runs_of(name))}/{len(report.seeds)}",
         }
-        rows.append(row | {METRICS[key].title: write_mean(report.values(name, key), METRICS[key]) for key in columns})
+        rows.append(
+            row
+            | {report.metrics[key].title: write_mean(report.values(name, key), report.metrics[key]) for key in columns}
+        )
     return rows
 
 
 def compare(report: StudyReport, metric: str, against: str | None = None) -> dict[str, Comparison]:
-    """Every variant that shares seeds with `against` (the reference if None), paired by seed.
+    """Every variant that shares seeds with what it is compared with (`against`, or the neighbour that it names, or the
+    reference), paired by seed.
 
     The family that p-values are adjusted over is the trained variants. The untouched base stands outside it with its own p-value: "does training change
     anything?" is another question, and asking it must not cost the variants their power.
     """
-    against = against or report.reference
-    reference = report.values(against, metric)
-    differences = {
-        name: paired_difference(values, reference)
+    known = report.metrics[metric]
+    others = {name: report.values(against or report.against(name), metric) for name in report.variants}
+    pairs = {
+        name: (values, others[name])
         for name in report.variants
-        if name != against and (values := report.values(name, metric)).keys() & reference.keys()
+        if name != (against or report.against(name))
+        and (values := report.values(name, metric)).keys() & others[name].keys()
     }
-    known = METRICS[metric]
+    differences = {name: paired_difference(values, other) for name, (values, other) in pairs.items()}
     if known.exact:
         return {
             name: Comparison(difference, None, exact_verdict(difference)) for name, difference in differences.items()
         }
-    p_values = {name: difference.p_value for name, difference in differences.items()}
-    by_seed = {name: report.values(name, metric) for name in differences if name != report.base}
     adjusted = max_statistic(
         {
-            name: {seed: v - reference[seed] for seed, v in values.items() if seed in reference}
-            for name, values in by_seed.items()
+            name: {seed: value - other[seed] for seed, value in values.items() if seed in other}
+            for name, (values, other) in pairs.items()
+            if name != report.base
         }
     )
-    adjusted |= {name: p for name, p in p_values.items() if name == report.base}
+    adjusted |= {name: difference.p_value for name, difference in differences.items() if name == report.base}
     return {
         name: Comparison(difference, adjusted[name], judge(difference, adjusted[name], known))
         for name, difference in differences.items()
@@ -120,9 +125,9 @@ def compare(report: StudyReport, metric: str, against: str | None = None) -> dic
 
 
 def judge(difference: PairedDifference, adjusted_p: float | None, metric: Metric) -> str:
-    if metric.higher_is_better is None:
+    if metric.better is None:
         return "not judged"
-    return verdict(difference, adjusted_p, metric.higher_is_better)
+    return verdict(difference, adjusted_p, metric.better == "higher")
 
 
 def exact_verdict(difference: PairedDifference) -> str:
@@ -132,13 +137,15 @@ def exact_verdict(difference: PairedDifference) -> str:
 
 
 def difference_table(report: StudyReport, metric: str, against: str | None = None) -> list[Row]:
-    """A row a variant: its paired difference to the reference, 95% interval, p-values plain and adjusted, verdict."""
-    known, compared = METRICS[metric], compare(report, metric, against)
+    """A row a variant: its paired difference to what it is compared with, 95% interval, p-values plain and adjusted, verdict."""
+    known, compared = report.metrics[metric], compare(report, metric, against)
     rows = []
     for name in report.variants:
-        if name == (against or report.reference):
+        if name == (against or report.against(name)):
             continue
         row = {"variant": report.variants[name].title}
+        if against is None and any(variant.against for variant in report.variants.values()):
+            row["against"] = report.variants[report.against(name)].title
         if name not in compared:
             rest = dict.fromkeys(("difference", "95% interval", "pairs", "p", "p (adjusted)"), NOT_MEASURED)
             rows.append(row | rest | {"verdict": "not measured"})
@@ -189,9 +196,11 @@ def caveats(report: StudyReport) -> list[str]:
 
 
 def optimizer_of(report: StudyReport, name: str) -> str | None:
-    """From the runs' parameters, else from the variant's delta; the key is `optimizer` or `optimizer.name`."""
-    sources = [run.parameters for run in report.runs_of(name)] + [report.variants[name].parameters]
-    return next((source[key] for source in sources for key in ("optimizer.name", "optimizer") if key in source), None)
+    """What the study says of a variant's optimizer, as its runs recorded it."""
+    sections = [run.settings.get("optimizer") for run in report.runs_of(name)] + [
+        report.variants[name].run.get("optimizer")
+    ]
+    return next((section["name"] for section in sections if section and "name" in section), None)
 
 
 def format_table(rows: Sequence[Row]) -> str:

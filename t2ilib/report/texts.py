@@ -8,36 +8,32 @@ from collections.abc import Sequence
 
 from t2ilib.config import check_choice
 from t2ilib.evaluation.statistics import PairedDifference, mean_interval, paired_difference, smallest_p
-from t2ilib.report.reading import METRICS, StudyReport
+from t2ilib.report.reading import StudyReport
 from t2ilib.report.tables import Comparison, compare, write_interval, write_mean, write_number, write_p
 
-RESULT_METRICS = ("concept/learned", "base_kept/all", "held_out_loss")
-COST_METRICS = ("peak_device_mib", "trainable_parameters", "adapter_mib", "steps_per_second")
+QUALITY, COST = ("learned", "kept", "loss"), ("memory", "size", "speed")
+"""Roles of metrics."""
 LAST_SHARE = 0.2
 """Of the steps: what "the loss at the end" averages over, because the loss of one step is mostly its timesteps and noise."""
 
 
 def headline(report: StudyReport) -> str:
     """Markdown: which variant learned most, forgot least and cost least, and whether each lead can be told from seed noise."""
-    lines = [
-        lead(report, "concept/learned", "Learned most"),
-        lead(report, "base_kept/all", "Forgot least"),
-        lead(report, "peak_device_mib", "Least GPU memory"),
-        lead(report, "trainable_parameters", "Fewest trainable parameters"),
-        lead(report, "steps_per_second", "Fastest"),
-    ]
+    told = {name: report.metrics[name].headline for name in report.measured()}
+    lines = [lead(report, name, claim) for name, claim in told.items() if claim]
     return "\n".join(f"- {line}" for line in lines if line) or "- Nothing was measured yet."
 
 
 def lead(report: StudyReport, metric: str, claim: str) -> str:
     """One line: the leader on `metric`, and against whom its lead is shown. "" where no variant measured it."""
-    known = METRICS[metric]
+    known = report.metrics[metric]
+    best_of = max if known.better == "higher" else min
     means = {
         name: mean_interval(values.values()).mean for name in report.trained if (values := report.values(name, metric))
     }
     if not means:
         return ""
-    best = (max if known.higher_is_better else min)(means.values())
+    best = best_of(means.values())
     leaders = [name for name, mean in means.items() if mean == best]
     titles = " and ".join(report.variants[name].title for name in leaders)
     line = f"**{claim}: {titles}** ({write_mean(report.values(leaders[0], metric), known)})"
@@ -45,7 +41,7 @@ def lead(report: StudyReport, metric: str, claim: str) -> str:
     if not others:
         return line + ("; nothing to compare it with." if len(leaders) == 1 else "; all are equal.")
     if len(leaders) > 1 or known.exact:
-        second = (max if known.higher_is_better else min)(others, key=means.__getitem__)
+        second = best_of(others, key=means.__getitem__)
         return f"{line}; next is {report.variants[second].title} ({write_number(means[second], known)})."
     return f"{line}; {lead_shown(report, metric, leaders[0], others)}"
 
@@ -81,18 +77,19 @@ def result_text(report: StudyReport, name: str) -> str:
     if not finished:
         return "No run of this variant finished, so nothing was measured."
     lines = [f"{finished} of {len(report.seeds)} runs finished."]
-    for metric in report.measured(*RESULT_METRICS, *COST_METRICS):
+    for metric in report.with_role(*QUALITY, *COST):
         values = report.values(name, metric)
         if values:
-            line = f"- {METRICS[metric].title}: {write_mean(values, METRICS[metric])}"
-            comparison = compare(report, metric).get(name) if name != report.reference else None
-            lines.append(line + (f"; {against_reference(comparison, metric)}" if comparison else ""))
+            line = f"- {report.metrics[metric].title}: {write_mean(values, report.metrics[metric])}"
+            comparison = compare(report, metric).get(name) if name != report.against(name) else None
+            lines.append(line + (f"; {told_against(report, name, metric, comparison)}" if comparison else ""))
     return "\n".join([lines[0], "", *lines[1:]])
 
 
-def against_reference(comparison: Comparison, metric: str) -> str:
-    known, difference = METRICS[metric], comparison.difference
-    text = f"{write_number(difference.mean, known, signed=True)} against the reference"
+def told_against(report: StudyReport, name: str, metric: str, comparison: Comparison) -> str:
+    known, difference, other = report.metrics[metric], comparison.difference, report.against(name)
+    against = "the reference" if other == report.reference else report.variants[other].title
+    text = f"{write_number(difference.mean, known, signed=True)} against {against}"
     if known.exact:
         return text
     if difference.low is not None:
@@ -119,6 +116,11 @@ def why_text(report: StudyReport, name: str) -> str:
     return "\n\n".join(filter(None, [" ".join(filter(None, sentences)), hypothesis_text(report, name)]))
 
 
+def compared(report: StudyReport, role: str, name: str) -> Comparison | None:
+    """The comparison of a variant by the metric that speaks for a role, where there is one."""
+    return next((compare(report, metric).get(name) for metric in report.speaking(role)), None)
+
+
 def capacity(report: StudyReport, name: str) -> str:
     """How much it trains, as a ratio to the reference."""
     mine, theirs = (report.values(variant, "trainable_parameters") for variant in (name, report.reference))
@@ -132,7 +134,7 @@ def capacity(report: StudyReport, name: str) -> str:
 
 def fit(report: StudyReport, name: str) -> str:
     """The held-out loss beside the concept: losses and pictures need not agree, and where they differ that is worth knowing."""
-    loss, learned = (compare(report, metric).get(name) for metric in ("held_out_loss", "concept/learned"))
+    loss, learned = (compared(report, role, name) for role in ("loss", "learned"))
     if loss is None:
         return ""
     if loss.verdict not in ("better", "worse"):
@@ -147,7 +149,7 @@ def fit(report: StudyReport, name: str) -> str:
 
 def trade(report: StudyReport, name: str) -> str:
     """Learning against forgetting, from the two verdicts together."""
-    learned, kept = (compare(report, metric).get(name) for metric in ("concept/learned", "base_kept/all"))
+    learned, kept = (compared(report, role, name) for role in ("learned", "kept"))
     if learned is None or kept is None:
         return ""
     said = {
@@ -229,13 +231,16 @@ def hypothesis_text(report: StudyReport, name: str) -> str:
     """The study's hypothesis beside the verdicts that bear on it. Which measure it is about only its author can say."""
     hypothesis = report.variants[name].hypothesis
     verdicts = {
-        METRICS[metric].title: compared.verdict
-        for metric in report.measured(*RESULT_METRICS, *COST_METRICS)
-        if (compared := compare(report, metric).get(name))
+        report.metrics[metric].title: found.verdict
+        for metric in report.with_role(*QUALITY, *COST)
+        if (found := compare(report, metric).get(name))
     }
     if not hypothesis or not verdicts:
         return ""
-    decided = {verdicts.get(METRICS[metric].title) for metric in RESULT_METRICS} & {"better", "worse"}
+    decided = {verdicts.get(report.metrics[metric].title) for metric in report.with_role(*QUALITY)} & {
+        "better",
+        "worse",
+    }
     if decided == {"better"}:
         close = "As far as it expects a gain in quality, the measurements support it."
     elif decided == {"worse"}:

@@ -1,19 +1,21 @@
-"""What a run writes down as it goes: numbers by step, held-out loss, sample grids, and how long and how much it all took."""
+"""What a run writes down as it goes: numbers by step, and how long and how much it all took."""
 
 import json
-import logging
+import time
 from pathlib import Path
 
-import torch
-
-from t2ilib.config import RunConfig
-from t2ilib.evaluation.sampling import load_pictures, make_grid, save_pictures
+from t2ilib.evaluation.metrics import Metric
 from t2ilib.memory import Peak
-from t2ilib.tracking import Tracker
-from t2ilib.training.setups import Setup
-from t2ilib.training.state import TrainState
+from t2ilib.tracking.tracker import Tracker
 
-log = logging.getLogger(__name__)
+COSTS = {
+    "peak_device_mib": Metric("peak GPU memory, MiB", "mib", "lower", False, "Cost", "memory", "Least GPU memory"),
+    "trainable_parameters": Metric("trainable parameters", "count", "lower", True, "Cost", "size", "Fewest trainable parameters"),
+    "adapter_mib": Metric("adapter, MiB", "mib", "lower", True, "Cost", "size"),
+    "peak_process_mib": Metric("peak process memory, MiB", "mib", "lower", False, "Cost", "host"),
+    "steps_per_second": Metric("steps per second", "rate", "higher", False, "Cost", "speed", "Fastest"),
+}  # fmt: skip
+"""What every run says of itself besides what it learned."""
 
 
 class History:
@@ -29,7 +31,7 @@ class History:
             tracker,
             peak,
         )
-        self.seconds, self.timed, self.first, self.last = 0.0, 0, start + 1, {}
+        self.seconds, self.timed, self.first, self.last, self.began = 0.0, 0, start + 1, {}, 0.0
         rows = [row for row in read_rows(self.path) if row["step"] <= start] if start else []
         for row in rows:
             self.last |= {name: value for name, value in row.items() if name != "step"}
@@ -41,15 +43,29 @@ class History:
             self.seconds, self.timed = known["seconds"], known["timed"]
             peak.process_mib, peak.device_mib = known["peak_process_mib"], known["peak_device_mib"]
 
+    def begin(self) -> None:
+        """Before a step."""
+        self.peak.start()
+        self.began = time.perf_counter()
+
+    def step(self, step: int, values: dict[str, float]) -> None:
+        """After a step, the numbers it gave. The first one of a process is not timed: it pays for what others find warm."""
+        if step > self.first:
+            self.seconds, self.timed = self.seconds + time.perf_counter() - self.began, self.timed + 1
+        self.add(step, values)
+
+    def pause(self) -> None:
+        """Before something that is no step: the peak of training is that of its steps."""
+        self.peak.stop()
+
     def save_timing(self) -> None:
+        self.pause()
         peaks = {"peak_process_mib": self.peak.process_mib, "peak_device_mib": self.peak.device_mib}
         draft = self.timing.with_suffix(".part")
         draft.write_text(json.dumps({"seconds": self.seconds, "timed": self.timed, **peaks}))
         draft.replace(self.timing)
 
-    def add(self, step: int, values: dict[str, float], seconds: float | None = None) -> None:
-        if seconds is not None and step > self.first:  # the first step pays for what the others find warm
-            self.seconds, self.timed = self.seconds + seconds, self.timed + 1
+    def add(self, step: int, values: dict[str, float]) -> None:
         self.last |= values
         with self.path.open("a") as lines:
             lines.write(json.dumps({"step": step, **values}) + "\n")
@@ -70,45 +86,3 @@ def read_rows(path: Path) -> list[dict]:
             if number < len(lines):
                 raise
     return rows
-
-
-class Evaluation:
-    """Held-out loss and sample grids, before training (the base) and every so many steps."""
-
-    def __init__(self, run: RunConfig, setup: Setup, state: TrainState, history: History, tracker: Tracker):
-        self.run, self.setup, self.state, self.history, self.tracker = run, setup, state, history, tracker
-        self.base_pictures = []
-        self.folder = run.output / "samples"
-
-    def due(self, step: int) -> bool:
-        every = (self.run.evaluation.validate_every, self.run.evaluation.sample_every)
-        return any(n and step % n == 0 for n in every)
-
-    def __call__(self, step: int) -> dict[str, float]:
-        """Measures and draws what is due at `step`; everything before the first and after the last step."""
-        ends = step in (0, self.run.training.steps)
-        every, draws_every = self.run.evaluation.validate_every, self.run.evaluation.sample_every
-        metrics = {}
-        with self.state.averaged(), torch.no_grad():
-            if ends or (every and step % every == 0):
-                metrics = self.setup.validate(step)
-                self.history.add(step, metrics)
-                if "held_out_loss" in metrics:
-                    log.info("step %d: held-out loss %.4f", step, metrics["held_out_loss"])
-            if self.setup.draw is not None and (ends or (draws_every and step % draws_every == 0)):
-                self.show(step, self.setup.draw())
-        return metrics
-
-    def show(self, step: int, pictures: list) -> None:
-        save_pictures(pictures, self.folder / f"step-{step:06d}")
-        if step == 0:
-            self.base_pictures = pictures
-        rows = [self.base_pictures, pictures] if step and self.base_pictures else [pictures]
-        labels = ["base", f"step {step}"] if len(rows) == 2 else ["base" if step == 0 else f"step {step}"]
-        grid = make_grid(rows, labels, self.setup.prompts, most_columns=4)
-        grid.save(self.folder / f"grid-{step:06d}.png")
-        self.tracker.log_image(grid, "samples", step)
-
-    def restore(self) -> None:
-        """After a resume: the base's pictures come from disk."""
-        self.base_pictures = load_pictures(self.folder / "step-000000")

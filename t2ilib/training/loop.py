@@ -7,7 +7,6 @@ dropout come from addresses, so a run that was killed and resumed is, bit for bi
 import contextlib
 import logging
 import signal
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,17 +16,22 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from t2ilib.adapters.load import adapter_file
-from t2ilib.config import ConfigError, RunConfig, save_run
+from t2ilib.config import ConfigError, RunConfig
 from t2ilib.data.loader import sample_ids
-from t2ilib.data.manifest import load_datasets
-from t2ilib.fitting import require_fit
+from t2ilib.data.manifest import Dataset, load_datasets
+from t2ilib.evaluation.measures import find_measures
+from t2ilib.evaluation.metrics import declare
 from t2ilib.memory import MemoryLog, Peak, require_disk
-from t2ilib.models.components import Components, choose_device, choose_dtype, load_base
-from t2ilib.models.locate import locate
+from t2ilib.models.components import Components
+from t2ilib.models.files.locate import locate
+from t2ilib.models.load import choose_device, choose_dtype, load_base
+from t2ilib.runfile import save_run
 from t2ilib.seeds import seed_for
-from t2ilib.tracking import NullTracker, Tracker
-from t2ilib.training.history import Evaluation, History
-from t2ilib.training.pretraining import setup_clip, setup_vae
+from t2ilib.shapes.pretraining import setup_clip, setup_vae
+from t2ilib.tracking.tracker import NullTracker, Tracker
+from t2ilib.training.evaluation import Evaluation
+from t2ilib.training.history import COSTS, History
+from t2ilib.training.objectives import addressed_noise
 from t2ilib.training.progress import Progress
 from t2ilib.training.setups import Setup, setup_diffusion, trained_precision
 from t2ilib.training.state import TrainState
@@ -71,34 +75,36 @@ def train(run: RunConfig, tracker: Tracker | None = None) -> TrainResult:
     accelerator = build_accelerator(run)
     memory = MemoryLog(run.output)
     memory.note("start")
-    training, held_out = load_datasets(run.data)
+    find_measures(run)  # told now, not after training
+    training, held_out = load_datasets(run)
     if run.training.steps:
-        sample_ids(run.seed, 0, run.training.batch_size, len(training))  # a batch that cannot be filled is told now
-    require_fit(run, accelerator.device, len(training) + len(held_out))
+        sample_ids(run.seed, 0, run.training.batch_size, len(training))  # likewise a batch that cannot be filled
     components = load_base(trained_precision(run), accelerator.device)
-    run.output.mkdir(parents=True, exist_ok=True)
-    setup = SETUPS[run.training.trains](run, components, training, held_out, accelerator)
+    setup = SETUPS[run.trains](run, components, training, held_out, accelerator)
     state = TrainState(run, setup, accelerator, training.digest)
     require_disk(run.output, state.checkpoint_bytes() * (run.training.keep_checkpoints + 1), "checkpoints")
+
     save_run(run, run.output / "run.yaml")
     memory.note("loaded", peak=True)
-    start = state.resume()
+    start, steps = state.resume(), run.training.steps
     tracker.log_datasets(training, held_out)
-    peak = Peak()
-    history = History(run.output, start, tracker, peak)
+    history = History(run.output, start, tracker, Peak())
     evaluate = Evaluation(run, setup, state, history, tracker)
     evaluate(start) if start == 0 else evaluate.restore()
-    progress, steps = Progress(run, start), run.training.steps
+    progress = Progress(run, start)
 
     with interruptible() as interrupt:
         for step in range(start, steps):
-            peak.start()
-            begun = time.perf_counter()
+            history.begin()
             ids = sample_ids(run.seed, step, run.training.batch_size, setup.num_samples)
             losses = []
             for micro, share in enumerate(micro_batches(ids, run.training.accumulation)):
                 torch.manual_seed(seed_for(run.seed, "dropout", step, micro))
-                per_sample = setup.losses(state.model, share, step)
+                batch = setup.batch(share, step)
+                noise, timesteps = addressed_noise(run.seed, step, share, setup.noise_shape, setup.num_timesteps)
+                noise, timesteps = noise.to(accelerator.device), timesteps.to(accelerator.device)
+                # weight(t) |model(x_t, t) - target|^2 of each sample; x_t is its latents with noise (`objectives`)
+                per_sample = setup.objective(state.model, batch, noise, timesteps)
                 accelerator.backward(per_sample.mean() / run.training.accumulation)
                 losses.append(per_sample.detach())
                 require_finite(per_sample, step, share, training)
@@ -108,22 +114,18 @@ def train(run: RunConfig, tracker: Tracker | None = None) -> TrainResult:
             if setup.proof is not None:
                 setup.proof.observe(step - start + 1)
             state.step()
-            done = step + 1
-            loss = float(torch.cat(losses).mean())
-            rate = {f"learning_rate/{group['name']}": group["lr"] for group in state.raw_optimizer.param_groups}
-            history.add(done, {"loss": loss, "grad_norm": float(norm), **rate}, time.perf_counter() - begun)
+
+            done, loss = step + 1, float(torch.cat(losses).mean())
+            history.step(done, {"loss": loss, "grad_norm": float(norm), **state.rates()})
             progress(done, loss, history.seconds)
             if step == start:
                 memory.note("first_step")
-            stop = bool(interrupt)
-            if evaluate.due(done) or state.due(done) or stop or done == steps:
-                peak.stop()
-            if evaluate.due(done) and done < steps:
+            if evaluate.due(done):
                 evaluate(done)
-            if state.due(done) or stop or done == steps:
+            if state.due(done) or interrupt:
                 history.save_timing()
                 state.save(done)
-            if stop:
+            if interrupt:
                 raise Interrupted(128 + interrupt[0])
 
     metrics = setup.proof.finish() if setup.proof is not None else {}
@@ -135,10 +137,11 @@ def train(run: RunConfig, tracker: Tracker | None = None) -> TrainResult:
     else:
         metrics |= history.last
     memory.note("end")
-    history.add(steps, metrics | peak.metrics() | state.sizes(run.output) | memory.metrics())
+    history.add(steps, metrics | history.peak.metrics() | state.sizes(run.output) | memory.metrics())
+    declare(run.output, {name: metric for name, metric in {**setup.metrics, **COSTS}.items() if name in history.last})
     for path, folder in state.artifacts(run.output):
         tracker.log_artifact(path, folder)
-    if run.training.trains == "adapter":
+    if run.trains == "adapter":
         tracker.log_adapter(adapter_file(run.output), locate(run.model.base), run.data.resolution)
     tracker.flush()
     return TrainResult(components, history.last, run.output, start)
@@ -168,7 +171,8 @@ def micro_batches(ids: list[int], accumulation: int) -> list[list[int]]:
     return [ids[i : i + size] for i in range(0, len(ids), size)]
 
 
-def require_finite(losses: Tensor, step: int, ids: list[int], training) -> None:
+def require_finite(losses: Tensor, step: int, ids: list[int], training: Dataset) -> None:
+    """Raises NonFiniteLoss naming the step and the samples whose loss is NaN or infinite."""
     bad = [sample for sample, finite in zip(ids, torch.isfinite(losses).tolist(), strict=True) if not finite]
     if bad:
         named = "\n  ".join(f"{training.records[i].path.name}: {training.records[i].caption}" for i in bad[:5])

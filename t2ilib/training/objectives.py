@@ -5,37 +5,49 @@ The network predicts e (epsilon), sqrt(a_t) e - sqrt(1 - a_t) x0 (v, arXiv 2202.
 squared error per sample, weighted by min-SNR (arXiv 2303.09556) where a gamma is given.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from t2ilib.config import ConfigError, ObjectiveConfig, check_choice
+from t2ilib.config import ConfigError, ObjectiveConfig
 from t2ilib.seeds import generator_for
 
-Objective = Callable[[torch.nn.Module, dict, Tensor, Tensor], Tensor]
+Objective = Callable[[nn.Module, Mapping[str, Any], Tensor, Tensor], Tensor]
 
 OBJECTIVES: dict[str, Callable[..., Tensor]] = {
-    "epsilon": lambda scheduler, latents, noise, timesteps: noise,
-    "v_prediction": lambda scheduler, latents, noise, timesteps: scheduler.get_velocity(latents, noise, timesteps),
-    "sample": lambda scheduler, latents, noise, timesteps: latents,
+    "epsilon": lambda schedule, latents, noise, timesteps: noise,
+    "v_prediction": lambda schedule, latents, noise, timesteps: schedule.get_velocity(latents, noise, timesteps),
+    "sample": lambda schedule, latents, noise, timesteps: latents,
 }
 """Prediction type -> the target (B, C, h, w)."""
 
 
-def build_objective(config: ObjectiveConfig, scheduler) -> Objective:
-    """The objective for a base whose DDPM `scheduler` is given; raises ConfigError for a name that does not exist."""
-    name = scheduler.config.prediction_type if config.name == "auto" else config.name
-    target_of = OBJECTIVES[check_choice(name, OBJECTIVES, "objective.name")]
-    weights = None if config.snr_gamma is None else min_snr_weights(scheduler.alphas_cumprod, name, config.snr_gamma)
+@dataclass(frozen=True)
+class Denoising:
+    """The squared error of a prediction, weighted by timestep. `schedule`: the base's, as DDPM defines it; `weights`: (T,)."""
 
-    def objective(denoiser: torch.nn.Module, batch: dict, noise: Tensor, timesteps: Tensor) -> Tensor:
+    schedule: Any
+    predicts: str
+    weights: Tensor
+
+    def __call__(self, denoiser: nn.Module, batch: Mapping[str, Any], noise: Tensor, timesteps: Tensor) -> Tensor:
         latents = batch["latents"]
-        prediction = denoiser(scheduler.add_noise(latents, noise, timesteps), timesteps, batch)
-        losses = (prediction - target_of(scheduler, latents, noise, timesteps)).square().mean(dim=(1, 2, 3))
-        return losses if weights is None else losses * weights.to(losses.device)[timesteps]
+        noisy = self.schedule.add_noise(latents, noise, timesteps)
+        prediction = denoiser(noisy, timesteps, batch)
+        target = OBJECTIVES[self.predicts](self.schedule, latents, noise, timesteps)
+        return self.weights[timesteps] * (prediction - target).square().mean(dim=(1, 2, 3))
 
-    return objective
+
+def build_objective(config: ObjectiveConfig, schedule) -> Denoising:
+    """The objective for a base whose DDPM `schedule` is given."""
+    name = schedule.config.prediction_type if config.name == "auto" else config.name
+    weights = torch.ones_like(schedule.alphas_cumprod)
+    if config.snr_gamma is not None:
+        weights = min_snr_weights(schedule.alphas_cumprod, name, config.snr_gamma)
+    return Denoising(schedule, name, weights)
 
 
 def min_snr_weights(alphas_cumprod: Tensor, prediction: str, gamma: float) -> Tensor:
@@ -55,7 +67,7 @@ def min_snr_weights(alphas_cumprod: Tensor, prediction: str, gamma: float) -> Te
 
 
 def addressed_noise(
-    seed: int, step: int, ids: list[int], shape: torch.Size, num_timesteps: int
+    seed: int, step: int, ids: list[int], shape: tuple[int, ...], num_timesteps: int
 ) -> tuple[Tensor, Tensor]:
     """Noise (B, *shape) and timesteps (B,) of these samples at this step, the same on every machine and after every resume."""
     noise = torch.stack([torch.randn(shape, generator=generator_for(seed, "noise", step, i)) for i in ids])

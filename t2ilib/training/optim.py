@@ -9,7 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from t2ilib.config import OptimizerConfig, check_choice
+from t2ilib.config import OptimizerConfig
 
 
 def adamw(groups: list[dict], config: OptimizerConfig) -> torch.optim.Optimizer:
@@ -69,8 +69,8 @@ def parameter_groups(modules: dict[str, nn.Module], config: OptimizerConfig) -> 
 
 
 def build_optimizer(groups: list[dict], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """The optimizer `config.name` over `groups`; raises ConfigError for a name that does not exist."""
-    return OPTIMIZERS[check_choice(config.name, OPTIMIZERS, "optimizer.name")](groups, config)
+    """The optimizer `config.name` over `groups`."""
+    return OPTIMIZERS[config.name](groups, config)
 
 
 def build_schedule(

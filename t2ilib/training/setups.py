@@ -1,18 +1,18 @@
-"""What `train()` trains: a `Setup` for each choice of `training.trains`. The loop knows nothing but this interface.
+"""What `train()` trains: a `Setup` for each choice of what a run trains. The loop knows nothing but this interface.
 
-Here: adapters, the whole UNet, and nothing (the base model measured as it is). `pretraining` adds the VAE and CLIP.
+Here: adapters, the whole UNet, and nothing (the base model measured as it is). `shapes.pretraining` adds the VAE and CLIP.
 """
 
 import json
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from t2ilib.adapters.attach import AdapterProof, attach_adapters
@@ -22,11 +22,12 @@ from t2ilib.config import ModelConfig, RunConfig
 from t2ilib.data.cache import encode_dataset
 from t2ilib.data.manifest import Dataset
 from t2ilib.evaluation.sampling import draw
-from t2ilib.models.components import Components, save_pipeline
-from t2ilib.models.families import Denoiser
+from t2ilib.models.components import Components
+from t2ilib.models.denoiser import Denoiser
+from t2ilib.models.pipeline import save_pipeline
 from t2ilib.seeds import generator_for
-from t2ilib.training.objectives import addressed_noise, build_objective
-from t2ilib.training.validation import held_out_loss
+from t2ilib.training.objectives import Objective, build_objective
+from t2ilib.training.validation import HELD_OUT, held_out_loss
 
 GRID_PROMPTS = 8
 """Captions that make the prompts of the sample grids where `evaluation.prompts` is empty."""
@@ -34,60 +35,62 @@ GRID_PROMPTS = 8
 
 @dataclass
 class Setup:
-    """One thing to train. `losses(model, ids, step)` gives per-sample losses (B,) and is a function of its arguments alone.
+    """One thing to train, by which data and which objective.
 
-    `modules`: the named parts whose trainable parameters the optimizer gets. `model`: what is called, wrapped for several
-    processes. `validate`, `draw` and `save` use the parts as they are at the time, adapters or averages included.
+    `model`: what `objective(model, batch, noise, timesteps)` calls, for per-sample losses (B,). `modules`: the named parts whose
+    trainable parameters the optimizer gets. `batch(ids, step)`: what the model sees of these samples at this step, a function of
+    its arguments alone. `noise_shape`, `num_timesteps`: of one sample's noise, () where nothing is noised, and of the schedule.
+    `validate`, `draw` and `save` use the parts as they are at the time, adapters or averages included.
     """
 
     components: Components
     model: nn.Module
     modules: dict[str, nn.Module]
     num_samples: int
-    losses: Callable[[nn.Module, list[int], int], Tensor]
+    batch: Callable[[list[int], int], dict[str, Any]]
+    objective: Objective
     validate: Callable[[int], dict[str, float]]
     save: Callable[[Path], None]
+    noise_shape: tuple[int, ...] = ()
+    num_timesteps: int = 1
     draw: Callable[[], list[Image.Image]] | None = None
     prompts: tuple[str, ...] = ()
     proof: AdapterProof | None = None
+    metrics: Mapping[str, Any] = field(default_factory=dict)
+    """What `validate` measures, declared."""
 
 
 def setup_diffusion(
     run: RunConfig, components: Components, training: Dataset, held_out: Dataset, accelerator: Accelerator
 ) -> Setup:
     """Adapters, the whole UNet, or nothing: whatever sees noisy latents. Encoders that nothing trains leave the device."""
-    trains, device = run.training.trains, accelerator.device
-    trains_text = bool(run.adapter and run.adapter.text_encoder_targets)
-    encoded = encode_dataset(components, training, run.data.resolution, with_text=not trains_text)
-    encoded_held_out = (
-        encode_dataset(components, held_out, run.data.resolution, with_text=not trains_text) if len(held_out) else None
-    )
+    trains, device = run.trains, accelerator.device
     modules = trained_modules(run, components)
     proof = AdapterProof(components, run.adapter) if trains == "adapter" else None
+
+    trains_text = bool(run.adapter and run.adapter.text_encoder_targets)
+    encoded, encoded_held_out = (
+        encode_dataset(components, data, run.data.resolution, with_text=not trains_text) if len(data) else None
+        for data in (training, held_out)
+    )
     components.park(modules if trains_text else ())
     if run.training.gradient_checkpointing:
         checkpoint_gradients(components, modules)
-    objective = build_objective(run.objective, noise_schedule(components))
-    plain = build_objective(run.objective.model_copy(update={"snr_gamma": None}), noise_schedule(components))
-    num_timesteps = components.scheduler.config.num_train_timesteps
+
+    schedule = noise_schedule(components)
+    plain = build_objective(run.objective.model_copy(update={"snr_gamma": None}), schedule)
     denoiser = Denoiser(components, trains_text)
 
-    def losses(model: nn.Module, ids: list[int], step: int) -> Tensor:
-        noise, timesteps = addressed_noise(run.seed, step, ids, encoded.latents.shape[1:], num_timesteps)
-        rate = run.objective.caption_dropout
-        dropped = [
-            rate > 0 and torch.rand((), generator=generator_for(run.seed, "caption dropout", step, i)).item() < rate
-            for i in ids
-        ]
-        return objective(model, encoded.batch(ids, dropped, device), noise.to(device), timesteps.to(device))
+    def batch(ids: list[int], step: int) -> dict[str, Any]:
+        return encoded.batch(ids, dropped_captions(run, ids, step), device)
 
     def validate(step: int) -> dict[str, float]:
         if encoded_held_out is None:
             return {}
         with accelerator.autocast():
             result = held_out_loss(
-                denoiser, plain, encoded_held_out, num_timesteps, run.evaluation.validation_timesteps, device
-            )
+                denoiser, plain, encoded_held_out, schedule.config.num_train_timesteps, run.evaluation.validation_timesteps, device
+            )  # fmt: skip
         by_picture = [
             {"picture": record.path.name, "caption": record.caption, "loss": loss}
             for record, loss in zip(held_out.records, result.by_picture(), strict=True)
@@ -108,24 +111,37 @@ def setup_diffusion(
         run.evaluation.prompts or tuple(dict.fromkeys((*held_out.captions(), *training.captions())))[:GRID_PROMPTS]
     )
     return Setup(
-        components,
-        denoiser,
-        modules,
-        len(encoded),
-        losses,
-        validate,
-        save,
+        components=components,
+        model=denoiser,
+        modules=modules,
+        num_samples=len(encoded),
+        batch=batch,
+        objective=build_objective(run.objective, schedule),
+        validate=validate,
+        save=save,
+        noise_shape=tuple(encoded.latents.shape[1:]),
+        num_timesteps=schedule.config.num_train_timesteps,
         draw=lambda: draw(components, list(prompts), run.evaluation, resolution=run.data.resolution),
         prompts=prompts,
         proof=proof,
+        metrics=HELD_OUT,
     )
+
+
+def dropped_captions(run: RunConfig, ids: list[int], step: int) -> list[bool]:
+    """Which samples lose their caption at this step, for classifier-free guidance (arXiv 2207.12598)."""
+    rate = run.objective.caption_dropout
+    return [
+        rate > 0 and torch.rand((), generator=generator_for(run.seed, "caption dropout", step, i)).item() < rate
+        for i in ids
+    ]
 
 
 def trained_modules(run: RunConfig, components: Components) -> dict[str, nn.Module]:
     """Name -> component with trainable parameters, after attaching the adapters or thawing the UNet, as `run` says."""
-    if run.training.trains == "adapter":
+    if run.trains == "adapter":
         return attach_adapters(components, run.adapter, run.seed)
-    if run.training.trains == "unet":
+    if run.trains == "unet":
         return {"unet": components.unet.requires_grad_(True)}
     return {}
 
@@ -142,7 +158,7 @@ def checkpoint_gradients(components: Components, modules: Iterable[str], **optio
 
 def trained_precision(run: RunConfig) -> ModelConfig:
     """The base as it must be loaded: whole models are trained in float32, whatever they are used in later."""
-    whole = run.training.trains in ("unet", "vae", "clip")
+    whole = run.trains in ("unet", "vae", "clip")
     return run.model.model_copy(update={"dtype": "float32"}) if whole else run.model
 
 

@@ -8,11 +8,15 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from t2ilib.config import RunConfig
+from t2ilib.adapters.attach import attach_adapters
+from t2ilib.config import ConfigError, RunConfig
+from t2ilib.models.components import Components
+from t2ilib.runfile import load_run
 from t2ilib.training.checkpoint import (
     Checkpoint,
     CheckpointError,
     list_checkpoints,
+    load_checkpoint,
     load_latest,
     pack_optimizer,
     save_checkpoint,
@@ -50,6 +54,7 @@ class TrainState:
             self.ema = EMAModel(self.parameters, decay=run.training.ema_decay, use_ema_warmup=True, power=0.75)
 
     def step(self) -> None:
+        """Optimizer, schedule, average; gradients are gone afterwards."""
         self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad()
@@ -57,7 +62,11 @@ class TrainState:
             self.ema.step(self.parameters)
 
     def due(self, step: int) -> bool:
-        return step % self.run.training.checkpoint_every == 0
+        return step % self.run.training.checkpoint_every == 0 or step == self.run.training.steps
+
+    def rates(self) -> dict[str, float]:
+        """Learning rates as they are now, one for each group of parameters."""
+        return {f"learning_rate/{group['name']}": group["lr"] for group in self.raw_optimizer.param_groups}
 
     def save(self, step: int) -> None:
         tensors, optimizer = pack_optimizer(self.raw_optimizer)
@@ -139,3 +148,27 @@ class TrainState:
         values = {"trainable_parameters": float(sum(p.numel() for p in self.parameters))}
         files = list((output / "adapter").glob("*.safetensors"))
         return values | ({"adapter_mib": sum(f.stat().st_size for f in files) / 2**20} if files else {})
+
+
+def load_checkpoint_adapter(components: Components, folder: Path, step: int) -> None:
+    """Attaches the adapter of a run's folder as it was at a checkpoint; raises ConfigError naming the steps there are."""
+    paths = {int(path.name.removeprefix("step-")): path for path in list_checkpoints(folder / "checkpoints")}
+    if step not in paths:
+        raise ConfigError(
+            f"{folder} has no checkpoint of step {step}; there are {', '.join(map(str, paths)) or 'none'}"
+        )
+    run = load_run(folder / "run.yaml")
+    if run.adapter is None:
+        raise ConfigError(f"{folder} trained {run.trains}, not an adapter: draw with --model {folder / 'model'}")
+    if run.adapter.init in ("pissa", "olora") and components.path != run.model.base:
+        raise ConfigError(
+            f"{folder} took its start from {run.model.base} (init {run.adapter.init}): a checkpoint of it goes with that base alone;"
+            " without --checkpoint its finished adapter goes with others"
+        )
+    weights = load_checkpoint(paths[step]).tensors["weights"]
+    for name, module in attach_adapters(components, run.adapter, run.seed).items():
+        with torch.no_grad():
+            for key, parameter in module.named_parameters():
+                if f"{name}.{key}" in weights:
+                    parameter.copy_(weights[f"{name}.{key}"])
+        module.requires_grad_(False)

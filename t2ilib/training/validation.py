@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from t2ilib.data.cache import EncodedDataset
+from t2ilib.evaluation.metrics import Metric
 from t2ilib.memory import pictures_at_once
 from t2ilib.seeds import generator_for
 
+HELD_OUT = {"held_out_loss": Metric("held-out loss", "loss", "lower", table="Learned and kept", role="loss")}
 GRID_SEED = 0
 """The grid does not depend on the run's seed: all runs are measured with the same ruler."""
 

@@ -1,0 +1,85 @@
+"""`t2ilib study ...`: run a study of variants, see how far it is, write a variant out."""
+
+import sys
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from t2ilib.cli.errors import readable_errors
+
+Results = Annotated[Path, typer.Option(help="Where results and the default MLflow store lie.")]
+
+
+def study_run(
+    file: Annotated[Path, typer.Argument(help="A study file in YAML.")],
+    preset: Annotated[str, typer.Option(help="A preset of the study file.")] = "quick",
+    only: Annotated[list[str], typer.Option(help="Only this variant; may be given several times.")] = [],
+    seeds: Annotated[str, typer.Option(help="Other seeds than the preset's, e.g. 0,1,2.")] = "",
+    jobs: Annotated[int, typer.Option(min=1, help="Notebooks at a time.")] = 1,
+    results: Results = Path("results"),
+) -> None:
+    """Run every variant and seed that is not finished, then write the report."""
+    with readable_errors():
+        from t2ilib.config import ConfigError
+        from t2ilib.studies.study import name_champion, run_study, write_report
+
+        try:
+            numbers = [int(seed) for seed in seeds.split(",") if seed.strip()]
+        except ValueError:
+            raise ConfigError(f"--seeds {seeds!r}: write whole numbers with commas, e.g. 0,1,2") from None
+        begun = time.monotonic()
+        runs = run_study(file, preset, only, numbers, jobs, results, say=lambda line: print(line, flush=True))
+        failed = [run.label for run in runs if run.state != "finished"]
+        if any(run.state == "finished" for run in runs):
+            page = write_report(file, preset, results)
+            from t2ilib.report import format_table, load_report, summary_table
+
+            report = load_report(page.parent)
+            rows = summary_table(report, report.speaking("learned", "kept", "loss", "size", "speed"))
+            print("\n" + format_table([{name: row[name] for name in row if name != "variant"} for row in rows]))
+            print(f"\nreport:     {page}\n            {page.with_suffix('.md')}")
+        champion = name_champion(file, preset, results)
+        if champion:
+            print(f"champion:   {champion}")
+        mlflow = Path(sys.executable).parent / "mlflow"
+        print(f"MLflow UI:  {mlflow} ui --backend-store-uri {tracked(results)} --host 127.0.0.1")
+        print(f"{len(runs) - len(failed)} of {len(runs)} runs finished, {time.monotonic() - begun:.0f} s")
+        if failed:
+            typer.secho(f"not finished: {', '.join(failed)}", fg=typer.colors.RED, err=True)
+            raise SystemExit(1)
+
+
+def study_status(
+    file: Annotated[Path, typer.Argument(help="A study file in YAML.")],
+    preset: Annotated[str, typer.Option(help="A preset of the study file.")] = "quick",
+    results: Results = Path("results"),
+) -> None:
+    """Show the state of every variant and seed."""
+    with readable_errors():
+        from t2ilib.report import format_table
+        from t2ilib.studies.study import status_rows
+
+        print(format_table(status_rows(file, preset, results)))
+
+
+def study_show(
+    file: Annotated[Path, typer.Argument(help="A study file in YAML.")],
+    variant: Annotated[str, typer.Argument(help="A variant of it.")],
+    preset: Annotated[str, typer.Option(help="A preset of the study file.")] = "quick",
+    seed: Annotated[int | None, typer.Option(min=0, help="Another seed than the preset's first.")] = None,
+) -> None:
+    """Write a variant out as a run config: t2ilib study show FILE VARIANT > run.yaml, then t2ilib train run.yaml."""
+    with readable_errors():
+        from t2ilib.studies.file import load_study
+        from t2ilib.studies.runs import plan_runs, write_out
+
+        seeds = [] if seed is None else [seed]
+        print(write_out(plan_runs(load_study(file), file, preset, Path("results"), [variant], seeds)[0]), end="")
+
+
+def tracked(results: Path) -> str:
+    from t2ilib.tracking.store import tracking_uri
+
+    return tracking_uri(None, results)

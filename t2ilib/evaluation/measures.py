@@ -1,0 +1,155 @@
+"""Measures: what judges the pictures that a trained model draws, chosen by name like everything else.
+
+A measure is a function `(pictures, prompts, context) -> {metric: value}` with the declarations of its metrics. The checker of the
+shapes world, the CLIP score and a user's own are the same to `measure`, which draws each group of prompts once and asks every
+measure about it. A metric that was not measured is missing, never zero.
+"""
+
+import importlib.util
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from PIL import Image
+
+from t2ilib.config import ConfigError, RunConfig, check_choice
+from t2ilib.evaluation import clip
+from t2ilib.evaluation.metrics import ENTRY_POINTS, Metric, check_measures, declare
+from t2ilib.evaluation.sampling import draw, save_pictures
+from t2ilib.models.components import Components
+from t2ilib.shapes import checker
+from t2ilib.shapes.world import Scene, caption
+from t2ilib.tracking.tracker import NullTracker, Tracker
+
+SHOWN = 4
+"""Pictures of each group that are kept for the report's grid."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a measure may want to know besides pictures and prompts: the `group` of prompts (it is part of the metrics' names),
+    the run, the model that drew, and, in the drawn world, the scene that each prompt asks for. `shared`: kept from one group to
+    the next, for a model that a measure loads."""
+
+    group: str
+    run: RunConfig
+    components: Components
+    scenes: tuple[Scene, ...] | None = None
+    shared: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """`function(pictures, prompts, context)` returns metrics by name, each declared in `metrics`, where `{group}` in a name or
+    title stands for the group of prompts. `lacks(run)`: why a run cannot be measured by it, or None."""
+
+    function: Callable[[Sequence[Image.Image], Sequence[str], Context], Mapping[str, float]]
+    metrics: Mapping[str, Metric]
+    lacks: Callable[[RunConfig], str | None] = lambda run: None
+
+    def declared(self, group: str) -> dict[str, Metric]:
+        return {
+            name.format(group=group): replace(metric, title=metric.title.format(group=group.replace("_", " ")))
+            for name, metric in self.metrics.items()
+        }
+
+
+def check_pictures(pictures: Sequence[Image.Image], prompts: Sequence[str], context: Context) -> dict[str, float]:
+    """The shapes checker; {} for a group whose scenes nobody knows."""
+    return checker.checked(context.group, context.scenes, pictures) if context.scenes else {}
+
+
+def score_by_clip(pictures: Sequence[Image.Image], prompts: Sequence[str], context: Context) -> dict[str, float]:
+    """The CLIP score of the run's CLIP, or of the one that lies beside its base."""
+    if "clip" not in context.shared:
+        context.shared["clip"] = clip.load_clip(context.run, context.components.device)
+    model, tokenizer = context.shared["clip"]
+    return {f"clip_score/{context.group}": clip.clip_score(model, tokenizer, pictures, prompts)}
+
+
+MEASURES: dict[str, Measure] = {
+    "checker": Measure(check_pictures, checker.METRICS, checker.lacks),
+    "clip": Measure(score_by_clip, clip.METRICS, clip.lacks),
+}
+
+
+def find_measures(run: RunConfig) -> dict[str, Measure]:
+    """Name -> measure, as `run.evaluation.measures` says. Raises ConfigError for one that does not exist, or that the run lacks
+    something for; without names those of MEASURES that apply."""
+    names = run.evaluation.measures
+    if names is None:
+        return {name: measure for name, measure in MEASURES.items() if measure.lacks(run) is None}
+    found = {name: find_measure(name) for name in names}
+    for name, measure in found.items():
+        if reason := measure.lacks(run):
+            raise ConfigError(f"evaluation.measures: {name} cannot measure this run: {reason}")
+    return found
+
+
+def find_measure(name: str) -> Measure:
+    """A measure of MEASURES, of an installed package's entry point, or `file.py:name`; raises ConfigError where there is none."""
+    check_measures([name])
+    path, colon, attribute = name.rpartition(":")
+    if colon:
+        module = module_at(Path(path).expanduser())
+        offered = [key for key, value in vars(module).items() if isinstance(value, Measure)]
+        return getattr(module, check_choice(attribute, offered, f"evaluation.measures: in {path}, a Measure called"))
+    if name in MEASURES:
+        return MEASURES[name]
+    found = metadata.entry_points(group=ENTRY_POINTS)[name].load()
+    if not isinstance(found, Measure):
+        raise ConfigError(f"evaluation.measures: the entry point {name} gives a {type(found).__name__}, not a Measure")
+    return found
+
+
+def module_at(file: Path) -> ModuleType:
+    """A Python file as a module; what is wrong in it is raised as it is, since the traceback is its author's to read."""
+    spec = importlib.util.spec_from_file_location(f"t2ilib_measures_{file.stem}", file)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def prompt_groups(run: RunConfig) -> dict[str, tuple[list[str], tuple[Scene, ...] | None]]:
+    """Group -> prompts, and their scenes where they are known: the drawn world's test scenes, or the run's own prompts."""
+    scenes = checker.checked_scenes(run)
+    if scenes:
+        return {group: ([caption(scene) for scene in own], tuple(own)) for group, own in scenes.items()}
+    return {"prompts": (list(run.evaluation.prompts), None)} if run.evaluation.prompts else {}
+
+
+def measure(
+    run: RunConfig, components: Components, tracker: Tracker | None = None, metrics: Mapping[str, float] | None = None
+) -> dict[str, float]:
+    """Draws test prompts, measures the pictures, and writes all of a run's final numbers to `metrics.json` in its output.
+
+    `metrics`: what training gave (`TrainResult.metrics`), written along. Also keeps some pictures for the report. Raises
+    ConfigError as `find_measures` does, and for a metric that its measure does not declare.
+    """
+    measures = find_measures(run)
+    found: dict[str, float] = {}
+    shown: list[tuple[str, Image.Image]] = []
+    shared, known = {}, {}
+    for group, (prompts, scenes) in prompt_groups(run).items():
+        pictures = draw(components, prompts, run.evaluation, resolution=run.data.resolution)
+        shown += list(zip(prompts, pictures, strict=True))[:: max(1, len(prompts) // SHOWN)][:SHOWN]
+        context = Context(group, run, components, scenes, shared)
+        for name, chosen in measures.items():
+            values, declared = chosen.function(pictures, prompts, context), chosen.declared(group)
+            if unknown := sorted(values.keys() - declared.keys()):
+                raise ConfigError(f"the measure {name} does not declare what it returned: {', '.join(unknown)}")
+            found |= values
+            known |= {key: metric for key, metric in declared.items() if key in values}
+    declare(run.output, known)
+    if shown:
+        save_pictures([picture for _, picture in shown], run.output / "pictures")
+        (run.output / "pictures" / "prompts.json").write_text(json.dumps([text for text, _ in shown], indent=1))
+    (tracker or NullTracker()).log_metrics(found, run.training.steps)
+    metrics = dict(metrics or {}) | found
+    (run.output / "metrics.json").write_text(json.dumps(metrics, indent=1))
+    return metrics

@@ -1,0 +1,108 @@
+"""The VAE of the user's choice (`model.vae`), in place of the one that a base came with.
+
+A UNet knows latents only by their channels, their size and their scale. Channels and size are checked against the base's
+own VAE here; the scale is the chosen VAE's `scaling_factor`, which is the one that caching and drawing then use.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from t2ilib.config import ConfigError, ModelConfig
+from t2ilib.memory import require_memory
+from t2ilib.models.files.headers import TensorInfo, bytes_in_memory, read_header
+from t2ilib.models.files.locate import fetch_files, locate
+from t2ilib.models.files.original import vae_tensors
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+PREFIXES = ("first_stage_model.", "vae.", "")
+
+
+def load_vae(config: ModelConfig, base: Path) -> nn.Module:
+    """The AutoencoderKL that `model.vae` names, in float32.
+
+    `base`: the folder whose `vae/config.json` describes the base's own VAE. A single file has no config, so it must be of that
+    architecture and takes over its scaling factor. Raises ConfigError for what is no such VAE or does not go with the base.
+    """
+    from diffusers import AutoencoderKL
+
+    path = Path(locate(config.vae, "model.vae"))
+    if not path.exists():
+        patterns = ("config.json", WEIGHTS, "vae/config.json", f"vae/{WEIGHTS}")
+        path = fetch_files(config.vae, patterns, "model.vae")
+    own = json.loads((base / "vae" / "config.json").read_text())
+    if path.is_file():
+        header = read_header(path, f"model.vae {path}")
+        check_single_file(header, config, own)
+        require_memory_for(header, config.vae)
+        return AutoencoderKL.from_single_file(
+            str(path), config=str(base), subfolder="vae", torch_dtype=torch.float32, local_files_only=True
+        )
+    folder = path if (path / "config.json").exists() else path / "vae"
+    lacking = [name for name in ("config.json", WEIGHTS) if not (folder / name).exists()]
+    if lacking:
+        raise ConfigError(
+            f"model.vae {config.vae} lacks {' and '.join(lacking)}: give a VAE folder, a pipeline folder with vae/, or a"
+            " .safetensors file"
+        )
+    chosen = json.loads((folder / "config.json").read_text())
+    if (kind := chosen.get("_class_name")) != "AutoencoderKL":
+        raise ConfigError(f"model.vae {config.vae} is a {kind}; Stable Diffusion's VAEs are of the class AutoencoderKL")
+    check_match(chosen, own, config)
+    require_memory_for(read_header(folder / WEIGHTS, f"model.vae: {folder / WEIGHTS}"), config.vae)
+    return AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32, use_safetensors=True)
+
+
+def check_match(chosen: dict[str, Any], own: dict[str, Any], config: ModelConfig) -> None:
+    """Raises ConfigError where a VAE makes latents of another shape than the base's UNet was trained on."""
+    for what, measure in (("latent channels", latent_channels), ("pixels a latent, along one side,", pixels_a_latent)):
+        if measure(chosen) != measure(own):
+            raise ConfigError(
+                f"model.vae {config.vae} has {measure(chosen)} {what} where model.base {config.base} has {measure(own)}:"
+                " choose a VAE that was made for this base"
+            )
+
+
+def latent_channels(config: dict[str, Any]) -> int:
+    return config.get("latent_channels", 4)
+
+
+def pixels_a_latent(config: dict[str, Any]) -> int:
+    return 2 ** (len(config.get("block_out_channels", [64])) - 1)
+
+
+def check_single_file(header: dict[str, TensorInfo], config: ModelConfig, own: dict[str, Any]) -> None:
+    """Raises ConfigError where a file does not hold a VAE of the base's architecture, in original or diffusers' names."""
+    from diffusers import AutoencoderKL
+
+    prefix = next((p for p in PREFIXES if f"{p}decoder.conv_in.weight" in header), None)
+    if prefix is None:
+        raise ConfigError(f"model.vae {config.vae} holds no VAE: it has no tensor decoder.conv_in.weight")
+    channels = header[f"{prefix}decoder.conv_in.weight"].shape[1]
+    check_match(own | {"latent_channels": channels}, own, config)
+    with torch.device("meta"):
+        empty = AutoencoderKL.from_config(own)
+    original = f"{prefix}encoder.down.0.block.0.conv1.weight" in header
+    expected = vae_tensors(empty, prefix) if original else {prefix + k: x for k, x in empty.state_dict().items()}
+    for name, tensor in expected.items():
+        if name not in header or squeezed(header[name].shape) != squeezed(tensor.shape):
+            found = header[name].shape if name in header else "missing"
+            raise ConfigError(
+                f"model.vae {config.vae} is not built as the VAE of model.base {config.base} ({name} is {found}, not"
+                f" {tuple(tensor.shape)}): a single file has no config, so give a VAE folder with its config.json"
+            )
+
+
+def squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Without trailing ones: a 1x1 convolution in the middle attention is stored as one or as a matrix."""
+    while shape and shape[-1] == 1:
+        shape = shape[:-1]
+    return tuple(shape)
+
+
+def require_memory_for(header: dict[str, TensorInfo], name: str) -> None:
+    needed = bytes_in_memory(header.values(), torch.float32.itemsize)
+    require_memory(needed, f"model.vae {name}", "close other programs, or use a machine with more")

@@ -1,0 +1,198 @@
+"""Reading a picture of the shapes world back: which attributes does it show, and are they those of its scene?
+
+An analysis that shares no weight with any model, and the measure `checker` that comes of it: what a run learned of the concepts
+it was taught, and what it kept of the base world.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+
+import numpy as np
+from PIL import Image
+from scipy import ndimage
+
+from t2ilib.config import RunConfig
+from t2ilib.evaluation.metrics import Metric
+from t2ilib.shapes.world import (
+    BACKGROUNDS,
+    BLUEPRINT_PAPER,
+    COLORS,
+    CONCEPTS,
+    POSITIONS,
+    RESOLUTION,
+    SHAPES,
+    SIZES,
+    TILTS,
+    Scene,
+    coverage,
+    mixed_scenes,
+)
+
+ATTRIBUTES = ("shape", "color", "size", "position", "background", "tilt", "fill", "style")
+UNREADABLE = "unreadable"
+
+
+def nearest(pixel: np.ndarray, palette: dict[str, tuple[int, int, int]], limit: float) -> str:
+    distances = {name: float(np.linalg.norm(pixel - np.array(rgb))) for name, rgb in palette.items()}
+    name = min(distances, key=distances.get)
+    return name if distances[name] <= limit else UNREADABLE
+
+
+@cache
+def unit_area(shape: str) -> float:
+    return float(coverage(shape, (32.0, 32.0), 24.0, 0.0).sum() / 24.0**2)
+
+
+def read_geometry(mask: np.ndarray) -> dict[str, str]:
+    """Shape, tilt, size and position of a filled mask: the template of equal area and centroid that overlaps most."""
+    rows, columns = np.nonzero(mask)
+    area, centroid = len(rows), np.array([columns.mean() + 0.5, rows.mean() + 0.5])
+    best_overlap, best = 0.0, None
+    for shape in (*SHAPES, "heart"):
+        radius = float(np.sqrt(area / unit_area(shape)))
+        for tilt, degrees in {"": 0.0}.items() if shape == "circle" else TILTS.items():
+            offset = template_offset(shape, degrees) * radius
+            template = coverage(shape, tuple(centroid - offset), radius, degrees)
+            overlap = np.minimum(mask, template).sum() / np.maximum(mask, template).sum()
+            if overlap > best_overlap:
+                best_overlap, best = overlap, (shape, tilt, radius, centroid - offset)
+    if best is None or best_overlap < 0.6 or not 0.75 * min(SIZES.values()) < best[2] < 1.3 * max(SIZES.values()):
+        return dict.fromkeys(("shape", "tilt", "size", "position"), UNREADABLE)
+    shape, tilt, radius, center = best
+    size = min(SIZES, key=lambda name: abs(np.log(radius / SIZES[name])))
+    position = min(POSITIONS, key=lambda name: np.linalg.norm(center - np.array(POSITIONS[name])))
+    return {"shape": shape, "tilt": tilt, "size": size, "position": position}
+
+
+@cache
+def template_offset(shape: str, degrees: float) -> np.ndarray:
+    """The shape's centroid relative to its centre, in radii."""
+    alpha = coverage(shape, (32.0, 32.0), 24.0, degrees)
+    steps = np.arange(RESOLUTION) + 0.5 - 32.0
+    return np.array([(alpha.sum(0) * steps).sum(), (alpha.sum(1) * steps).sum()]) / alpha.sum() / 24.0
+
+
+def read(picture: Image.Image) -> dict[str, str]:
+    """Attribute -> value as seen in a 64x64 picture ("" where the attribute does not apply, "unreadable" where nothing fits).
+
+    The background is the median of the border; the object is what differs from it. Another resolution is scaled to 64.
+    """
+    if picture.size != (RESOLUTION, RESOLUTION):
+        picture = picture.resize((RESOLUTION, RESOLUTION), Image.Resampling.BICUBIC)
+    pixels = np.asarray(picture.convert("RGB"), float)
+    border = np.concatenate(
+        [
+            pixels[:2].reshape(-1, 3),
+            pixels[-2:].reshape(-1, 3),
+            pixels[:, :2].reshape(-1, 3),
+            pixels[:, -2:].reshape(-1, 3),
+        ]
+    )
+    paper = np.median(border, 0)
+    ground = nearest(paper, BACKGROUNDS | {"blueprint": BLUEPRINT_PAPER}, 60)
+    style = "blueprint" if ground == "blueprint" else "plain"
+    distance = np.linalg.norm(pixels - paper, axis=-1)
+    mask = distance > 60
+    if mask.sum() >= 16:
+        mask = distance > max(60.0, 0.45 * float(np.median(distance[mask])))
+    mask = largest_part(mask)
+    reading = {"background": "" if style == "blueprint" else ground, "style": style}
+    if mask.sum() < 16:
+        return dict.fromkeys(ATTRIBUTES, UNREADABLE) | reading
+    body = ndimage.binary_fill_holes(mask) if style == "blueprint" else mask
+    core = ndimage.binary_erosion(body) if style == "plain" else mask
+    inner = pixels[core if core.sum() >= 8 else mask]
+    saturation = inner.max(1) - inner.min(1)
+    colored = inner[saturation > 60] if (saturation > 60).sum() >= 4 else inner
+    plain_share = float((saturation <= 60).mean())
+    fill = "striped" if style == "plain" and 0.2 <= plain_share <= 0.8 else "solid"
+    strongest = colored[np.argsort(-np.linalg.norm(colored - paper, axis=1))[: max(4, len(colored) // 2)]]
+    color = nearest(np.median(strongest, 0), COLORS, 90)
+    return reading | {"color": color, "fill": fill} | read_geometry(body)
+
+
+def largest_part(mask: np.ndarray) -> np.ndarray:
+    labels, count = ndimage.label(mask, structure=np.ones((3, 3)))
+    if count <= 1:
+        return mask
+    return labels == 1 + int(np.argmax(ndimage.sum_labels(mask, labels, range(1, count + 1))))
+
+
+def judge(scene: Scene, reading: dict[str, str]) -> dict[str, bool]:
+    """Attribute -> right or wrong, for the attributes that the scene has."""
+    return {name: reading[name] == value for name, value in scene.describe().items()}
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """Shares in [0, 1] over a set of pictures; `chance` is what the same readings score against the other scenes' truths."""
+
+    num_pictures: int
+    accuracy: dict[str, float]
+    all_attributes: float
+    chance: dict[str, float]
+
+
+def check(scenes: Sequence[Scene], pictures: Iterable[Image.Image]) -> CheckResult:
+    """Accuracy by attribute and of all attributes together, over pictures that were drawn or generated for `scenes`."""
+    readings = [read(picture) for picture in pictures]
+    if not scenes or len(readings) != len(scenes):
+        raise ValueError(f"{len(readings)} pictures for {len(scenes)} scenes: one picture a scene is needed")
+    verdicts = [judge(scene, reading) for scene, reading in zip(scenes, readings, strict=True)]
+    names = [name for name in ATTRIBUTES if any(name in verdict for verdict in verdicts)]
+    accuracy = {name: float(np.mean([v[name] for v in verdicts if name in v])) for name in names}
+    chance = {}
+    for name in names:
+        truths = Counter(asdict(scene)[name] for scene in scenes if asdict(scene)[name])
+        seen = Counter(reading[name] for reading in readings)
+        chance[name] = sum(truths[v] * seen[v] for v in truths) / (truths.total() * seen.total())
+    return CheckResult(len(scenes), accuracy, float(np.mean([all(v.values()) for v in verdicts])), chance)
+
+
+METRICS = {
+    "concept/learned": Metric(
+        "concept learned", "share", "higher", table="Learned and kept", role="learned", headline="Learned most"
+    ),
+    "{group}/all": Metric("{group} prompt all right", "share", "higher", table="Learned and kept"),
+    "concept/chance": Metric("concept by chance", "share", table="Learned and kept"),
+    "base_kept/all": Metric(
+        "base kept", "share", "higher", table="Learned and kept", role="kept", headline="Forgot least"
+    ),
+    **{f"concept/{name}": Metric(name, "share", "higher", table="By concept") for name in CONCEPTS},
+    **{f"{{group}}/{name}": Metric(f"{{group}}, {name}", "share", "higher", table=None) for name in ATTRIBUTES},
+}
+
+
+def lacks(run: RunConfig) -> str | None:
+    """Why the checker cannot judge a run's pictures, or None where it can."""
+    return None if run.shapes and run.shapes.checked_prompts else "it knows the drawn world alone (data.source shapes)"
+
+
+def checked_scenes(run: RunConfig) -> dict[str, list[Scene]]:
+    """Test scenes by group, none of them ever trained on: `concept` (what the run was taught) and `base_kept`."""
+    if lacks(run):
+        return {}
+    count, concepts = run.shapes.checked_prompts, [name for name in run.shapes.scenes if name != "base"]
+    groups = {"concept": mixed_scenes(count, "test", 0, concepts)} if concepts else {}
+    return groups | {"base_kept": mixed_scenes(count, "test", 0, ["base"])}
+
+
+def checked(group: str, scenes: Sequence[Scene], pictures: Sequence[Image.Image]) -> dict[str, float]:
+    """Accuracies in [0, 1] by attribute and of all together; for concepts also the share of pictures with the concept asked for,
+    and as `chance` the share when every picture is held against every prompt."""
+    result = check(scenes, pictures)
+    found = {f"{group}/{name}": value for name, value in result.accuracy.items()}
+    found |= {f"{group}/all": result.all_attributes}
+    if group == "concept":
+        shown = [set(read(picture).values()) for picture in pictures]
+        asked = [scene.concepts[0] for scene in scenes]
+        right = [concept in seen for concept, seen in zip(asked, shown, strict=True)]
+        for name in dict.fromkeys(asked):
+            found[f"concept/{name}"] = float(
+                np.mean([hit for hit, concept in zip(right, asked, strict=True) if concept == name])
+            )
+        found["concept/learned"] = float(np.mean(right))
+        found["concept/chance"] = float(np.mean([[concept in seen for seen in shown] for concept in asked]))
+    return found

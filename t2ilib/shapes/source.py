@@ -1,0 +1,50 @@
+"""The shapes world as a source: drawn once into a cache folder, then read like any user's image folder."""
+
+import hashlib
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from t2ilib.config import DataConfig, ShapesConfig
+from t2ilib.data.sources import folder
+from t2ilib.shapes import world
+
+NUM_VALIDATION = 48
+
+
+def cache_folder() -> Path:
+    """T2ILIB_CACHE, else `t2ilib` in the user's cache folder."""
+    return Path(
+        os.environ.get("T2ILIB_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "t2ilib"
+    )
+
+
+def load(config: ShapesConfig) -> tuple[list[folder.Record], list[folder.Record]]:
+    """`config.num_pictures` training pictures of `config.scenes`, and 48 held-out ones of other combinations."""
+    train = drawn(config, "train", config.num_pictures)
+    validation = drawn(config, "validation", NUM_VALIDATION)
+    return folder.read_folder(train, DataConfig()), folder.read_folder(validation, DataConfig())
+
+
+def drawn(config: ShapesConfig, split: str, count: int) -> Path:
+    """The folder of these pictures, drawn if it is not there; complete or absent, also when several processes draw at once."""
+    version = hashlib.sha256(Path(world.__file__).read_bytes()).hexdigest()[:8]
+    target = (
+        cache_folder()
+        / "shapes"
+        / f"{'-'.join(config.scenes)}-{split}-{count}-jitter{config.jitter:g}-seed{config.seed}-{version}"
+    )
+    if target.is_dir():
+        return target
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scenes = world.mixed_scenes(count, split, config.seed, config.scenes)
+    draft = Path(tempfile.mkdtemp(dir=target.parent, prefix=".drawing-"))
+    world.write_folder(draft, scenes, config.seed, num_phrasings=len(world.SOLID_PHRASES), jitter=config.jitter)
+    try:
+        draft.rename(target)
+    except OSError:
+        if not target.is_dir():
+            raise
+        shutil.rmtree(draft)
+    return target

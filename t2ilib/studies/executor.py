@@ -1,0 +1,175 @@
+"""Running the notebooks of a study side by side, one process each, and telling how far they are."""
+
+import json
+import re
+import signal
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import yaml
+
+from t2ilib.evaluation.metrics import DECLARATIONS
+from t2ilib.memory import usable_cores
+from t2ilib.studies.notebooks import end_notebook, error_text, execute_notebook, export_html
+from t2ilib.studies.runs import StudyRun
+
+PROGRESS = re.compile(r"step (\d+)/(\d+)")
+SECONDS_BETWEEN_LINES = 10.0
+TRAINING_SHARE = 0.7
+"""Of a run's time; the rest is loading and measuring. Only the ETA depends on it."""
+
+
+class Executor:
+    """Runs notebooks side by side, one process each, and tells how far they are."""
+
+    def __init__(
+        self,
+        runs: list[StudyRun],
+        jobs: int,
+        client,
+        parent: str,
+        uri: str,
+        say: Callable[[str], None],
+    ):
+        self.runs, self.jobs = runs, jobs
+        self.client, self.parent, self.uri, self.say = client, parent, uri, say
+        self.lock, self.over, self.processes, self.stopping = threading.Lock(), threading.Event(), {}, False
+        self.began, self.done, self.parts, self.shown = time.monotonic(), 0, {}, {}
+
+    def run(self) -> None:
+        """Until all are done; a signal is passed on to the notebooks, waited for, and raised again."""
+        previous = {}
+        if threading.current_thread() is threading.main_thread():
+            previous = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            with ThreadPoolExecutor(self.jobs) as pool:
+                ticker = threading.Thread(target=self.tick, daemon=True)
+                ticker.start()
+                list(pool.map(self.attempt, self.runs))
+        finally:
+            self.over.set()
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+        if self.stopping:
+            raise SystemExit(128 + self.stopping)
+
+    def stop(self, number: int, frame) -> None:
+        self.say("stopping: running notebooks commit a checkpoint; the same command goes on from there")
+        self.stopping = number
+        for pid in list(self.processes.values()):
+            end_notebook(pid)
+
+    def tick(self) -> None:
+        """A line every while, also when no notebook says anything: loading and measuring take their time."""
+        while not self.over.wait(SECONDS_BETWEEN_LINES):
+            if time.monotonic() - max(self.shown.values(), default=0.0) > SECONDS_BETWEEN_LINES:
+                self.say(f"    running: {', '.join(self.processes) or 'nothing yet'}{self.left()}")
+
+    def attempt(self, run: StudyRun) -> None:
+        """Executes one run; whatever goes wrong in it is its own failure, and the others go on."""
+        if self.stopping:
+            return
+        try:
+            self.execute(run)
+        except Exception as error:
+            self.fail(run, f"{type(error).__name__}: {error}", traceback.format_exc())
+
+    def fail(self, run: StudyRun, reason: str, text: str) -> None:
+        (run.folder / "failed.txt").write_text(text[-20000:])
+        self.say(f"[{self.position(run)}] {run.label}: FAILED: {reason}\n    see {run.folder / 'failed.txt'}")
+
+    def started(self, run: StudyRun, pid: int) -> None:
+        self.processes[run.label] = pid
+        if self.stopping:
+            end_notebook(pid)
+
+    def execute(self, run: StudyRun) -> None:
+        resumed = " (resuming)" if (run.folder / "checkpoints").exists() else ""
+        self.say(f"[{self.position(run)}] {run.label}: starting{resumed}")
+        run.folder.mkdir(parents=True, exist_ok=True)
+        (run.folder / "failed.txt").unlink(missing_ok=True)
+        (run.folder / "parameters.yaml").write_text(yaml.safe_dump(run.parameters(self.parent), sort_keys=False))
+        begun = time.monotonic()
+        code, output = execute_notebook(
+            run.notebook,
+            run.folder / "notebook.ipynb",
+            run.folder / "parameters.yaml",
+            self.variables(),
+            lambda line: self.follow(run, line),
+            lambda pid: self.started(run, pid),
+            lambda: bool(self.stopping),
+        )
+        seconds = time.monotonic() - begun
+        self.processes.pop(run.label, None)
+        if self.stopping and code:
+            return
+        with self.lock:
+            self.done += 1
+            self.parts.pop(run.label, None)
+        if code == 0 and (run.folder / "metrics.json").exists():
+            self.finish(run, seconds)
+            self.say(f"[{self.position(run)}] {run.label}: finished in {seconds:.0f} s{self.left()}")
+        else:
+            reason = error_text(output) or f"the notebook process ended with exit code {code}"
+            self.fail(run, reason, f"exit code {code}\n{output}")
+
+    def variables(self) -> dict[str, str]:
+        """Environment of the kernels: their share of the cores, plain progress, and the study's store."""
+        return {
+            "OMP_NUM_THREADS": str(max(1, usable_cores() // self.jobs)),
+            "OMP_WAIT_POLICY": "passive",
+            "T2ILIB_BATCH": "1",
+            "MLFLOW_TRACKING_URI": self.uri,
+            "PYTHONUNBUFFERED": "1",
+            "PYTHONWARNINGS": "ignore",
+            "JUPYTER_PLATFORM_DIRS": "1",
+        }
+
+    def position(self, run: StudyRun) -> str:
+        return f"{self.runs.index(run) + 1}/{len(self.runs)}"
+
+    def follow(self, run: StudyRun, line: str) -> None:
+        """Passes on a notebook's progress lines, at most one in ten seconds, with the time left for the whole study."""
+        found = PROGRESS.search(line)
+        if not found:
+            return
+        with self.lock:
+            self.parts[run.label] = TRAINING_SHARE * int(found[1]) / int(found[2])
+        if time.monotonic() - self.shown.get(run.label, 0.0) > SECONDS_BETWEEN_LINES:
+            self.shown[run.label] = time.monotonic()
+            self.say(f"[{self.position(run)}] {run.label}: {line.strip()}{self.left()}")
+
+    def left(self) -> str:
+        """The time left, from the share of the work that is done; "" where nothing is left."""
+        with self.lock:
+            share = (self.done + sum(self.parts.values())) / len(self.runs)
+        if not 0 < share < 1:
+            return ""
+        left = round((time.monotonic() - self.began) * (1 - share) / share)
+        return f"  |  study {share:.0%}, ETA {left // 60}:{left % 60:02d}"
+
+    def finish(self, run: StudyRun, seconds: float) -> None:
+        """Commits result.json, and hangs the executed notebook and its HTML on the MLflow run."""
+        note = run.folder / "tracking.json"
+        run_id = json.loads(note.read_text())["run_id"] if note.exists() else None
+        page = export_html(run.folder / "notebook.ipynb", hide_code=False)
+        if run_id is not None:
+            for path in (run.folder / "notebook.ipynb", page):
+                self.client.log_artifact(run_id, str(path))
+        result = {
+            "variant": run.variant,
+            "seed": run.seed,
+            "status": "finished",
+            "seconds": seconds,
+            "mlflow_run_id": run_id,
+            "digest": run.digest,
+            "run": run.settings,
+            "metrics": json.loads((run.folder / "metrics.json").read_text()),
+            "measures": json.loads(about.read_text()) if (about := run.folder / DECLARATIONS).exists() else {},
+        }
+        draft = run.folder / "result.json.part"
+        draft.write_text(json.dumps(result, indent=1))
+        draft.rename(run.folder / "result.json")

@@ -1,0 +1,181 @@
+"""Running a study: notebook by notebook through papermill, each in a process of its own, then the report.
+
+    study file -> variants x seeds -> checked by RunConfig -> papermill -> results/<study>-<preset>/...
+
+A run that finished is not run again; one that failed or was interrupted resumes from its last checkpoint. A finished
+variant that was edited since is an error, because its results would silently mean something else. No torch is
+imported: models live in the notebooks' kernels.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import yaml
+
+from t2ilib.config import ConfigError
+from t2ilib.evaluation.metrics import check_measures
+from t2ilib.memory import GIB, available_memory
+from t2ilib.planning.bound import surely_fits
+from t2ilib.runfile import merge
+from t2ilib.studies.champion import register_champion
+from t2ilib.studies.executor import Executor
+from t2ilib.studies.file import Study, load_study
+from t2ilib.studies.notebooks import error_text, execute_notebook, export_html
+from t2ilib.studies.runs import StudyRun, check_notebooks, plan_runs, require_unedited
+
+SMALLEST_CARD = 8 * GIB
+"""What a variant surely fits into needs no look at the device, for which torch would have to be loaded."""
+
+
+def refuse_misfits(runs: Sequence[StudyRun], jobs: int) -> None:
+    """Raises ConfigError naming every variant that will not fit the device while `jobs` of them run, with the cheapest change.
+
+    Asked once a variant, and in a process of its own: tracing takes torch, and a GPU's context stays as long as its process.
+    Variants of small models are not asked about.
+    """
+    smallest = min(available_memory(), SMALLEST_CARD) / jobs
+    configs = {run.variant: run.config() for run in runs}
+    asked = [(variant, config) for variant, config in configs.items() if not surely_fits(config, smallest)]
+    if not asked:
+        return
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        lines = pool.submit(misfits_of, asked, jobs).result()
+    if lines:
+        raise ConfigError(f"{len(lines)} variant(s) do not fit this machine:\n  " + "\n  ".join(lines))
+
+
+def misfits_of(runs: list, jobs: int) -> list[str]:
+    from t2ilib.planning.fit import misfits
+
+    return misfits(runs, jobs)
+
+
+def run_study(
+    path: Path,
+    preset: str = "quick",
+    only: Sequence[str] = (),
+    seeds: Sequence[int] = (),
+    jobs: int = 1,
+    results: Path = Path("results"),
+    say: Callable[[str], None] = print,
+) -> list[StudyRun]:
+    """Runs what is not finished, `jobs` notebooks at a time, then the report. Returns all runs of the preset; look at their `state`.
+
+    Raises ConfigError before anything starts for mistakes in the study file. KeyboardInterrupt and SIGTERM reach the
+    running notebooks, which commit a checkpoint; the next call resumes them.
+    """
+    study = load_study(path)
+    runs = plan_runs(study, path, preset, results.absolute(), only, seeds)
+    check_notebooks(runs)
+    for run in runs:
+        check_measures(run.config().evaluation.measures or ())
+    require_unedited(runs)
+    pending = [run for run in runs if run.state != "finished"]
+    refuse_misfits(pending, jobs)
+    folder = runs[0].folder.parents[1]
+    write_study(study, preset, folder)
+    say(
+        f"study {study.name}, preset {preset}: {len(runs)} runs, {len(runs) - len(pending)} finished before, {len(pending)} to do, {jobs} at a time"
+    )
+    if pending:
+        from t2ilib.tracking.store import open_client, reap_stale_runs, tracking_uri
+
+        uri = tracking_uri(None, results)
+        client, experiment = open_client(uri, study.name, results)
+        reap_stale_runs(client, experiment)
+        parent = parent_run(client, experiment, study, preset, folder)
+        try:
+            Executor(pending, jobs, client, parent, uri, say).run()
+        finally:
+            client.set_terminated(parent, "FINISHED" if all(run.state == "finished" for run in runs) else "FAILED")
+    return runs
+
+
+def write_study(study: Study, preset: str, folder: Path) -> None:
+    """study.json for the report: what was asked, in display order."""
+    folder.mkdir(parents=True, exist_ok=True)
+    values = study.model_dump(mode="json")
+    chosen = study.presets[preset]
+    content = {
+        "name": study.name,
+        "question": study.question,
+        "preset": preset,
+        "reference": study.reference,
+        "base": study.base,
+        "seeds": chosen.seeds,
+        "run": merge(study.run, chosen.run),
+        "variants": values["variants"],
+    }
+    text, target = json.dumps(content, indent=1), folder / "study.json"
+    if not target.exists() or target.read_text() != text:
+        target.write_text(text)
+
+
+def parent_run(client, experiment: str, study: Study, preset: str, folder: Path) -> str:
+    """The MLflow run that holds the children of this preset, made once and taken up again later."""
+    from mlflow.exceptions import MlflowException
+
+    note = folder / "mlflow-parent.txt"
+    if note.exists():
+        try:
+            client.update_run(note.read_text(), status="RUNNING")
+            return note.read_text()
+        except MlflowException:
+            pass  # another store than last time: the parent is made anew there
+    tags = {"study": study.name, "preset": preset, "mlflow.note.content": study.question}
+    run = client.create_run(experiment, run_name=f"{study.name} ({preset})", tags=tags)
+    note.write_text(run.info.run_id)
+    return run.info.run_id
+
+
+def write_report(path: Path, preset: str, results: Path) -> Path:
+    """Executes compare.ipynb beside the study file on the preset's results, unless nothing has changed since; returns the
+    HTML report.
+
+    Raises ConfigError with the notebook's error where it fails.
+    """
+    folder = results.absolute() / f"{load_study(path).name}-{preset}"
+    notebook, parameters = folder / "report.ipynb", folder / "report-parameters.yaml"
+    sources = [Path(path).parent / "compare.ipynb", folder / "study.json", *folder.rglob("result.json")]
+    page = notebook.with_suffix(".html")
+    if page.exists() and page.stat().st_mtime > max(source.stat().st_mtime for source in sources):
+        return page
+    parameters.write_text(yaml.safe_dump({"results_folder": str(folder)}))
+    code, output = execute_notebook(Path(path).parent / "compare.ipynb", notebook, parameters, {"T2ILIB_BATCH": "1"})
+    if code:
+        raise ConfigError(f"the report could not be made: {error_text(output) or output[-2000:]}")
+    return export_html(notebook, hide_code=True)
+
+
+def name_champion(path: Path, preset: str, results: Path) -> str | None:
+    """Once all runs of a preset are finished: registers the best one's adapter in MLflow; returns a line that says so."""
+    study = load_study(path)
+    runs = plan_runs(study, path, preset, results.absolute())
+    if any(run.state != "finished" for run in runs):
+        return None
+    from t2ilib.tracking.store import open_client, tracking_uri
+
+    client, _ = open_client(tracking_uri(None, results), study.name, results)
+    found = register_champion(client, f"{study.name}-{preset}", runs)
+    return found and f"{found[1]} ({found[0].label})"
+
+
+def status_rows(path: Path, preset: str, results: Path) -> list[dict[str, str]]:
+    """Variant, seed, state, step reached and seconds of every run of a preset, for the terminal."""
+    rows = []
+    for run in plan_runs(load_study(path), path, preset, results.absolute()):
+        steps = [path.name.removeprefix("step-") for path in (run.folder / "checkpoints").glob("step-*")]
+        reached = str(max(map(int, steps))) if steps else "–"
+        seconds = f"{run.result()['seconds']:.0f}" if run.state == "finished" else "–"
+        values = {
+            "variant": run.variant,
+            "seed": str(run.seed),
+            "state": run.state,
+            "step": reached,
+            "seconds": seconds,
+        }
+        rows.append(values)
+    return rows

@@ -1,0 +1,249 @@
+"""What a run logs. The loop knows only `Tracker`; without an experiment it gets one that does nothing.
+
+One MLflow run a training run: `open_tracker` starts it, or takes it up again where `tracking.json` in the output folder
+says which it was, so a resumed training continues its curves. Leaving the scope ends the run as FINISHED, FAILED (an
+exception) or KILLED (a signal). A killed process cannot say so: the heartbeat tag tells, and `store.reap_stale_runs` closes such
+runs.
+"""
+
+import contextlib
+import json
+import logging
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from t2ilib.config import RunConfig
+from t2ilib.tracking.models import log_adapter
+from t2ilib.tracking.store import HEARTBEAT, open_client, tracking_uri
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+log = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_FLUSHES = 5.0
+MAX_METRICS, MAX_PARAMS, MAX_VALUE = 1000, 100, 6000
+
+
+class Tracker(Protocol):
+    """What the loop and the notebooks log. Steps are optimizer steps."""
+
+    def log_metrics(self, values: dict[str, float], step: int) -> None: ...
+    def log_image(self, image: "Image", key: str, step: int) -> None: ...
+    def log_datasets(self, training: Any, held_out: Any) -> None: ...
+    def log_artifact(self, path: Path, folder: str | None = None) -> None: ...
+    def log_adapter(self, file: Path, base: str, side: int) -> None: ...
+    def flush(self) -> None: ...
+
+
+class NullTracker:
+    """Logs nothing."""
+
+    run_id = None
+
+    def log_metrics(self, values: dict[str, float], step: int) -> None:
+        pass
+
+    def log_image(self, image: "Image", key: str, step: int) -> None:
+        pass
+
+    def log_datasets(self, training: Any, held_out: Any) -> None:
+        pass
+
+    def log_artifact(self, path: Path, folder: str | None = None) -> None:
+        pass
+
+    def log_adapter(self, file: Path, base: str, side: int) -> None:
+        pass
+
+    def flush(self) -> None:
+        pass
+
+
+class MlflowTracker:
+    """Logs to one MLflow run; metrics are sent in batches, and steps that an earlier attempt logged are not sent again."""
+
+    def __init__(self, client, run_id: str, resumed: bool):
+        self.client, self.run_id, self.resumed = client, run_id, resumed
+        self.buffer: list = []
+        self.flushed = time.monotonic()
+        self.logged: dict[str, int] = {}
+
+    def log_metrics(self, values: dict[str, float], step: int) -> None:
+        from mlflow.entities import Metric
+
+        now = int(time.time() * 1000)
+        for name, value in values.items():
+            if step > self.last_step(name):
+                self.buffer.append(Metric(name, float(value), now, step))
+        if len(self.buffer) >= MAX_METRICS // 2 or time.monotonic() - self.flushed > SECONDS_BETWEEN_FLUSHES:
+            self.flush()
+
+    def last_step(self, name: str) -> int:
+        """The last step of this metric that an earlier attempt logged; asked once a metric."""
+        if name not in self.logged:
+            history = self.client.get_metric_history(self.run_id, name) if self.resumed else []
+            self.logged[name] = max((metric.step for metric in history), default=-1)
+        return self.logged[name]
+
+    def flush(self) -> None:
+        from mlflow.entities import RunTag
+
+        for start in range(0, len(self.buffer), MAX_METRICS):
+            self.client.log_batch(self.run_id, metrics=self.buffer[start : start + MAX_METRICS])
+        self.client.log_batch(self.run_id, tags=[RunTag(HEARTBEAT, str(int(time.time())))])
+        self.buffer, self.flushed = [], time.monotonic()
+
+    def log_image(self, image: "Image", key: str, step: int) -> None:
+        if "/" in key:
+            raise ValueError(f"image key {key!r}: MLflow's image series cannot have a / in their key")
+        if self.resumed and any(re.search(rf"{key}\Wstep\W{step}\W", path) for path in self.images()):
+            return
+        self.client.log_image(self.run_id, image, key=key, step=step)
+
+    def images(self) -> list[str]:
+        """Artifact paths of the images that are there."""
+        return [artifact.path for artifact in self.client.list_artifacts(self.run_id, "images")]
+
+    def log_datasets(self, training: Any, held_out: Any) -> None:
+        """Both data sets as inputs of the run, with digest and number of pictures."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        inputs = []
+        for data, context in ((training, "training"), (held_out, "validation")):
+            if len(data):
+                entity = Dataset(
+                    name=data.name,
+                    digest=data.digest[:36],
+                    source_type="local",
+                    source=json.dumps({"uri": str(data.records[0].path.parent)}),
+                    profile=json.dumps({"num_pictures": len(data), "num_rejected": len(data.rejected)}),
+                )
+                inputs.append(DatasetInput(entity, [InputTag("mlflow.data.context", context)]))
+        self.client.log_inputs(self.run_id, inputs)
+
+    def log_artifact(self, path: Path, folder: str | None = None) -> None:
+        """A file, or a folder with all it holds, under `folder` of the run's artifacts."""
+        if path.is_dir():
+            self.client.log_artifacts(self.run_id, str(path), folder or path.name)
+        else:
+            self.client.log_artifact(self.run_id, str(path), folder)
+
+    def log_adapter(self, file: Path, base: str, side: int) -> None:
+        """The adapter as a model that MLflow's diffusers flavor loads onto `base`, a folder or Hub id."""
+        from mlflow.exceptions import MlflowException
+
+        if Path(base).is_file():
+            log.warning("the adapter is not logged as an MLflow model: MLflow loads no base from a single file")
+            return
+        try:
+            log_adapter(self.client, self.run_id, file, base, side)
+        except MlflowException as error:  # an older server: the training is finished all the same
+            log.warning("the adapter is not logged as an MLflow model: %s", error)
+
+
+@contextlib.contextmanager
+def open_tracker(run: RunConfig, results: Path | None = None) -> Iterator[Tracker]:
+    """The tracker of a run for as long as the scope lasts; NullTracker where `run.tracking.experiment` is None.
+
+    `results`: where the default store lies; the output folder's parent without it.
+    """
+    if run.tracking.experiment is None:
+        yield NullTracker()
+        return
+    results = results or run.output.absolute().parent
+    uri = tracking_uri(run.tracking.uri, results)
+    client, experiment_id = open_client(uri, run.tracking.experiment, results)
+    note = run.output / "tracking.json"
+    run_id = known_run(client, note, uri)
+    resumed = run_id is not None
+    run_id = run_id or client.create_run(experiment_id, tags=run_tags(run), run_name=run.name).info.run_id
+    tracker = MlflowTracker(client, run_id, resumed)
+    note.parent.mkdir(parents=True, exist_ok=True)
+    note.write_text(json.dumps({"uri": uri, "run_id": tracker.run_id}))
+    client.update_run(tracker.run_id, status="RUNNING")
+    if not resumed:
+        log_params(client, tracker.run_id, run)
+    tracker.flush()
+    status = "FINISHED"
+    try:
+        with terminated_as_exit(), system_metrics(uri, tracker):
+            yield tracker
+    except (KeyboardInterrupt, SystemExit):
+        status = "KILLED"
+        raise
+    except BaseException:
+        status = "FAILED"
+        raise
+    finally:
+        tracker.flush()
+        client.set_terminated(tracker.run_id, status=status)
+
+
+@contextlib.contextmanager
+def terminated_as_exit() -> Iterator[None]:
+    """SIGTERM as SystemExit(143), so that the run is closed also where no training step is there to end on."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def known_run(client, note: Path, uri: str) -> str | None:
+    """The id in tracking.json, if that run still exists in this store."""
+    from mlflow.exceptions import MlflowException
+
+    if not note.exists():
+        return None
+    known = json.loads(note.read_text())
+    try:
+        return client.get_run(known["run_id"]).info.run_id if known["uri"] == uri else None
+    except MlflowException:
+        return None
+
+
+def run_tags(run: RunConfig) -> dict[str, str]:
+    """What the UI groups by: seed, method, base, and whatever the study adds (study, preset, variant)."""
+    adapter = run.adapter
+    tags = {
+        "seed": str(run.seed),
+        "base": run.model.base,
+        "quantization": run.model.quantization,
+        "method": adapter.kind if adapter else run.trains,
+        "optimizer": run.optimizer.name,
+    }
+    parent = {"mlflow.parentRunId": run.tracking.parent_run_id} if run.tracking.parent_run_id else {}
+    return tags | parent | run.tracking.tags
+
+
+def log_params(client, run_id: str, run: RunConfig) -> None:
+    from mlflow.entities import Param
+
+    params = [Param(name, str(value)[:MAX_VALUE]) for name, value in run.flat().items()]
+    for start in range(0, len(params), MAX_PARAMS):
+        client.log_batch(run_id, params=params[start : start + MAX_PARAMS])
+
+
+@contextlib.contextmanager
+def system_metrics(uri: str, tracker: MlflowTracker) -> Iterator[None]:
+    """CPU, memory, disk, network and GPU use of the machine, sampled by MLflow under `system/`."""
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+    monitor = SystemMetricsMonitor(
+        tracker.run_id, sampling_interval=5, samples_before_logging=1, resume_logging=tracker.resumed, tracking_uri=uri
+    )
+    monitor.start()
+    try:
+        yield
+    finally:
+        monitor.finish()

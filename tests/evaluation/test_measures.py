@@ -1,0 +1,149 @@
+"""Measures: chosen by name, one interface for the checker, CLIP and a user's own, and told before anything starts if one cannot be."""
+
+import json
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+from t2ilib.config import ConfigError
+from t2ilib.evaluation import measures
+from t2ilib.evaluation.measures import MEASURES, Context, Measure, find_measures, measure
+from t2ilib.evaluation.metrics import DECLARATIONS, Metric, declare
+from t2ilib.models.load import load_base
+from t2ilib.report import load_report, markdown_table, summary_table
+from t2ilib.runfile import build_run
+from t2ilib.shapes import world
+
+ROOT = Path(__file__).parents[2]
+OWN = str(ROOT / "experiments" / "sharpness.py")
+DRAWN = {"adapter": {}, "data": {"source": "shapes"}, "shapes": {"scenes": ["heart"], "checked_prompts": 2}}
+SETTINGS = {"num_inference_steps": 1, "guidance_scale": 1.0}
+
+
+def run_of(*names: str, **sections) -> object:
+    return build_run(DRAWN | {"evaluation": SETTINGS | {"measures": names or None}} | sections)
+
+
+@pytest.fixture(scope="module")
+def components():
+    return load_base(build_run(DRAWN).model)
+
+
+def test_without_names_all_that_apply_are_asked() -> None:
+    assert list(find_measures(run_of())) == ["checker", "clip"]
+    folder = {"data": {}, "shapes": None}
+    assert list(find_measures(run_of(**folder))) == ["clip"]
+    assert list(find_measures(run_of(**folder, model={"base": "owner/name"}))) == []
+    unchecked = {"shapes": {"checked_prompts": 0}}
+    assert list(find_measures(run_of(**unchecked))) == ["clip"]
+
+
+@pytest.mark.parametrize(
+    ("names", "sections", "message"),
+    [
+        (("chekcer",), {}, r"'chekcer' does not exist; choose from checker, clip, .*Did you mean 'checker'"),
+        (
+            ("checker",),
+            {"data": {}, "shapes": None},
+            r"checker cannot measure this run: it knows the drawn world alone",
+        ),
+        (("clip",), {"model": {"base": "owner/name"}}, r"clip cannot measure this run: set evaluation.clip_model"),
+        (("nowhere.py:x",), {}, r"there is no Python file nowhere.py"),
+        ((f"{OWN}:sharpnes",), {}, r"a Measure called 'sharpnes' does not exist.*Did you mean 'sharpness'"),
+    ],
+)
+def test_what_cannot_be_asked_is_told(names, sections, message) -> None:
+    with pytest.raises(ConfigError, match=message):
+        find_measures(run_of(*names, **sections))
+
+
+def test_training_asks_first(tmp_path: Path) -> None:
+    from t2ilib.training.loop import train
+
+    with pytest.raises(ConfigError, match="chekcer"):
+        train(run_of("chekcer", output=str(tmp_path / "run")))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_measure_of_ones_own_is_asked_logged_and_shown_like_the_others(components, tmp_path: Path) -> None:
+    """The page of example itself: its numbers by hand, its declaration in the run's folder, its table in the report."""
+    folder = tmp_path / "toy-quick" / "plain" / "seed0"
+    folder.mkdir(parents=True)
+    run = run_of("checker", f"{OWN}:sharpness", output=str(folder))
+    declare(folder, {"steps_per_second": Metric("steps per second", "rate", table="Cost")})
+    found = measure(run, components)
+    assert {"sharpness/concept", "sharpness/base_kept", "concept/all"} <= found.keys()
+    assert not [name for name in found if name.startswith("clip_score")], "CLIP was not asked for"
+    about = json.loads((folder / DECLARATIONS).read_text())
+    assert about["sharpness/base_kept"] == {"title": "sharpness, base kept", "better": "higher", "table": "Of our own"}
+    assert list(about)[-1] == "steps_per_second", "what the pictures show comes before what it cost"
+    result = {"variant": "plain", "seed": 0, "status": "finished", "run": {}, "metrics": found, "measures": about}
+    (folder / "result.json").write_text(json.dumps(result))
+    study = {"name": "toy", "reference": "plain", "seeds": [0], "variants": {"plain": {"title": "Plain"}}}
+    (tmp_path / "toy-quick" / "study.json").write_text(json.dumps(study))
+    report = load_report(tmp_path / "toy-quick")
+    assert report.tables()["Of our own"] == ["sharpness/concept", "sharpness/base_kept"]
+    table = markdown_table(summary_table(report, report.tables()["Of our own"]))
+    assert f"{found['sharpness/concept']:.2f}" in table
+
+
+def test_the_example_measures_what_it_says() -> None:
+    from PIL import Image
+
+    from t2ilib.evaluation.measures import find_measure
+
+    flat = Image.new("RGB", (8, 8), "grey")
+    half = flat.copy()
+    half.paste("white", (4, 0, 8, 8))  # one step of 127 in each of eight rows, among seven neighbours
+    context = Context("prompts", build_run(DRAWN), None)
+    own = find_measure(f"{OWN}:sharpness").function
+    assert own([flat], ["a"], context) == {"sharpness/prompts": 0.0}
+    assert own([half], ["a"], context)["sharpness/prompts"] == pytest.approx((127 / 7) / 2)
+
+
+def test_a_package_can_offer_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = metadata.EntryPoint("mine", f"{__name__}:constant", "t2ilib.measures")
+    monkeypatch.setattr(metadata, "entry_points", lambda group: metadata.EntryPoints([entry]))
+    monkeypatch.setattr(metadata.EntryPoint, "load", lambda self: constant)
+    assert find_measures(run_of("mine"))["mine"] is constant
+    monkeypatch.setattr(metadata.EntryPoint, "load", lambda self: 3)
+    with pytest.raises(ConfigError, match="the entry point mine gives a int, not a Measure"):
+        find_measures(run_of("mine"))
+
+
+constant = Measure(lambda pictures, prompts, context: {"one": 1.0}, {"one": Metric("one")})
+
+
+def test_what_a_measure_does_not_declare_is_an_error(components, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setitem(MEASURES, "checker", Measure(lambda *_: {"two": 2.0}, {"one": Metric("one")}))
+    with pytest.raises(ConfigError, match="the measure checker does not declare what it returned: two"):
+        measure(run_of("checker", output=str(tmp_path)), components)
+    assert not (tmp_path / "metrics.json").exists()
+
+
+def test_pictures_are_drawn_once_for_all_measures(components, tmp_path: Path, monkeypatch) -> None:
+    """Every measure gets the same pictures, the scenes where they are known, and one place to keep things."""
+    seen = []
+
+    def watch(pictures, prompts, context: Context) -> dict[str, float]:
+        context.shared.setdefault("calls", []).append(context.group)
+        seen.append((pictures, prompts, context))
+        return {}
+
+    drawn, draw = [], measures.draw
+    monkeypatch.setattr(measures, "draw", lambda *a, **k: drawn.append(a) or draw(*a, **k))
+    for name in ("checker", "clip"):
+        monkeypatch.setitem(MEASURES, name, Measure(watch, {}))
+    measure(run_of(output=str(tmp_path)), components)
+    assert len(drawn) == 2
+    assert [context.group for _, _, context in seen] == ["concept"] * 2 + ["base_kept"] * 2
+    assert seen[0][0] is seen[1][0]
+    assert seen[0][1] == [world.caption(scene) for scene in seen[0][2].scenes]
+    assert seen[-1][2].shared["calls"] == ["concept", "concept", "base_kept", "base_kept"]
+
+
+@pytest.mark.parametrize("wrong", [{"unit": "percent"}, {"better": "up"}, {"role": "learnt"}])
+def test_a_declaration_that_no_report_could_read_is_refused_at_once(wrong: dict) -> None:
+    with pytest.raises(ConfigError, match=r"metric 'x': \w+ .* does not exist; choose from"):
+        Metric("x", **wrong)

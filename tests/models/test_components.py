@@ -1,0 +1,118 @@
+"""Loading a base: what is not a model of ours, or not whole, is refused in one sentence that names it."""
+
+import json
+import shutil
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+from huggingface_hub import constants, errors
+
+from t2ilib.config import ConfigError, ModelConfig
+from t2ilib.models.files.locate import SHIPPED, download
+from t2ilib.models.load import load_base
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    shutil.copytree(SHIPPED["tiny-sdxl"], tmp_path / "model")
+    return tmp_path / "model"
+
+
+def refused(base: str | Path, **options) -> str:
+    with pytest.raises(ConfigError) as error:
+        load_base(ModelConfig(base=str(base), **options), torch.device("cpu"))
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "unet/diffusion_pytorch_model.safetensors",
+        "vae/config.json",
+        "text_encoder_2/model.safetensors",
+        "scheduler/scheduler_config.json",
+    ],
+)
+def test_an_incomplete_folder_names_the_file(folder: Path, file: str) -> None:
+    (folder / file).unlink()
+    assert refused(folder) == f"model.base {folder} is incomplete, it lacks {file}"
+
+
+def test_a_folder_without_tokenizer_names_it(folder: Path) -> None:
+    shutil.rmtree(folder / "tokenizer")
+    assert "it lacks tokenizer/vocab.json" in refused(folder)
+
+
+def test_a_missing_shard_is_named(folder: Path) -> None:
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_name("diffusion_pytorch_model-00001-of-00002.safetensors"))
+    parts = {
+        "a": "diffusion_pytorch_model-00001-of-00002.safetensors",
+        "b": "diffusion_pytorch_model-00002-of-00002.safetensors",
+    }
+    weights.with_name(weights.name + ".index.json").write_text(json.dumps({"weight_map": parts}))
+    assert refused(folder).endswith("it lacks unet/diffusion_pytorch_model-00002-of-00002.safetensors")
+
+
+def test_pickled_weights_are_refused_with_the_way_to_convert_them(folder: Path) -> None:
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_suffix(".bin"))
+    message = refused(folder)
+    assert "pickles (unet/diffusion_pytorch_model.bin)" in message
+    assert "safe_serialization=True" in message
+
+
+def test_a_variant_must_be_asked_for_and_loads(folder: Path) -> None:
+    assert refused(folder, variant="fp16").endswith("holds no weights of model.variant fp16: leave that out")
+    for part, stem in {
+        "unet": "diffusion_pytorch_model",
+        "vae": "diffusion_pytorch_model",
+        "text_encoder": "model",
+        "text_encoder_2": "model",
+    }.items():
+        (folder / part / f"{stem}.safetensors").rename(folder / part / f"{stem}.fp16.safetensors")
+    assert refused(folder).endswith("It holds the variant fp16: set model.variant")
+    assert load_base(ModelConfig(base=str(folder), variant="fp16"), torch.device("cpu")).family.name == "sdxl"
+
+
+def test_another_kind_of_pipeline_is_named(folder: Path) -> None:
+    index = folder / "model_index.json"
+    index.write_text(index.read_text().replace("StableDiffusionXLPipeline", "FluxPipeline"))
+    assert "is a FluxPipeline; t2ilib trains StableDiffusionPipeline, StableDiffusionXLPipeline" in refused(folder)
+    index.write_text("{}")
+    assert "it is damaged" in refused(folder)
+
+
+def hub_error(kind: type) -> Exception:
+    response = httpx.Response(401, request=httpx.Request("GET", "https://huggingface.co/owner/name"))
+    return kind("refused", response=response) if issubclass(kind, errors.HfHubHTTPError) else kind("refused")
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        (errors.GatedRepoError, "is gated: accept its licence on https://huggingface.co/owner/name"),
+        (errors.RepositoryNotFoundError, "does not exist on the Hub, or is private"),
+        (errors.RevisionNotFoundError, "has no revision 'old'"),
+        (errors.RemoteEntryNotFoundError, "holds no model_index.json"),
+        (errors.LocalEntryNotFoundError, "the Hub cannot be reached"),
+        (OSError, "could not be fetched (OSError: refused)"),
+    ],
+)
+def test_what_the_hub_refuses_is_one_sentence(monkeypatch, kind: type, words: str) -> None:
+    def fail(*args, **options):
+        raise hub_error(kind)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", fail)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    message = refused("owner/name", revision="old")
+    assert message.startswith("model.base owner/name ")
+    assert words in message
+
+
+def test_offline_names_the_switch(monkeypatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError, match="owner/name is not in the local cache, and HF_HUB_OFFLINE=1"):
+        download("owner/name", "model_index.json", None)

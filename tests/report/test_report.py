@@ -1,0 +1,303 @@
+"""The report on a results folder that the test writes itself, so every number in it is known."""
+
+import json
+import math
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+from matplotlib.text import Text
+from PIL import Image
+
+from t2ilib.config import ConfigError
+from t2ilib.report import (
+    caveats,
+    compare,
+    describe_variant,
+    difference_table,
+    format_table,
+    headline,
+    load_report,
+    markdown_table,
+    plot_cost_quality,
+    plot_learning_curves,
+    plot_pictures,
+    summary_table,
+    write_markdown,
+)
+from t2ilib.shapes import checker
+from t2ilib.training.history import COSTS
+from t2ilib.training.validation import HELD_OUT
+
+MEASURES = {name: asdict(metric) for name, metric in {**checker.METRICS, **HELD_OUT, **COSTS}.items()}
+PROMPTS = [
+    "a small red striped circle at the top left on a white background",
+    "a large blue heart",
+    "a blueprint of a cross",
+]
+# learned, kept, held-out loss, trainable parameters: far enough apart that eight seeds tell them from noise of 0.01
+TRUTH = {
+    "base": (0.10, 0.90, None, None),
+    "lora": (0.60, 0.80, 0.200, 40_000),
+    "dora": (0.70, 0.70, 0.190, 42_000),
+    "qlora": (0.60, 0.80, 0.200, 40_000),
+}
+
+
+def write_run(folder, variant, seed, truth):
+    """Seed noise is shared by all variants, with alternating +-0.004 on top that leaves qlora equal to lora on average."""
+    learned, kept, loss, parameters_trained = truth
+    shared, own = 0.01 * math.sin(seed), 0.004 * (-1) ** seed * (variant == "qlora")
+    metrics = {
+        "concept/learned": learned + shared + own,
+        "base_kept/all": kept + shared + own,
+        "peak_process_mib": 900.0 + seed,
+    }
+    path = folder / variant / f"seed{seed}"
+    (path / "pictures").mkdir(parents=True)
+    if loss is not None:
+        metrics |= {"held_out_loss": loss + (shared + own) / 10, "trainable_parameters": parameters_trained}
+        metrics["steps_per_second"] = 2.0 + shared + own
+        lines = [{"step": 0, "held_out_loss": 0.5}]
+        lines += [{"step": step, "loss": 0.3 - 0.001 * step, "grad_norm": 1.0} for step in range(1, 101)]
+        lines += [{"step": step, "held_out_loss": loss + (100 - step) / 1000 + shared / 10} for step in (50, 100)]
+        (path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (path / "pictures" / "prompts.json").write_text(json.dumps(PROMPTS))
+    for index in range(len(PROMPTS)):
+        Image.fromarray(np.full((16, 16, 3), 40 * index + seed, np.uint8)).save(path / "pictures" / f"{index:02d}.png")
+    result = {"variant": variant, "seed": seed, "status": "finished", "seconds": 60.0, "mlflow_run_id": None}
+    (path / "result.json").write_text(json.dumps(result | {"run": {}, "metrics": metrics, "measures": MEASURES}))
+
+
+def write_study(folder, seeds, truth=TRUTH, **changes):
+    folder.mkdir(parents=True, exist_ok=True)
+    variants = {
+        name: {
+            "title": name.upper(),
+            "overview": f"What {name} is.",
+            "hypothesis": f"{name} learns more.",
+            "how_it_helps": f"How {name} helps.",
+            "origin": f"Paper of {name}.",
+        }
+        for name in truth
+    }
+    study = {
+        "name": "adapters",
+        "question": "Which adapter?",
+        "preset": "quick",
+        "reference": "lora",
+        "base": "base",
+        "seeds": list(seeds),
+    }
+    (folder / "study.json").write_text(json.dumps(study | {"variants": variants} | changes))
+    for name, numbers in truth.items():
+        for seed in seeds:
+            write_run(folder, name, seed, numbers)
+    return folder
+
+
+def cells(rows, variant):
+    return next(row for row in rows if row["variant"].startswith(variant))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write_study(tmp_path_factory.mktemp("study"), range(8))
+
+
+def test_summary_has_means_intervals_and_dashes(folder):
+    rows = summary_table(load_report(folder))
+    assert [row["variant"] for row in rows] == ["BASE (untouched)", "LORA (reference)", "DORA", "QLORA"]
+    shares = [100 * (0.6 + 0.01 * math.sin(seed)) for seed in range(8)]
+    half = 2.364624 * np.std(shares, ddof=1) / math.sqrt(8)  # t(0.975, 7) from a printed table
+    assert cells(rows, "LORA")["concept learned"] == f"{np.mean(shares):.1f} ± {half:.1f} %"
+    assert cells(rows, "LORA")["trainable parameters"] == "40,000"
+    assert cells(rows, "LORA")["runs"] == "8/8"
+    assert cells(rows, "BASE")["held-out loss"] == cells(rows, "BASE")["trainable parameters"] == "–"
+    assert "CLIP score, base" not in rows[0]
+    assert "nan" not in str(rows).lower()
+
+
+def test_differences_find_what_is_there_and_nothing_else(folder):
+    report = load_report(folder)
+    learned, kept = compare(report, "concept/learned"), compare(report, "base_kept/all")
+    assert (learned["dora"].verdict, kept["dora"].verdict) == ("better", "worse")
+    assert (learned["qlora"].verdict, kept["qlora"].verdict) == ("no difference shown", "no difference shown")
+    assert learned["dora"].difference.mean == pytest.approx(0.1)
+    assert learned["dora"].difference.p_value == 2 / 2**8
+    assert learned["dora"].adjusted_p == 4 / 2**8  # two more patterns make qlora as steady
+    assert learned["base"].adjusted_p == learned["base"].difference.p_value  # outside the family
+    row = cells(difference_table(report, "concept/learned"), "DORA")
+    assert (row["difference"], row["pairs"], row["p"], row["p (adjusted)"], row["verdict"]) == (
+        "+10.0 pp",
+        "8",
+        "0.008",
+        "0.016",
+        "better",
+    )
+    assert cells(difference_table(report, "held_out_loss"), "BASE")["verdict"] == "not measured"
+    assert cells(difference_table(report, "trainable_parameters"), "DORA")["verdict"] == "higher"
+    assert cells(difference_table(report, "trainable_parameters"), "QLORA")["verdict"] == "equal"
+
+
+def test_headline_and_descriptions_say_what_was_measured(folder):
+    report = load_report(folder)
+    text = headline(report)
+    assert "**Learned most: DORA**" in text
+    assert "**distinguishable** against all 2 others" in text
+    assert "**Fewest trainable parameters: LORA and QLORA** (40,000); next is DORA (42,000)" in text
+    dora, qlora = describe_variant(report, "dora"), describe_variant(report, "qlora")
+    for heading, told in (
+        ("Overview", "What dora is."),
+        ("How it helps", "How dora helps."),
+        ("Origin of the idea", "Paper of dora."),
+    ):
+        assert f"*{heading}.* {told}" in dora
+    assert "*Result.*" in dora
+    assert "*Why.*" in dora
+    assert "**better**" in dora
+    assert "dora learns more." in dora
+    assert "a trade, not a gain" in dora
+    assert "1.1 times the reference's parameters (42,000 against 40,000)" in dora
+    assert "no difference shown" in qlora
+    assert "neither supports nor refutes" in qlora
+    assert "because" not in (dora + qlora)
+    with pytest.raises(ConfigError, match="Did you mean 'dora'"):
+        describe_variant(report, "dorra")
+
+
+def test_missing_runs_and_metrics_are_named_never_zero(tmp_path):
+    folder = write_study(tmp_path / "study", range(3))
+    (folder / "dora" / "seed1" / "result.json").unlink()
+    for path in ("dora/seed0", "dora/seed2"):
+        result = json.loads((folder / path / "result.json").read_text())
+        result["metrics"] |= {"base_kept/all": None, "held_out_loss": float("nan")}
+        (folder / path / "result.json").write_text(json.dumps(result))
+    report = load_report(folder)
+    assert report.missing == (("dora", 1),)
+    row = cells(summary_table(report), "DORA")
+    assert (row["runs"], row["base kept"], row["held-out loss"]) == ("2/3", "–", "–")
+    assert cells(difference_table(report, "concept/learned"), "DORA")["pairs"] == "2"
+    assert cells(difference_table(report, "base_kept/all"), "DORA")["verdict"] == "not measured"
+    notes = "\n".join(caveats(report))
+    assert "DORA, seed 1: **did not finish**" in notes
+    assert "dora, seed 0: held_out_loss is nan" in notes
+    assert "at least 6 seeds" in notes  # two variants compared: 2 * 2/2^7 is the first below 0.05
+    text = write_markdown(report, tmp_path / "out").read_text()
+    assert "DORA, seed 1: **did not finish**" in text
+    assert "no other verdict was possible" in text
+
+
+def test_seeds_beyond_the_study_file_count(tmp_path):
+    folder = write_study(tmp_path / "study", [0, 1])
+    write_run(folder, "dora", 7, TRUTH["dora"])
+    report = load_report(folder)
+    assert report.seeds == (0, 1, 7)
+    assert report.missing == ()
+    assert [cells(summary_table(report), name)["runs"] for name in ("LORA", "DORA")] == ["2/3", "3/3"]
+
+
+def test_one_seed_is_not_tested(tmp_path):
+    report = load_report(write_study(tmp_path / "study", [0]))
+    assert {row["verdict"] for row in difference_table(report, "concept/learned")} == {"not tested (one seed)"}
+    assert "±" not in format_table(summary_table(report))
+    assert "lead **not tested** (one seed)" in headline(report)
+    assert "One seed: nothing is tested" in caveats(report)[0]
+    assert "distinguishable" not in headline(report)
+
+
+def test_nothing_finished_still_makes_a_report(tmp_path):
+    folder = write_study(tmp_path / "study", [0, 1])
+    for path in folder.glob("*/seed*/result.json"):
+        path.unlink()
+    report = load_report(folder)
+    assert len(report.missing) == 8
+    assert headline(report) == "- Nothing was measured yet."
+    assert "nothing was measured" in write_markdown(report, tmp_path / "out").read_text()
+
+
+def test_adamw8bit_on_a_cpu_is_warned_about(tmp_path):
+    folder = write_study(tmp_path / "study", [0])
+    assert not any("8-bit" in note for note in caveats(load_report(folder)))
+    result = json.loads((folder / "dora/seed0/result.json").read_text())
+    eight_bit = {"run": {"optimizer": {"name": "adamw8bit"}}}
+    (folder / "dora/seed0/result.json").write_text(json.dumps(result | eight_bit))
+    assert any(note.startswith("DORA: on a CPU, 8-bit AdamW") for note in caveats(load_report(folder)))
+    result["metrics"]["peak_device_mib"] = 4000.0
+    (folder / "dora/seed0/result.json").write_text(json.dumps(result | eight_bit))
+    assert not any("8-bit" in note for note in caveats(load_report(folder)))
+
+
+def test_a_variant_is_compared_with_the_neighbour_that_it_names(tmp_path):
+    folder = write_study(tmp_path / "study", range(8))
+    plain = load_report(folder)
+    study = json.loads((folder / "study.json").read_text())
+    study["variants"]["qlora"]["against"] = "dora"
+    (folder / "study.json").write_text(json.dumps(study))
+    report = load_report(folder)
+    compared = compare(report, "concept/learned")
+    assert compared["qlora"].difference.mean == pytest.approx(-0.10)
+    assert compared["qlora"].verdict == "worse"
+    assert compared["dora"].difference == compare(plain, "concept/learned")["dora"].difference
+    rows = difference_table(report, "concept/learned")
+    assert [row["against"] for row in rows] == ["LORA", "LORA", "DORA"]
+    assert "against" not in difference_table(plain, "concept/learned")[0]
+    assert "-10.0 pp against DORA" in describe_variant(report, "qlora")
+    assert "against the reference" in describe_variant(report, "dora")
+
+
+def test_written_report_has_its_figures(folder, tmp_path):
+    path = write_markdown(load_report(folder), tmp_path / "out")
+    text = path.read_text()
+    for name in ("curves.png", "cost_quality.png", "pictures.png"):
+        assert f"]({name})" in text
+        with Image.open(path.parent / name) as picture:
+            assert min(picture.size) > 300
+
+
+def test_figures_show_every_variant(folder):
+    report = load_report(folder)
+    curves = plot_learning_curves(report).axes[0]
+    assert [text.get_text() for text in curves.texts] == ["dora", "lora", "qlora"]  # by final loss, lowest first
+    assert list(curves.lines[0].get_xdata()) == [0, 50, 100]
+    assert len(plot_pictures(report).axes) == 4 * 3
+
+
+def test_labels_of_crowded_points_do_not_overlap(tmp_path):
+    truth = {f"variant-{i}": (0.6 + 0.001 * i, 0.8, 0.2, 40_000) for i in range(9)} | {
+        "lora": TRUTH["lora"],
+        "base": TRUTH["base"],
+    }
+    figure = plot_cost_quality(load_report(write_study(tmp_path / "study", [0, 1], truth)))
+    figure.draw_without_rendering()
+    assert len(figure.axes) == 6
+    for axes in figure.axes:
+        boxes = [Text.get_window_extent(text) for text in axes.texts]  # without the leader lines
+        assert len(boxes) == 11
+        assert not any(boxes[i].overlaps(boxes[j]) for i in range(len(boxes)) for j in range(i))
+
+
+def test_tables_align_and_escape():
+    rows = [{"variant": "a|b", "runs": "3/3"}, {"variant": "longer name", "runs": "–"}]
+    assert format_table(rows).splitlines() == [
+        "variant      runs",
+        "-----------  ----",
+        "a|b           3/3",
+        "longer name     –",
+    ]
+    assert "| a\\|b | 3/3 |" in markdown_table(rows)
+    assert format_table([]) == "(nothing to show)"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"reference": "lorra"}, "reference 'lorra' is not among"), ({"base": "bass"}, "base 'bass' is not among")],
+)
+def test_a_wrong_study_file_is_an_error(tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        load_report(write_study(tmp_path / "study", [0], **changes))
+
+
+def test_a_folder_without_a_study_is_an_error(tmp_path):
+    with pytest.raises(ConfigError, match=r"no study\.json"):
+        load_report(tmp_path)

@@ -1,0 +1,271 @@
+"""Studies: mistakes are told before anything starts, runs are finished once, failures stay alone, kills resume.
+
+The notebook here does no training: it writes what the runner expects, fails or waits as its parameters say.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+from t2ilib.config import ConfigError
+from t2ilib.runfile import load_run
+from t2ilib.studies import study
+from t2ilib.studies.file import load_study
+from t2ilib.studies.notebooks import error_text, notebook_parameters
+from t2ilib.studies.runs import plan_runs, write_out
+from t2ilib.studies.study import run_study, status_rows
+
+PARAMETERS = """name = "none"
+seed = 0
+output = "unset"
+model = {
+    "revision": "finish",  # what to do
+}
+adapter = None
+optimizer = {"learning_rate": 0.5}
+tracking = {}"""
+
+BODY = """import json, os, pathlib, time
+folder, behaviour, value = pathlib.Path(output), model.get("revision"), optimizer["learning_rate"]
+with (folder / "executions.txt").open("a") as log:
+    log.write("x")
+print("step 1/2  loss 0.5", flush=True)
+if behaviour == "fail" and not (folder / "repaired").exists():
+    raise ValueError("this variant was made to fail")
+if behaviour == "die":
+    os._exit(7)
+if behaviour == "wait" and not (folder / "checkpoints" / "step-000001").exists():
+    (folder / "checkpoints" / "step-000001").mkdir(parents=True)
+    time.sleep(3000)
+(folder / "metrics.json").write_text(json.dumps({"answer": value + seed}))
+(folder / "seen.json").write_text(json.dumps([name, adapter, tracking, os.getcwd()]))"""
+
+
+@pytest.fixture
+def study_file(tmp_path: Path) -> Path:
+    cells = [nbformat.v4.new_code_cell(PARAMETERS), nbformat.v4.new_code_cell(BODY)]
+    cells[0].metadata["tags"] = ["parameters"]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=kernel), tmp_path / "fake.ipynb")
+    content = {
+        "name": "toy",
+        "question": "?",
+        "notebook": "fake.ipynb",
+        "reference": "plain",
+        "run": {"adapter": {"rank": 2}, "optimizer": {"learning_rate": 1.0}},
+        "presets": {"quick": {"seeds": [0]}, "full": {"seeds": [0, 1]}},
+        "variants": {
+            "plain": {"title": "Plain"},
+            "other": {"title": "Other", "run": {"optimizer": {"learning_rate": 2.5}}},
+            "broken": {"title": "Broken", "run": {"model": {"revision": "fail"}}},
+        },
+    }
+    path = tmp_path / "toy.yaml"
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+    return path
+
+
+def edit(path: Path, change) -> None:
+    content = yaml.safe_load(path.read_text())
+    change(content)
+    path.write_text(yaml.safe_dump(content, sort_keys=False))
+
+
+def executions(results: Path) -> dict[str, int]:
+    return {str(p.parent.relative_to(results)): len(p.read_text()) for p in sorted(results.rglob("executions.txt"))}
+
+
+def test_notebook_parameters_are_read_without_running_it(study_file: Path) -> None:
+    found = notebook_parameters(study_file.parent / "fake.ipynb")
+    assert list(found) == ["name", "seed", "output", "model", "adapter", "optimizer", "tracking"]
+    assert found["optimizer"] == "{'learning_rate': 0.5}"
+
+
+def test_every_mistake_is_found_where_it_stands_before_anything_starts(study_file: Path) -> None:
+    """Unknown fields, wrong types and names, impossible combinations, in any part and any preset, all in one message."""
+
+    def spoil(content: dict) -> None:
+        content["run"]["adapter"] = {"rnk": 3}
+        content["presets"]["full"]["run"] = {"training": {"steps": "many"}}
+        content["variants"]["other"]["run"] = {"optimizer": {"name": "adamm"}, "shapes": {"scenes": ["hart"]}}
+        content["variants"]["plain"]["run"] = {"training": {"scenes": ["heart"]}}
+        content["variants"]["broken"]["run"] = {"adapter": None}
+
+    edit(study_file, spoil)
+    with pytest.raises(ConfigError) as caught:
+        run_study(study_file, results=study_file.parent / "results")
+    assert str(caught.value).splitlines()[1:] == [
+        "  run.adapter.rnk: no such field. Did you mean 'rank'?",
+        "  variants.plain.run.training.scenes: no such field. It is a field of shapes.",
+        "  variants.other.run.shapes.scenes.0: 'hart' does not exist; choose 'base', 'heart', 'striped' or 'blueprint'."
+        " Did you mean 'heart'?",
+        "  variants.other.run.optimizer.name: 'adamm' does not exist; choose 'adamw', 'adamw8bit' or 'prodigy'."
+        " Did you mean 'adamw'?",
+        "  variants.broken (preset quick): this run has no adapter section: add one, or set training.trains to unet or nothing",
+        "  presets.full.run.training.steps: Input should be a valid integer, unable to parse string as an integer (got 'many')",
+    ]
+    assert not (study_file.parent / "results").exists()
+
+
+def test_what_a_notebook_does_not_declare_is_told(study_file: Path) -> None:
+    edit(study_file, lambda c: c["variants"]["other"]["run"].update(evaluation={"sample_every": 3}))
+    with pytest.raises(ConfigError, match=r"fake.ipynb does not declare evaluation, which this study sets: add it to"):
+        run_study(study_file, results=study_file.parent / "results")
+    edit(study_file, lambda c: c["variants"]["other"].update(notebook="elsewhere.ipynb", run={}))
+    with pytest.raises(ConfigError, match=r"elsewhere.ipynb does not exist"):
+        run_study(study_file, results=study_file.parent / "results")
+    assert not (study_file.parent / "results").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(reference="plian"), "Did you mean 'plain'"),
+        (lambda c: c["variants"]["other"].update(against="plian"), "Did you mean 'plain'"),
+        (lambda c: c["variants"]["plain"].pop("title"), "variants.plain.title: Field required"),
+        (lambda c: c.update(variant={}), "variant: Extra inputs are not permitted"),
+        (lambda c: c["presets"]["quick"].update(seeds=[]), "presets.quick.seeds"),
+        (lambda c: c["run"].update(seed=3), "run: leave seed out: the seeds are the preset's"),
+        (lambda c: c["run"].update(evaluation={"measures": ["chekcer"]}), "'chekcer' does not exist"),
+    ],
+)
+def test_mistakes_in_the_study_file(study_file: Path, change, message: str, monkeypatch) -> None:
+    monkeypatch.setattr(study, "check_notebooks", lambda runs: None)  # which declares no evaluation
+    edit(study_file, change)
+    with pytest.raises(ConfigError, match=message):
+        run_study(study_file, results=study_file.parent / "results")
+
+
+def test_the_flat_form_is_told_with_what_it_says_in_the_new_one(study_file: Path) -> None:
+    old = {
+        "parameters": {"base": "tiny-sd15", "rank": 4, "optimizer": "prodigy", "study": "toy", "gone": 1},
+        "presets": {"quick": {"seeds": [0], "parameters": {"steps": 3, "checked_prompts": 2}}},
+        "variants": {"plain": {"title": "Plain"}, "alone": {"title": "Base", "parameters": {"kind": "none"}}},
+    }
+    study_file.write_text(yaml.safe_dump({"name": "toy", "question": "?", "reference": "plain"} | old))
+    with pytest.raises(ConfigError, match="has `parameters`, as study files had them") as caught:
+        load_study(study_file)
+    shown = yaml.safe_load(str(caught.value).split("in the new form:")[1])
+    assert shown["run"].pop("unknown") == {"gone": 1}
+    assert shown["run"]["model"] == {"base": "tiny-sd15", "quantization": "nf4"}
+    assert shown["run"]["optimizer"] == {"name": "prodigy"}
+    assert shown["variants"] == {"alone": {"run": {"adapter": None, "training": {"trains": "nothing", "steps": 0}}}}
+    shown["presets"]["quick"]["seeds"] = [0]
+    shown["variants"] = {"plain": {"title": "Plain"}, "alone": {"title": "Base"} | shown["variants"]["alone"]}
+    study_file.write_text(yaml.safe_dump({"name": "toy", "question": "?", "reference": "plain"} | shown))
+    loaded = load_study(study_file)
+    assert loaded.settings("quick", "plain")["shapes"]["checked_prompts"] == 2
+
+
+def test_a_variant_written_out_is_the_run_that_the_study_makes(study_file: Path) -> None:
+    loaded = load_study(study_file)
+    run = plan_runs(loaded, study_file, "full", Path("results"), ["other"], [1])[0]
+    written = study_file.parent / "run.yaml"
+    written.write_text(write_out(run))
+    left_out = {"output", "tracking"}
+    assert load_run(written).model_dump(exclude=left_out) == run.config().model_dump(exclude=left_out)
+    assert load_run(written).training_digest() == run.config().training_digest()
+
+
+def test_unknown_preset_and_variant(study_file: Path) -> None:
+    loaded = load_study(study_file)
+    with pytest.raises(ConfigError, match=r"preset 'ful' does not exist; choose from quick, full. Did you mean 'full'"):
+        plan_runs(loaded, study_file, "ful", Path("results"))
+    with pytest.raises(ConfigError, match="variant 'othr' does not exist"):
+        plan_runs(loaded, study_file, "quick", Path("results"), only=["othr"])
+
+
+def test_variants_go_over_presets_over_the_study_field_by_field(study_file: Path) -> None:
+    def change(content: dict) -> None:
+        content["presets"]["full"]["run"] = {"optimizer": {"learning_rate": 9.0, "name": "adamw8bit"}}
+        content["variants"]["broken"]["run"] = {"adapter": None, "training": {"trains": "nothing", "steps": 0}}
+
+    edit(study_file, change)
+    runs = plan_runs(load_study(study_file), study_file, "full", Path("r"))
+    said = {(run.variant, run.seed): run.settings for run in runs}
+    assert said["plain", 0]["optimizer"] == {"learning_rate": 9.0, "name": "adamw8bit"}
+    assert said["other", 1]["optimizer"] == {"learning_rate": 2.5, "name": "adamw8bit"}
+    assert said["other", 1]["adapter"] == {"rank": 2}
+    assert said["broken", 0]["adapter"] is None
+    injected = next(run for run in runs if run.variant == "broken").parameters("parent")
+    assert injected["model"] == {}, "what the study does not say is RunConfig's default, not the notebook's"
+    assert injected["adapter"] is None
+    assert injected["tracking"]["tags"] == {"study": "toy", "preset": "full", "variant": "broken"}
+    assert "evaluation" not in injected, "the notebook does not declare it"
+
+
+def test_failures_stay_alone_and_finished_runs_are_not_run_again(study_file: Path) -> None:
+    results, said = study_file.parent / "results", []
+    runs = run_study(study_file, results=results, jobs=2, say=said.append)
+    assert {run.variant: run.state for run in runs} == {"plain": "finished", "other": "finished", "broken": "failed"}
+    assert any("FAILED: ValueError: this variant was made to fail" in line for line in said)
+    result = json.loads((results / "toy-quick" / "other" / "seed0" / "result.json").read_text())
+    assert result["metrics"] == {"answer": 2.5}
+    assert result["run"]["optimizer"]["learning_rate"] == 2.5
+    name, adapter, tracking, folder = json.loads((results / "toy-quick" / "other" / "seed0" / "seen.json").read_text())
+    assert (name, adapter, tracking["experiment"]) == ("other seed 0", {"rank": 2}, "toy")
+    assert folder == os.getcwd(), "relative paths of a study would not mean what they mean in a run config"
+    assert (results / "toy-quick" / "other" / "seed0" / "notebook.html").exists()
+    assert {row["variant"]: row["state"] for row in status_rows(study_file, "quick", results)}["broken"] == "failed"
+
+    (results / "toy-quick" / "broken" / "seed0" / "repaired").touch()
+    runs = run_study(study_file, results=results, say=said.append)
+    assert all(run.state == "finished" for run in runs)
+    assert executions(results) == {"toy-quick/broken/seed0": 2, "toy-quick/other/seed0": 1, "toy-quick/plain/seed0": 1}
+
+    before = executions(results)
+    run_study(study_file, results=results, say=said.append)
+    assert executions(results) == before
+
+    edit(study_file, lambda c: c["variants"]["other"]["run"]["optimizer"].update(learning_rate=7.0))
+    with pytest.raises(ConfigError, match=r"other seed 0: optimizer.learning_rate 2.5 -> 7.0"):
+        run_study(study_file, results=results, say=said.append)
+
+
+def test_dead_kernel_is_a_failure(study_file: Path) -> None:
+    """papermill marks its cells "completed"; only the exit code tells."""
+    edit(study_file, lambda c: c["variants"]["other"].update(run={"model": {"revision": "die"}}))
+    runs = run_study(study_file, only=["other"], results=study_file.parent / "results", say=lambda line: None)
+    assert [run.state for run in runs] == ["failed"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_killed_study_resumes(study_file: Path, number: signal.Signals) -> None:
+    edit(study_file, lambda c: c["variants"]["plain"].update(run={"model": {"revision": "wait"}}))
+    results = study_file.parent / "results"
+    code = (
+        "import sys; from pathlib import Path; from t2ilib.studies.study import run_study;"
+        "run_study(Path(sys.argv[1]), only=['plain', 'other'], results=Path(sys.argv[2]))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, str(study_file), str(results)], stdout=subprocess.PIPE, text=True
+    )
+    folder = results / "toy-quick" / "plain" / "seed0"
+    until = time.monotonic() + 900
+    while not (folder / "checkpoints" / "step-000001").exists():
+        assert process.poll() is None, "the study ended before it was killed"
+        assert time.monotonic() < until
+        time.sleep(0.1)
+    os.kill(process.pid, number)
+    process.communicate()
+    assert process.returncode == (128 + signal.SIGTERM if number == signal.SIGTERM else -signal.SIGKILL)
+    assert not (folder / "result.json").exists()
+    assert {run.variant: run.state for run in plan_runs(load_study(study_file), study_file, "quick", results)}[
+        "plain"
+    ] == "interrupted"
+
+    runs = run_study(study_file, only=["plain", "other"], results=results, say=lambda line: None)
+    assert [run.state for run in runs] == ["finished", "finished"]
+
+
+def test_error_text_finds_the_message_in_coloured_output() -> None:
+    output = "\x1b[31mTraceback\x1b[0m\nt2ilib.config.ConfigError: 2 mistakes in x:\n  a: no\n  b: no\n\nmore"
+    assert error_text(output) == "ConfigError: 2 mistakes in x:\n  a: no\n  b: no"

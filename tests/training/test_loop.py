@@ -1,0 +1,271 @@
+"""The loop: exact resume after a kill, equal results however a batch is split, loud failures, signals."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from t2ilib.config import ConfigError
+from t2ilib.runfile import build_run, load_run
+from t2ilib.training.checkpoint import CheckpointError, list_checkpoints
+from t2ilib.training.loop import NonFiniteLoss, train
+
+
+def settings(output: Path, **changes) -> dict:
+    values = {
+        "output": str(output),
+        "adapter": {"rank": 2, "alpha": 2.0, "text_encoder_targets": "attention", "dropout": 0.3},
+        "data": {"source": "shapes"},
+        "shapes": {"scenes": ["heart"], "num_pictures": 12},
+        "objective": {"caption_dropout": 0.2},
+        "training": {"steps": 6, "batch_size": 4, "checkpoint_every": 2},
+        "evaluation": {
+            "validate_every": 3,
+            "validation_timesteps": 2,
+            "sample_every": 0,
+            "prompts": ["a red heart"],
+            "num_inference_steps": 1,
+        },
+    }
+    for address, value in changes.items():
+        section, _, field = address.partition("__")
+        values.setdefault(section, {})[field] = value
+    return values
+
+
+def spawn(values: dict, folder: Path) -> subprocess.Popen:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(values))
+    command = [sys.executable, "-m", "t2ilib.cli", "train", str(folder / "config.yaml")]
+    return subprocess.Popen(
+        command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None:
+    until = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != "manifest.json"}
+
+
+def losses_of(output: Path) -> dict[int, float]:
+    rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    return {row["step"]: row["loss"] for row in rows if "loss" in row and "grad_norm" in row}
+
+
+@pytest.mark.timeout(240)
+def test_kill_and_resume_equals_straight_run(tmp_path: Path) -> None:
+    """10 steps, kill -9, resume to 20: weights, optimizer state and losses bit-identical to 20 straight steps."""
+    changes = {"training__steps": 20, "training__checkpoint_every": 10, "shapes__checked_prompts": 0}
+    straight = spawn(settings(tmp_path / "straight", **changes), tmp_path / "a")
+    output, _ = straight.communicate()
+    assert straight.returncode == 0, output
+
+    interrupted = spawn(settings(tmp_path / "killed", **changes), tmp_path / "b")
+    wait_for(lambda: list_checkpoints(tmp_path / "killed" / "checkpoints"), interrupted)
+    interrupted.kill()
+    interrupted.wait()
+    assert [p.name for p in list_checkpoints(tmp_path / "killed" / "checkpoints")] == ["step-000010"]
+    resumed = spawn(settings(tmp_path / "killed", **changes), tmp_path / "b")
+    output, _ = resumed.communicate()
+    assert resumed.returncode == 0, output
+    assert "resumed from step 10" in output
+
+    last = [tmp_path / name / "checkpoints" / "step-000020" for name in ("straight", "killed")]
+    assert files_of(last[0]) == files_of(last[1])
+    assert losses_of(tmp_path / "straight") == losses_of(tmp_path / "killed")
+    assert len(losses_of(tmp_path / "killed")) == 20
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signal_commits_checkpoint(tmp_path: Path, number: signal.Signals, code: int) -> None:
+    values = settings(
+        tmp_path / "run", training__steps=2000, training__checkpoint_every=2000, tracking__experiment="signals"
+    )
+    process = spawn(values, tmp_path)
+    wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").exists() and len(losses_of(tmp_path / "run")) >= 2, process)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == code, output
+    assert len(list_checkpoints(tmp_path / "run" / "checkpoints")) == 1
+
+    from mlflow import MlflowClient
+
+    note = json.loads((tmp_path / "run" / "tracking.json").read_text())
+    assert MlflowClient(note["uri"]).get_run(note["run_id"]).info.status == "KILLED"
+
+
+def test_accumulated_micro_batches_equal_one_batch(tmp_path: Path) -> None:
+    weights = []
+    for accumulation in (1, 2):
+        values = settings(
+            tmp_path / str(accumulation), training__steps=3, training__accumulation=accumulation, adapter__dropout=0.0
+        )
+        run = build_run(values)
+        train(run)
+        weights.append(load_file(list_checkpoints(run.output / "checkpoints")[-1] / "weights.safetensors"))
+    for name, whole in weights[0].items():
+        torch.testing.assert_close(whole, weights[1][name], rtol=0, atol=2e-5, msg=name)
+
+
+def test_resolved_config_is_written_before_training_and_reads_back(tmp_path: Path) -> None:
+    run = build_run(settings(tmp_path / "run", training__steps=1))
+    with pytest.raises(RuntimeError, match="stop here"):
+        train(run, tracker=Stop())
+    assert load_run(tmp_path / "run" / "run.yaml") == run
+
+
+class Stop:
+    """A tracker that fails at the first thing it is asked to log."""
+
+    def log_datasets(self, training, held_out) -> None:
+        raise RuntimeError("stop here")
+
+
+def test_non_finite_loss_names_step_and_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from t2ilib.training import loop
+
+    def poisoned(*args, **kwargs):
+        noise, timesteps = original(*args, **kwargs)
+        if args[1] == 2:
+            noise[1] = float("nan")
+        return noise, timesteps
+
+    original = loop.addressed_noise
+    monkeypatch.setattr(loop, "addressed_noise", poisoned)
+    run = build_run(settings(tmp_path / "run"))
+    with pytest.raises(NonFiniteLoss, match=r"1 sample\(s\) is not finite at step 2:\n  0000\d\d?\.png: .*heart"):
+        train(run)
+    assert [path.name for path in list_checkpoints(run.output / "checkpoints")] == ["step-000002"]
+
+
+def test_other_settings_do_not_resume(tmp_path: Path) -> None:
+    train(build_run(settings(tmp_path / "run", training__steps=2)))
+    with pytest.raises(CheckpointError, match="other settings"):
+        train(build_run(settings(tmp_path / "run", training__steps=2, optimizer__learning_rate=0.5)))
+
+
+def test_checkpoints_that_do_not_fit_the_disk_are_refused_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6 - 1000, 1000))
+    run = build_run(settings(tmp_path / "run"))
+    with pytest.raises(ConfigError, match=r"checkpoints need .* MiB under"):
+        train(run)
+    assert not (run.output / "checkpoints").exists()
+
+
+def test_full_disk_while_saving_keeps_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from t2ilib.training import checkpoint
+
+    calls = []
+
+    def full(tensors, path):
+        calls.append(path)
+        if len(calls) > 3:
+            raise OSError(28, "No space left on device")
+        save_file(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    run = build_run(settings(tmp_path / "run"))
+    with pytest.raises(OSError, match="No space left"):
+        train(run)
+    assert [path.name for path in (run.output / "checkpoints").iterdir()] == ["step-000002"]
+
+
+def test_run_without_training_measures_the_base(tmp_path: Path) -> None:
+    values = settings(tmp_path / "run", training__steps=0, training__trains="nothing") | {"adapter": None}
+    result = train(build_run(values))
+    assert result.metrics["held_out_loss"] > 0
+    assert "loss" not in result.metrics
+    assert result.metrics["trainable_parameters"] == 0
+    assert (tmp_path / "run" / "samples" / "grid-000000.png").exists()
+
+
+def test_held_out_loss_is_the_same_ruler_for_every_seed(tmp_path: Path) -> None:
+    """Before training, the measured loss depends on the base alone."""
+    first, second = (
+        train(
+            build_run(
+                settings(tmp_path / str(seed), training__steps=0, training__trains="nothing")
+                | {"adapter": None, "seed": seed}
+            )
+        )
+        for seed in (0, 1)
+    )
+    assert first.metrics["held_out_loss"] == second.metrics["held_out_loss"]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"optimizer__name": "prodigy", "optimizer__learning_rate": 1.0}, {"optimizer__name": "adamw8bit"}]
+)
+def test_quantized_dora_trains_with_every_optimizer(tmp_path: Path, changes: dict) -> None:
+    """The proof inside the loop is what is tested: every adapter, DoRA's magnitudes included, got a gradient and moved."""
+    values = settings(
+        tmp_path / "run", model__quantization="nf4", adapter__kind="dora", adapter__targets="many", **changes
+    )
+    metrics = train(build_run(values)).metrics
+    assert metrics["adapter/magnitude_change_norm"] > 0
+
+
+def test_whole_unet_with_ema_saves_and_keeps_the_average(tmp_path: Path) -> None:
+    """What is saved, what stays in memory to be measured, and the checkpoint's average are the same weights."""
+    from diffusers import UNet2DConditionModel
+
+    values = settings(tmp_path / "run", training__steps=4, training__trains="unet", training__ema_decay=0.9) | {
+        "adapter": None
+    }
+    result = train(build_run(values))
+    saved = UNet2DConditionModel.from_pretrained(tmp_path / "run" / "model" / "unet").state_dict()
+    kept = result.components.unet.state_dict()
+    folder = tmp_path / "run" / "checkpoints" / "step-000004"
+    average, raw = load_file(folder / "ema.safetensors"), load_file(folder / "weights.safetensors")
+    for place, name in enumerate(saved):
+        torch.testing.assert_close(saved[name], kept[name])
+        torch.testing.assert_close(saved[name], average[str(place)])
+    assert any(not torch.equal(saved[name], raw[f"unet.{name}"]) for name in saved)
+    assert train(build_run(values)).resumed_from == 4
+
+
+def test_gradient_that_is_not_finite_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from accelerate import Accelerator
+
+    monkeypatch.setattr(Accelerator, "clip_grad_norm_", lambda self, parameters, limit: torch.tensor(float("inf")))
+    with pytest.raises(NonFiniteLoss, match="at step 0"):
+        train(build_run(settings(tmp_path / "run")))
+    assert not list_checkpoints(tmp_path / "run" / "checkpoints")
+
+
+def test_changed_pictures_do_not_resume(tmp_path: Path) -> None:
+    from t2ilib.shapes import world
+
+    pictures = world.write_folder(tmp_path / "pictures", world.sample_scenes(10, "train", 0, "heart"), 0)
+    values = settings(tmp_path / "run", training__steps=2) | {"data": {"path": str(pictures)}, "shapes": None}
+    train(build_run(values))
+    lines = (pictures / "metadata.jsonl").read_text()
+    (pictures / "metadata.jsonl").write_text(lines.replace("heart", "hart"))
+    with pytest.raises(CheckpointError, match="pictures or captions have changed"):
+        train(build_run(values))
+
+
+def test_batch_that_cannot_be_filled_is_told_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="batch_size 64 is more than the 12 training pictures"):
+        train(build_run(settings(tmp_path / "run", training__batch_size=64)))
+    assert not (tmp_path / "run").exists()
