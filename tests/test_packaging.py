@@ -2,12 +2,14 @@
 
 import re
 import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
+from typer.testing import CliRunner
+
+from t2ilib.cli import app
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -54,9 +56,7 @@ def test_readme_command_exists_with_its_options(command: str) -> None:
         return
     assert words[0] == "t2ilib"
     depth = 3 if words[1] in ("study", "data", "tiny") else 2
-    text = subprocess.run(
-        [sys.executable, "-m", "t2ilib.cli", *words[1:depth], "--help"], capture_output=True, text=True, check=True
-    ).stdout
+    text = CliRunner().invoke(app, [*words[1:depth], "--help"], env={"COLUMNS": "400"}).output
     for option in re.findall(r"--[a-z-]+", command):
         assert option in text, f"{option} is not an option of {' '.join(words[:depth])}"
     for path in re.findall(r"experiments/\S+\.yaml", command):

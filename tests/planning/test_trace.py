@@ -331,9 +331,10 @@ def test_the_command_names_mistakes(arguments: list[str], message: str) -> None:
     assert message in result.output
 
 
-def test_what_cannot_be_quantized_is_not_told_to_be() -> None:
+def test_what_cannot_be_quantized_is_not_told_to_be(monkeypatch) -> None:
+    monkeypatch.setattr(fit, "plan_memory", invented)
     run = run_of("adapter.init=pissa")
-    advice = advise(run, plan_memory(run), 1.0)
+    advice = advise(run, invented(run), 1.0)
     assert not advice.fitting
     assert not any("quantization" in override for override in advice.offered)
 
@@ -347,6 +348,7 @@ def test_damaged_weights_are_left_to_the_loader(tmp_path: Path) -> None:
 
 def test_a_run_may_be_tried_all_the_same(monkeypatch) -> None:
     monkeypatch.setattr(fit, "available_bytes", lambda device: 1.0)
+    monkeypatch.setattr(fit, "plan_memory", invented)
     with pytest.raises(ConfigError, match=r"set training\.require_fit to false"):
         require_fit(run_of(), CPU)
     require_fit(run_of("training.require_fit=false"), CPU)

@@ -13,7 +13,7 @@ from t2ilib.shapes import world
 from t2ilib.shapes.checker import ATTRIBUTES, UNREADABLE, check, judge, read
 from t2ilib.shapes.world import CONCEPTS, Scene, all_scenes, caption, render, sample_scenes, split_of
 
-NUM_DRAWN = 150
+NUM_DRAWN = 60
 SCENE = Scene("square", "red", "large", "center", "white", "slightly tilted")
 
 

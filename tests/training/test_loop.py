@@ -50,7 +50,7 @@ def spawn(values: dict, folder: Path) -> subprocess.Popen:
     )
 
 
-def wait_for(condition, process: subprocess.Popen, seconds: float = 120) -> None:
+def wait_for(condition, process: subprocess.Popen, seconds: float = 1200) -> None:
     until = time.monotonic() + seconds
     while not condition():
         assert process.poll() is None, process.stdout.read()
@@ -67,23 +67,22 @@ def losses_of(output: Path) -> dict[int, float]:
     return {row["step"]: row["loss"] for row in rows if "loss" in row and "grad_norm" in row}
 
 
-@pytest.mark.timeout(240)
-def test_kill_and_resume_equals_straight_run(tmp_path: Path) -> None:
-    """10 steps, kill -9, resume to 20: weights, optimizer state and losses bit-identical to 20 straight steps."""
+def test_kill_and_resume_equals_straight_run(tmp_path: Path, caplog, monkeypatch) -> None:
+    """10 steps in a process that is killed with kill -9, resume to 20 in another: weights, optimizer state and losses
+    bit-identical to 20 straight steps."""
+    caplog.set_level("INFO")
     changes = {"training__steps": 20, "training__checkpoint_every": 10, "shapes__checked_prompts": 0}
-    straight = spawn(settings(tmp_path / "straight", **changes), tmp_path / "a")
-    output, _ = straight.communicate()
-    assert straight.returncode == 0, output
-
     interrupted = spawn(settings(tmp_path / "killed", **changes), tmp_path / "b")
     wait_for(lambda: list_checkpoints(tmp_path / "killed" / "checkpoints"), interrupted)
     interrupted.kill()
     interrupted.wait()
     assert [p.name for p in list_checkpoints(tmp_path / "killed" / "checkpoints")] == ["step-000010"]
-    resumed = spawn(settings(tmp_path / "killed", **changes), tmp_path / "b")
-    output, _ = resumed.communicate()
-    assert resumed.returncode == 0, output
-    assert "resumed from step 10" in output
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the killed process had
+    assert train(build_run(settings(tmp_path / "killed", **changes))).resumed_from == 10
+    assert "resumed from step 10" in caplog.text
+    train(build_run(settings(tmp_path / "straight", **changes)))
+    torch.set_num_threads(threads)
 
     last = [tmp_path / name / "checkpoints" / "step-000020" for name in ("straight", "killed")]
     assert files_of(last[0]) == files_of(last[1])
@@ -91,23 +90,38 @@ def test_kill_and_resume_equals_straight_run(tmp_path: Path) -> None:
     assert len(losses_of(tmp_path / "killed")) == 20
 
 
-@pytest.mark.timeout(120)
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_signal_commits_checkpoint(tmp_path: Path, number: signal.Signals, code: int) -> None:
+def test_sigterm_commits_a_checkpoint_and_ends_the_mlflow_run(tmp_path: Path) -> None:
     values = settings(
         tmp_path / "run", training__steps=2000, training__checkpoint_every=2000, tracking__experiment="signals"
     )
     process = spawn(values, tmp_path)
     wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").exists() and len(losses_of(tmp_path / "run")) >= 2, process)
-    process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == code, output
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate()
+    assert process.returncode == 143, output
     assert len(list_checkpoints(tmp_path / "run" / "checkpoints")) == 1
 
     from mlflow import MlflowClient
 
     note = json.loads((tmp_path / "run" / "tracking.json").read_text())
     assert MlflowClient(note["uri"]).get_run(note["run_id"]).info.status == "KILLED"
+
+
+def test_ctrl_c_commits_a_checkpoint_of_the_step_that_it_came_in(tmp_path: Path, monkeypatch) -> None:
+    from t2ilib.training import loop
+
+    class Presses(loop.Progress):
+        def __call__(self, step: int, loss: float, seconds: float) -> None:
+            if step == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(loop, "Progress", Presses)
+    handler = signal.getsignal(signal.SIGINT)
+    with pytest.raises(loop.Interrupted) as error:
+        train(build_run(settings(tmp_path / "run", training__checkpoint_every=100)))
+    assert error.value.code == 130
+    assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["step-000002"]
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def test_accumulated_micro_batches_equal_one_batch(tmp_path: Path) -> None:
@@ -219,7 +233,12 @@ def test_held_out_loss_is_the_same_ruler_for_every_seed(tmp_path: Path) -> None:
 def test_quantized_dora_trains_with_every_optimizer(tmp_path: Path, changes: dict) -> None:
     """The proof inside the loop is what is tested: every adapter, DoRA's magnitudes included, got a gradient and moved."""
     values = settings(
-        tmp_path / "run", model__quantization="nf4", adapter__kind="dora", adapter__targets="many", **changes
+        tmp_path / "run",
+        model__quantization="nf4",
+        adapter__kind="dora",
+        adapter__targets="many",
+        training__steps=3,
+        **changes,
     )
     metrics = train(build_run(values)).metrics
     assert metrics["adapter/magnitude_change_norm"] > 0
