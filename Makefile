@@ -24,7 +24,7 @@ demo: install  ## Run the adapters study in its quick preset and write its repor
 	$(BIN)/t2ilib -q study run experiments/adapters.yaml --preset quick --jobs $(JOBS)
 
 test: install  ## Run the test suite
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 	@if command -v nvidia-smi >/dev/null && nvidia-smi -L | grep -q GPU; then $(BIN)/python -m pytest -m gpu; fi
 
 lint: install  ## Check style, and that notebooks are committed without outputs

@@ -8,6 +8,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import pytest
 
 from t2ilib.memory import usable_cores
+from t2ilib.shapes import source
+
+FEW_HELD_OUT = 6
+LONGEST = ("test_golden", "test_loop", "test_export", "test_trace")
+"""Files that are started first, so that no worker is left alone with one of them at the end."""
 
 
 def pytest_configure(config) -> None:
@@ -21,6 +26,7 @@ def pytest_configure(config) -> None:
 
 
 def pytest_collection_modifyitems(config, items) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.stem) if item.path.stem in LONGEST else len(LONGEST))
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if config.option.markexpr != "gpu":
         for item in marked:
@@ -29,7 +35,9 @@ def pytest_collection_modifyitems(config, items) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def machine(tmp_path_factory):
+    """A cache folder of its own; and few held-out pictures, whose loss before and after takes most of a short run's time."""
     os.environ["T2ILIB_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    source.NUM_VALIDATION = FEW_HELD_OUT
 
 
 @pytest.fixture(scope="session")

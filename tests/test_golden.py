@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from t2ilib.evaluation.measures import measure
 from t2ilib.report import load_report
 from t2ilib.runfile import build_run
+from t2ilib.shapes import source
 from t2ilib.studies import executor
 from t2ilib.studies.notebooks import execute_notebook
 from t2ilib.studies.study import run_study, write_report
@@ -36,10 +37,11 @@ LOSSES, TENSORS, SHARES = 2e-3, 2e-2, 0.34
 
 
 @pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
+def as_they_were_made(monkeypatch):
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(source, "NUM_VALIDATION", 48)
     yield
     torch.set_num_threads(before)
 

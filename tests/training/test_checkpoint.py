@@ -350,7 +350,6 @@ def test_kills_never_lose_the_last_committed_checkpoint(tmp_path):
         [sys.executable, "-c", KILLER, tmp_path, "12"],
         capture_output=True,
         text=True,
-        timeout=120,
         check=False,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
