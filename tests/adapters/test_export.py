@@ -109,7 +109,7 @@ def exported(tmp_path_factory):
             components.path = str(base)
             attach_adapters(components, spec, 0)
             proof = AdapterProof(components, spec)
-            fit(components, proof, trains_text=spec.text_encoder_targets is not None)
+            fit(components, proof, 3, trains_text=spec.text_encoder_targets is not None)
             start = proof.start if spec.init == "pissa" else None
             layers = read_layers(components, start)
             file = save_adapter(components, root / f"{family}-{kind}" / "adapter", start)

@@ -71,7 +71,7 @@ def test_kill_and_resume_equals_straight_run(tmp_path: Path, caplog, monkeypatch
     """10 steps in a process that is killed with kill -9, resume to 20 in another: weights, optimizer state and losses
     bit-identical to 20 straight steps."""
     caplog.set_level("INFO")
-    changes = {"training__steps": 20, "training__checkpoint_every": 10, "shapes__checked_prompts": 0}
+    changes = {"training__steps": 20, "training__checkpoint_every": 10, "evaluation__validate_every": 0}
     interrupted = spawn(settings(tmp_path / "killed", **changes), tmp_path / "b")
     wait_for(lambda: list_checkpoints(tmp_path / "killed" / "checkpoints"), interrupted)
     interrupted.kill()
