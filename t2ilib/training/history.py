@@ -25,12 +25,8 @@ class History:
     """
 
     def __init__(self, output: Path, start: int, tracker: Tracker, peak: Peak):
-        self.path, self.timing, self.tracker, self.peak = (
-            output / "metrics.jsonl",
-            output / "timing.json",
-            tracker,
-            peak,
-        )
+        self.path, self.timing = output / "metrics.jsonl", output / "timing.json"
+        self.tracker, self.peak = tracker, peak
         self.seconds, self.timed, self.first, self.last, self.began = 0.0, 0, start + 1, {}, 0.0
         rows = [row for row in read_rows(self.path) if row["step"] <= start] if start else []
         for row in rows:

@@ -122,10 +122,11 @@ def train(run: RunConfig, tracker: Tracker | None = None) -> TrainResult:
                 memory.note("first_step")
             if evaluate.due(done):
                 evaluate(done)
-            if state.due(done) or interrupt:
+            stop = bool(interrupt)  # a signal that comes from here on is looked at after the next step
+            if state.due(done) or stop:
                 history.save_timing()
                 state.save(done)
-            if interrupt:
+            if stop:
                 raise Interrupted(128 + interrupt[0])
 
     metrics = setup.proof.finish() if setup.proof is not None else {}
