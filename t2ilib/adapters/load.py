@@ -1,5 +1,6 @@
 """Adapters from files and checkpoints back onto a base: one or several, each with its weight, or switched off."""
 
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,11 @@ from t2ilib.models.components import Components
 from t2ilib.models.pipeline import build_pipeline, quiet_libraries
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
+log = logging.getLogger(__name__)
+UNPROVEN = "UNPROVEN.txt"
+"""Beside an adapter whose training could not be proven: why."""
+PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction", "sample": "sample"}
+"""`modelspec.prediction_type` of an adapter -> diffusers' name."""
 
 
 def adapter_file(path: Path) -> Path:
@@ -43,7 +49,14 @@ def load_adapter(components: Components, path: Path, name: str = "default") -> N
     is no adapter file, or its layers are not this model's.
     """
     file = adapter_file(path)
-    ours = "lora_adapter_metadata" in read_metadata(file)
+    metadata = read_metadata(file)
+    ours = "lora_adapter_metadata" in metadata
+    if (note := file.parent / UNPROVEN).exists():
+        log.warning("%s is marked as unproven: %s", file, note.read_text().strip())
+    if told := PREDICTIONS.get(metadata.get("modelspec.prediction_type", "")):
+        if told != components.scheduler.config.prediction_type:
+            log.info("%s was trained for %s: pictures are drawn so", file, told)
+        components.predict(told)
     try:
         with quiet_libraries():
             build_pipeline(components).load_lora_weights(file.parent, weight_name=file.name, adapter_name=name)

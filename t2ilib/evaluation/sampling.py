@@ -52,13 +52,7 @@ def draw(
 def decode(vae, latents: Tensor, image_processor) -> list[Image.Image]:
     """Latents (B, 4, h, w) as pictures, in the VAE's own precision: it stays float32 beside a half-precision UNet."""
     latents = latents.to(vae.dtype)
-    if getattr(vae.config, "latents_mean", None) is not None and getattr(vae.config, "latents_std", None) is not None:
-        mean, std = (
-            torch.tensor(v).view(1, -1, 1, 1).to(latents) for v in (vae.config.latents_mean, vae.config.latents_std)
-        )
-        latents = latents * std / vae.config.scaling_factor + mean
-    else:
-        latents = latents / vae.config.scaling_factor
+    latents = latents / vae.config.scaling_factor
     return image_processor.postprocess(vae.decode(latents, return_dict=False)[0].detach())
 
 

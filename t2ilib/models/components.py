@@ -69,6 +69,11 @@ class Components:
             for module in self.parked:
                 move(module, "cpu")
 
+    def predict(self, kind: str) -> None:
+        """Has the model draw, and be saved, as one that predicts `kind` (epsilon, v_prediction, sample), whatever it came with."""
+        if kind != self.scheduler.config.prediction_type:
+            self.scheduler = type(self.scheduler).from_config(self.scheduler.config, prediction_type=kind)
+
     def encode_text(self, captions: list[str]) -> dict[str, torch.Tensor]:
         """What the UNet is conditioned on (see `families`), without time ids; an empty caption as the pipeline has it."""
         encoded = self.family.encode_text(self.text_encoders, self.tokenizers, captions)

@@ -76,6 +76,7 @@ def load_base(config: ModelConfig, device: torch.device | None = None) -> Compon
             family, pipeline = load_single_file(Path(path), config, dtype)
         else:
             family, pipeline = load_folder(path, config, dtype)
+    require_known_latents(config, pipeline)
     components = Components(
         family=family,
         path=config.base,
@@ -97,6 +98,22 @@ def load_base(config: ModelConfig, device: torch.device | None = None) -> Compon
     for module in (*components.modules().values(), components.vae):
         module.to(device)
     return components
+
+
+def require_known_latents(config: ModelConfig, pipeline: Any) -> None:
+    """Raises ConfigError for a model of another noise formulation or scaling of latents than training here follows."""
+    scheduler, vae = type(pipeline.scheduler).__name__, pipeline.vae.config
+    if "EDM" in scheduler or "FlowMatch" in scheduler:
+        raise ConfigError(
+            f"model.base {config.base} draws with {scheduler}, another noise formulation (EDM, as Playground v2.5 has it) than the"
+            " DDPM that t2ilib trains by: it cannot be trained or drawn with here"
+        )
+    odd = [name for name in ("latents_mean", "latents_std", "shift_factor") if getattr(vae, name, None) is not None]
+    if odd:
+        raise ConfigError(
+            f"the VAE of model.base {config.base} scales its latents by {' and '.join(odd)}, which Stable Diffusion's do not:"
+            " t2ilib trains on latents that are multiplied by scaling_factor alone"
+        )
 
 
 def quantize_parts(

@@ -15,7 +15,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from t2ilib.adapters.load import adapter_file
+from t2ilib.adapters.attach import AdapterError
+from t2ilib.adapters.load import UNPROVEN, adapter_file
 from t2ilib.config import ConfigError, RunConfig
 from t2ilib.data.loader import sample_ids
 from t2ilib.data.manifest import Dataset, load_datasets
@@ -79,7 +80,10 @@ def train(run: RunConfig, tracker: Tracker | None = None) -> TrainResult:
     training, held_out = load_datasets(run)
     if run.training.steps:
         sample_ids(run.seed, 0, run.training.batch_size, len(training))  # likewise a batch that cannot be filled
+    require_scaled_gradients(run, accelerator)
     components = load_base(trained_precision(run), accelerator.device)
+    if run.objective.name != "auto":
+        components.predict(run.objective.name)
     setup = SETUPS[run.trains](run, components, training, held_out, accelerator)
     state = TrainState(run, setup, accelerator, training.digest)
     require_disk(run.output, state.checkpoint_bytes() * (run.training.keep_checkpoints + 1), "checkpoints")
@@ -129,9 +133,9 @@ def train(run: RunConfig, tracker: Tracker | None = None) -> TrainResult:
             if stop:
                 raise Interrupted(128 + interrupt[0])
 
-    metrics = setup.proof.finish() if setup.proof is not None else {}
     with state.averaged():
         setup.save(run.output)
+    metrics = proven(setup, run.output / "adapter" / UNPROVEN)
     if steps:
         metrics |= evaluate(steps) | history.speed()
         state.keep_average()
@@ -146,6 +150,17 @@ def train(run: RunConfig, tracker: Tracker | None = None) -> TrainResult:
         tracker.log_adapter(adapter_file(run.output), locate(run.model.base), run.data.resolution)
     tracker.flush()
     return TrainResult(components, history.last, run.output, start)
+
+
+def proven(setup: Setup, note: Path) -> dict[str, float]:
+    """What the proof of training measured, {} without one. What was trained is saved before this is asked: where the proof fails,
+    `note` says so beside it, and AdapterError is raised."""
+    note.unlink(missing_ok=True)
+    try:
+        return setup.proof.finish() if setup.proof is not None else {}
+    except AdapterError as error:
+        note.write_text(f"{error}\n")
+        raise AdapterError(f"{error}. What was trained is in {note.parent}, marked as unproven") from None
 
 
 def build_accelerator(run: RunConfig) -> Accelerator:
@@ -164,6 +179,17 @@ def build_accelerator(run: RunConfig) -> Accelerator:
             f"{accelerator.num_processes} processes were launched; a run trains in one. Start it without a launcher"
         )
     return accelerator
+
+
+def require_scaled_gradients(run: RunConfig, accelerator: Accelerator) -> None:
+    """Raises ConfigError where gradients would pass through a float16 base without a loss scale: small ones become zeros."""
+    dtype = choose_dtype(trained_precision(run).dtype, accelerator.device)
+    if dtype == torch.float16 and run.training.steps and accelerator.scaler is None:
+        raise ConfigError(
+            f"model.dtype is float16 and training.mixed_precision {accelerator.mixed_precision}, so gradients would pass through"
+            " float16 without a loss scale and vanish: set training.mixed_precision to fp16 (on a GPU), or model.dtype to"
+            " bfloat16 or float32"
+        )
 
 
 def micro_batches(ids: list[int], accumulation: int) -> list[list[int]]:

@@ -348,3 +348,37 @@ def test_initialisations_need_directions_enough(make):
         ConfigError, match=r"as many directions of a weight as the rank, and .* layers of unet have fewer \("
     ):
         attach_adapters(make(), AdapterSpec(init="pissa", rank=100), 0)
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_a_fresh_dora_over_a_bfloat16_base_changes_nothing(make, quantization):
+    """Magnitudes are the norms that every pass divides by, in float32: against the closed form in float64, and by the output."""
+    from peft.utils.integrations import dequantize_module_weight
+
+    components = make()
+    for module in components.modules().values():
+        module.to(torch.bfloat16)
+        if quantization != "none":
+            quantize(module, quantization, torch.bfloat16)
+    before = output_of(components)
+    attach_adapters(components, AdapterSpec(kind="dora", rank=2, targets="many", text_encoder_targets="attention"), 0)
+    for module in components.modules().values():
+        for layer in module.modules():
+            if getattr(layer, "lora_magnitude_vector", None):
+                weight = dequantize_module_weight(layer.base_layer).double().flatten(1)
+                magnitude = layer.lora_magnitude_vector["default"].weight
+                assert magnitude.dtype == torch.float32
+                torch.testing.assert_close(magnitude.flatten().double(), weight.norm(dim=1), rtol=1e-6, atol=0)
+    assert torch.equal(output_of(components), before)
+
+
+def test_a_bias_kept_in_another_precision_is_the_same_base(make):
+    """bitsandbytes' int8 layers rewrite their bias to the dtype of the last input; a value that moved is another matter."""
+    components = make()
+    components.unet.to(torch.bfloat16)
+    digest = base_digest(components)
+    bias = components.unet.get_submodule("time_embedding.linear_1").bias
+    bias.data = bias.data.float()
+    assert base_digest(components) == digest
+    bias.data[3] += 1e-3
+    assert base_digest(components) != digest

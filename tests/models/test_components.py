@@ -116,3 +116,28 @@ def test_offline_names_the_switch(monkeypatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ConfigError, match="owner/name is not in the local cache, and HF_HUB_OFFLINE=1"):
         download("owner/name", "model_index.json", None)
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "message"),
+    [
+        ("scheduler", {"_class_name": "EDMDPMSolverMultistepScheduler"}, "another noise formulation"),
+        (
+            "vae",
+            {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4},
+            "scales its latents by latents_mean and latents_std",
+        ),
+    ],
+)
+def test_models_of_another_noise_or_scale_are_refused(tmp_path, part, change, message):
+    """As Playground v2.5 has both: it loads like an SDXL, and would train on the wrong noise and the wrong latents."""
+    folder = tmp_path / "model"
+    shutil.copytree(SHIPPED["tiny-sdxl"], folder)
+    file = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    if part == "scheduler":
+        index = json.loads((folder / "model_index.json").read_text())
+        index["scheduler"] = ["diffusers", change["_class_name"]]
+        (folder / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ConfigError, match=message):
+        load_base(ModelConfig(base=str(folder)))

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -287,4 +288,71 @@ def test_changed_pictures_do_not_resume(tmp_path: Path) -> None:
 def test_batch_that_cannot_be_filled_is_told_before_anything_is_written(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="batch_size 64 is more than the 12 training pictures"):
         train(build_run(settings(tmp_path / "run", training__batch_size=64)))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_failed_proof_loses_nothing(tmp_path: Path, monkeypatch, caplog) -> None:
+    """What was trained is saved and marked before the error comes; whoever loads it is told; a run that is proven takes the mark away."""
+    from t2ilib.adapters.attach import AdapterError, AdapterProof
+    from t2ilib.adapters.load import UNPROVEN, load_adapter
+    from t2ilib.models.load import load_base
+
+    def fail(self) -> dict[str, float]:
+        raise AdapterError("a frozen base weight changed")
+
+    run = build_run(settings(tmp_path / "run", training__steps=2))
+    with monkeypatch.context() as patch:
+        patch.setattr(AdapterProof, "finish", fail)
+        with pytest.raises(AdapterError, match=r"weight changed. What was trained is in .*adapter, marked as unproven"):
+            train(run)
+    trained = load_file(run.output / "adapter" / "pytorch_lora_weights.safetensors")
+    weights = load_file(list_checkpoints(run.output / "checkpoints")[-1] / "weights.safetensors")
+    assert len(trained) == len(weights)
+    components = load_base(run.model)
+    load_adapter(components, run.output)
+    assert "is marked as unproven: a frozen base weight changed" in caplog.text
+    train(run)
+    assert not (run.output / "adapter" / UNPROVEN).exists()
+
+
+def test_what_is_trained_to_predict_is_what_is_drawn_saved_and_loaded(tmp_path: Path) -> None:
+    """An objective that differs from what the base says reaches the sampler, the file, and whoever draws with the file."""
+    from t2ilib.adapters.load import load_adapter, read_metadata
+    from t2ilib.evaluation.sampling import draw
+    from t2ilib.models.load import load_base
+
+    run = build_run(settings(tmp_path / "run", training__steps=2, objective__name="epsilon"))
+    result = train(run)
+    assert result.components.scheduler.config.prediction_type == "epsilon"
+    file = tmp_path / "run" / "adapter" / "pytorch_lora_weights.safetensors"
+    assert read_metadata(file)["modelspec.prediction_type"] == "epsilon"
+    fresh = load_base(run.model)
+    assert fresh.scheduler.config.prediction_type == "v_prediction"
+    load_adapter(fresh, file)
+    assert fresh.scheduler.config.prediction_type == "epsilon"
+    ours, theirs = (draw(components, ["a red heart"], run.evaluation)[0] for components in (result.components, fresh))
+    assert abs(np.asarray(ours, int) - np.asarray(theirs, int)).max() <= 1
+    as_v = load_base(run.model)
+    as_v.predict("v_prediction")
+    assert abs(np.asarray(ours, int) - np.asarray(draw(as_v, ["a red heart"], run.evaluation)[0], int)).max() > 8
+
+    whole = settings(tmp_path / "whole", training__steps=1, training__trains="unet", objective__name="epsilon")
+    train(build_run(whole | {"adapter": None}))
+    saved = json.loads((tmp_path / "whole" / "model" / "scheduler" / "scheduler_config.json").read_text())
+    assert saved["prediction_type"] == "epsilon"
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16", "auto"])
+def test_a_float16_base_without_a_loss_scale_is_refused_before_it_is_loaded(
+    tmp_path: Path, monkeypatch, precision
+) -> None:
+    from t2ilib.training import loop
+
+    monkeypatch.setattr(loop, "load_base", lambda *_: pytest.fail("the base was loaded"))
+    values = settings(tmp_path / "run", model__dtype="float16", training__mixed_precision=precision)
+    with pytest.raises(
+        ConfigError,
+        match=r"model.dtype is float16 and training.mixed_precision .* set training.mixed_precision to fp16",
+    ):
+        train(build_run(values))
     assert not (tmp_path / "run").exists()
