@@ -339,7 +339,8 @@ class RunConfig(Section):
         return self
 
     def training_digest(self) -> str:
-        """12 hex digits of what decides the trained weights: all but output, name, tracking and evaluation."""
+        """12 hex digits of what decides the steps of a run: all but output, name, tracking and evaluation, and, under a constant
+        schedule, how many steps there are, so that a finished run can go on."""
         left_out = {"checkpoint_every": True, "keep_checkpoints": True, "require_fit": True}
         values = self.model_dump(
             mode="json",
@@ -347,6 +348,8 @@ class RunConfig(Section):
             | {"shapes": {"checked_prompts": True}},
         )
         values["training"]["trains"] = self.trains
+        if self.optimizer.schedule == "constant":
+            del values["training"]["steps"]
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
     def flat(self) -> dict[str, Any]:

@@ -26,7 +26,8 @@ ROWS = (
     ("data",),
     ("models",),
     ("shapes.checker", "shapes.source"),
-    ("shapes.world", "data.sources", "evaluation.metrics", "evaluation.statistics", "tracking", "memory", "runfile"),
+    ("shapes.world", "data.sources", "evaluation.metrics", "evaluation.statistics", "tracking"),
+    ("memory", "runfile"),
     ("config", "seeds"),
 )
 """The table in CONTRIBUTING.md, highest first."""

@@ -24,9 +24,9 @@ def log_adapter(client, run_id: str, file: Path, base: str, side: int) -> str:
     from mlflow.models import ModelSignature
     from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 
-    tags = client.get_run(run_id).data.tags
-    if MODEL_TAG in tags:
-        return tags[MODEL_TAG]
+    run = client.get_run(run_id)
+    if MODEL_TAG in run.data.tags:
+        return run.data.tags[MODEL_TAG]
     needed = ("diffusers", "transformers", "torch", "peft", "safetensors", "accelerate")
     signature = ModelSignature(
         inputs=Schema([ColSpec(DataType.string, "prompt")]),
@@ -42,6 +42,7 @@ def log_adapter(client, run_id: str, file: Path, base: str, side: int) -> str:
         ),
     )
     with as_default(client.tracking_uri) as mlflow:
+        mlflow.set_experiment(experiment_id=run.info.experiment_id)  # or the model would lie in MLflow's default one
         info = mlflow.diffusers.log_model(
             str(file),
             base,

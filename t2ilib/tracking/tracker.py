@@ -67,17 +67,55 @@ class NullTracker:
 
 
 class MlflowTracker:
-    """Logs to one MLflow run; metrics are sent in batches, and steps that an earlier attempt logged are not sent again."""
+    """Logs to one MLflow run; metrics are sent in batches, and steps that an earlier attempt logged are not sent again.
 
-    def __init__(self, client, run_id: str, resumed: bool):
-        self.client, self.run_id, self.resumed = client, run_id, resumed
+    The run is begun, or taken up again, by the first thing that is logged: a training that is refused before that leaves what
+    was logged to its folder's run as it is.
+    """
+
+    def __init__(self, client, experiment: str, run: RunConfig, uri: str):
+        self.client, self.experiment, self.run, self.uri = client, experiment, run, uri
         self.buffer: list = []
         self.flushed = time.monotonic()
         self.logged: dict[str, int] = {}
+        self.known: str | None = None
+        self.resumed = False
+        self.watching = contextlib.ExitStack()
+
+    @property
+    def run_id(self) -> str:
+        """The MLflow run's id; asking for it begins the run."""
+        if self.known is None:
+            self.begin()
+        return self.known
+
+    def begin(self) -> None:
+        """Takes up the run that tracking.json names, if it is of the same settings and still there; otherwise makes one."""
+        note, digest = self.run.output / "tracking.json", self.run.training_digest()
+        tags = run_tags(self.run)
+        self.known = known_run(self.client, note, self.uri, digest)
+        self.resumed = self.known is not None
+        if not self.resumed:
+            self.known = self.client.create_run(self.experiment, tags=tags, run_name=self.run.name).info.run_id
+            log_params(self.client, self.known, self.run)
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(json.dumps({"uri": self.uri, "run_id": self.known, "digest": digest}))
+        self.client.update_run(self.known, status="RUNNING")
+        self.flush()
+        self.watching.enter_context(system_metrics(self.uri, self))
+
+    def end(self, status: str) -> None:
+        """Closes the run, if one was begun."""
+        self.watching.close()
+        if self.known is not None:
+            self.flush()
+            self.client.set_terminated(self.known, status=status)
 
     def log_metrics(self, values: dict[str, float], step: int) -> None:
         from mlflow.entities import Metric
 
+        if self.known is None:
+            self.begin()
         now = int(time.time() * 1000)
         for name, value in values.items():
             if step > self.last_step(name):
@@ -103,6 +141,8 @@ class MlflowTracker:
     def log_image(self, image: "Image", key: str, step: int) -> None:
         if "/" in key:
             raise ValueError(f"image key {key!r}: MLflow's image series cannot have a / in their key")
+        if self.known is None:
+            self.begin()
         if self.resumed and any(re.search(rf"{key}\Wstep\W{step}\W", path) for path in self.images()):
             return
         self.client.log_image(self.run_id, image, key=key, step=step)
@@ -160,20 +200,9 @@ def open_tracker(run: RunConfig, results: Path | None = None) -> Iterator[Tracke
     results = results or run.output.absolute().parent
     uri = tracking_uri(run.tracking.uri, results)
     client, experiment_id = open_client(uri, run.tracking.experiment, results)
-    note = run.output / "tracking.json"
-    run_id = known_run(client, note, uri)
-    resumed = run_id is not None
-    run_id = run_id or client.create_run(experiment_id, tags=run_tags(run), run_name=run.name).info.run_id
-    tracker = MlflowTracker(client, run_id, resumed)
-    note.parent.mkdir(parents=True, exist_ok=True)
-    note.write_text(json.dumps({"uri": uri, "run_id": tracker.run_id}))
-    client.update_run(tracker.run_id, status="RUNNING")
-    if not resumed:
-        log_params(client, tracker.run_id, run)
-    tracker.flush()
-    status = "FINISHED"
+    tracker, status = MlflowTracker(client, experiment_id, run, uri), "FINISHED"
     try:
-        with terminated_as_exit(), system_metrics(uri, tracker):
+        with terminated_as_exit():
             yield tracker
     except (KeyboardInterrupt, SystemExit):
         status = "KILLED"
@@ -182,8 +211,7 @@ def open_tracker(run: RunConfig, results: Path | None = None) -> Iterator[Tracke
         status = "FAILED"
         raise
     finally:
-        tracker.flush()
-        client.set_terminated(tracker.run_id, status=status)
+        tracker.end(status)
 
 
 @contextlib.contextmanager
@@ -199,17 +227,20 @@ def terminated_as_exit() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def known_run(client, note: Path, uri: str) -> str | None:
-    """The id in tracking.json, if that run still exists in this store."""
+def known_run(client, note: Path, uri: str, digest: str) -> str | None:
+    """The id in tracking.json, if that run is of the same settings, and still exists in this store."""
     from mlflow.exceptions import MlflowException
 
     if not note.exists():
         return None
     known = json.loads(note.read_text())
+    if known["uri"] != uri or known.get("digest") != digest:
+        return None
     try:
-        return client.get_run(known["run_id"]).info.run_id if known["uri"] == uri else None
+        info = client.get_run(known["run_id"]).info
     except MlflowException:
         return None
+    return info.run_id if info.lifecycle_stage == "active" else None
 
 
 def run_tags(run: RunConfig) -> dict[str, str]:

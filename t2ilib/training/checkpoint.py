@@ -6,20 +6,24 @@ times, this order never. State is safetensors and JSON, never pickle. Reading ve
 by neither safetensors nor torch.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from t2ilib.config import ConfigError
 from t2ilib.memory import aligned
 
 log = logging.getLogger(__name__)
@@ -38,6 +42,26 @@ class Checkpoint:
     step: int
     tensors: dict[str, dict[str, Tensor]]
     meta: dict[str, Any]
+
+
+@contextlib.contextmanager
+def owned(output: Path) -> Iterator[None]:
+    """Holds a run's folder for as long as the scope lasts; raises ConfigError where another process holds it.
+
+    The lock is the operating system's own, so it dies with its process, however that ends.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(output / ".lock", is_singleton=True)  # one object a folder: a cell run again meets its own lock
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ConfigError(
+            f"another process is training into {output}: wait for it, stop it, or choose another output folder"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:

@@ -30,12 +30,13 @@ from t2ilib.runfile import save_run
 from t2ilib.seeds import seed_for
 from t2ilib.shapes.pretraining import setup_clip, setup_vae
 from t2ilib.tracking.tracker import NullTracker, Tracker
+from t2ilib.training.checkpoint import owned
 from t2ilib.training.evaluation import Evaluation
 from t2ilib.training.history import COSTS, History
 from t2ilib.training.objectives import addressed_noise
 from t2ilib.training.progress import Progress
 from t2ilib.training.setups import Setup, setup_diffusion, trained_precision
-from t2ilib.training.state import TrainState
+from t2ilib.training.state import TrainState, require_same_run
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +77,7 @@ def train(run: RunConfig, tracker: Tracker | None = None) -> TrainResult:
     accelerator = build_accelerator(run)
     memory = MemoryLog(run.output)
     memory.note("start")
+    require_same_run(run)
     find_measures(run)  # told now, not after training
     training, held_out = load_datasets(run)
     if run.training.steps:
@@ -88,68 +90,71 @@ def train(run: RunConfig, tracker: Tracker | None = None) -> TrainResult:
     state = TrainState(run, setup, accelerator, training.digest)
     require_disk(run.output, state.checkpoint_bytes() * (run.training.keep_checkpoints + 1), "checkpoints")
 
-    save_run(run, run.output / "run.yaml")
-    memory.note("loaded", peak=True)
-    start, steps = state.resume(), run.training.steps
-    tracker.log_datasets(training, held_out)
-    history = History(run.output, start, tracker, Peak())
-    evaluate = Evaluation(run, setup, state, history, tracker)
-    evaluate(start) if start == 0 else evaluate.restore()
-    progress = Progress(run, start)
+    with owned(run.output):
+        start, steps = state.resume(), run.training.steps
+        save_run(run, run.output / "run.yaml")
+        memory.note("loaded", peak=True)
+        tracker.log_datasets(training, held_out)
+        history = History(run.output, start, tracker, Peak())
+        evaluate = Evaluation(run, setup, state, history, tracker)
+        evaluate(start) if start == 0 else evaluate.restore()
+        progress = Progress(run, start)
 
-    with interruptible() as interrupt:
-        for step in range(start, steps):
-            history.begin()
-            ids = sample_ids(run.seed, step, run.training.batch_size, setup.num_samples)
-            losses = []
-            for micro, share in enumerate(micro_batches(ids, run.training.accumulation)):
-                torch.manual_seed(seed_for(run.seed, "dropout", step, micro))
-                batch = setup.batch(share, step)
-                noise, timesteps = addressed_noise(run.seed, step, share, setup.noise_shape, setup.num_timesteps)
-                noise, timesteps = noise.to(accelerator.device), timesteps.to(accelerator.device)
-                # weight(t) |model(x_t, t) - target|^2 of each sample; x_t is its latents with noise (`objectives`)
-                per_sample = setup.objective(state.model, batch, noise, timesteps)
-                accelerator.backward(per_sample.mean() / run.training.accumulation)
-                losses.append(per_sample.detach())
-                require_finite(per_sample, step, share, training)
-            norm = accelerator.clip_grad_norm_(state.parameters, run.optimizer.max_grad_norm)
-            if accelerator.scaler is None:  # with one, such a step is skipped and the scale lowered
-                require_finite(norm.expand(len(ids)), step, ids, training)
-            if setup.proof is not None:
-                setup.proof.observe(step - start + 1)
-            state.step()
+        with interruptible() as interrupt:
+            for step in range(start, steps):
+                history.begin()
+                ids = sample_ids(run.seed, step, run.training.batch_size, setup.num_samples)
+                losses = []
+                for micro, share in enumerate(micro_batches(ids, run.training.accumulation)):
+                    torch.manual_seed(seed_for(run.seed, "dropout", step, micro))
+                    batch = setup.batch(share, step)
+                    noise, timesteps = addressed_noise(run.seed, step, share, setup.noise_shape, setup.num_timesteps)
+                    noise, timesteps = noise.to(accelerator.device), timesteps.to(accelerator.device)
+                    # weight(t) |model(x_t, t) - target|^2 of each sample; x_t is its latents with noise (`objectives`)
+                    per_sample = setup.objective(state.model, batch, noise, timesteps)
+                    accelerator.backward(per_sample.mean() / run.training.accumulation)
+                    losses.append(per_sample.detach())
+                    require_finite(per_sample, step, share, training)
+                norm = accelerator.clip_grad_norm_(state.parameters, run.optimizer.max_grad_norm)
+                if accelerator.scaler is None:  # with one, such a step is skipped and the scale lowered
+                    require_finite(norm.expand(len(ids)), step, ids, training)
+                if setup.proof is not None:
+                    setup.proof.observe(step - start + 1)
+                state.step()
 
-            done, loss = step + 1, float(torch.cat(losses).mean())
-            history.step(done, {"loss": loss, "grad_norm": float(norm), **state.rates()})
-            progress(done, loss, history.seconds)
-            if step == start:
-                memory.note("first_step")
-            if evaluate.due(done):
-                evaluate(done)
-            stop = bool(interrupt)  # a signal that comes from here on is looked at after the next step
-            if state.due(done) or stop:
-                history.save_timing()
-                state.save(done)
-            if stop:
-                raise Interrupted(128 + interrupt[0])
+                done, loss = step + 1, float(torch.cat(losses).mean())
+                history.step(done, {"loss": loss, "grad_norm": float(norm), **state.rates()})
+                progress(done, loss, history.seconds)
+                if step == start:
+                    memory.note("first_step")
+                if evaluate.due(done):
+                    evaluate(done)
+                stop = bool(interrupt)  # a signal that comes from here on is looked at after the next step
+                if state.due(done) or stop:
+                    history.save_timing()
+                    state.save(done)
+                if stop:
+                    raise Interrupted(128 + interrupt[0])
 
-    with state.averaged():
-        setup.save(run.output)
-    metrics = proven(setup, run.output / "adapter" / UNPROVEN)
-    if steps:
-        metrics |= evaluate(steps) | history.speed()
-        state.keep_average()
-    else:
-        metrics |= history.last
-    memory.note("end")
-    history.add(steps, metrics | history.peak.metrics() | state.sizes(run.output) | memory.metrics())
-    declare(run.output, {name: metric for name, metric in {**setup.metrics, **COSTS}.items() if name in history.last})
-    for path, folder in state.artifacts(run.output):
-        tracker.log_artifact(path, folder)
-    if run.trains == "adapter":
-        tracker.log_adapter(adapter_file(run.output), locate(run.model.base), run.data.resolution)
-    tracker.flush()
-    return TrainResult(components, history.last, run.output, start)
+        with state.averaged():
+            setup.save(run.output)
+        metrics = proven(setup, run.output / "adapter" / UNPROVEN)
+        if steps:
+            metrics |= evaluate(steps) | history.speed()
+            state.keep_average()
+        else:
+            metrics |= history.last
+        memory.note("end")
+        history.add(steps, metrics | history.peak.metrics() | state.sizes(run.output) | memory.metrics())
+        declare(
+            run.output, {name: metric for name, metric in {**setup.metrics, **COSTS}.items() if name in history.last}
+        )
+        for path, folder in state.artifacts(run.output):
+            tracker.log_artifact(path, folder)
+        if run.trains == "adapter":
+            tracker.log_adapter(adapter_file(run.output), locate(run.model.base), run.data.resolution)
+        tracker.flush()
+        return TrainResult(components, history.last, run.output, start)
 
 
 def proven(setup: Setup, note: Path) -> dict[str, float]:

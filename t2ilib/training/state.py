@@ -1,6 +1,7 @@
 """The state that a checkpoint holds, put together and put back: trainable weights, optimizer, schedule, EMA, step."""
 
 import contextlib
+import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,41 @@ from t2ilib.training.optim import build_optimizer, build_schedule, parameter_gro
 from t2ilib.training.setups import Setup
 
 log = logging.getLogger(__name__)
+
+
+def require_same_run(run: RunConfig) -> None:
+    """Raises CheckpointError, with the fields that differ, where `run.output` holds checkpoints of another run, or of more steps.
+
+    Asked before anything is loaded, opened or written, so that a refused run leaves a finished one as it was.
+    """
+    found = list_checkpoints(run.output / "checkpoints")[-1:]
+    if not found or not (found[0] / "meta.json").exists():
+        return
+    meta = json.loads((found[0] / "meta.json").read_text())
+    if meta["digest"] != run.training_digest():
+        raise CheckpointError(
+            f"{run.output} holds a run with other settings{changes_of(run)}: choose another output folder, or delete this one to"
+            " start again"
+        )
+    if meta["step"] > run.training.steps:
+        raise CheckpointError(
+            f"{run.output} holds a run that has taken {meta['step']} steps, and training.steps is {run.training.steps}: raise it,"
+            " or choose another output folder"
+        )
+
+
+def changes_of(run: RunConfig) -> str:
+    """How `run` differs from what its output folder says it was trained with; "" where that cannot be told."""
+    try:
+        before, now = load_run(run.output / "run.yaml").flat(), run.flat()
+    except ConfigError:
+        return ""
+    differing = [name for name in now if before.get(name) != now[name] and not name.startswith("evaluation.")]
+    told = ", ".join(f"{name} {before.get(name)!r} -> {now[name]!r}" for name in differing)
+    laid_out = ""
+    if "training.steps" in differing and run.optimizer.schedule != "constant":
+        laid_out = f"; a {run.optimizer.schedule} schedule is laid out over all steps, so more of them would have been other steps"
+    return f" ({told}{laid_out})" if told else ""
 
 
 class TrainState:
@@ -84,11 +120,6 @@ class TrainState:
         checkpoint = load_latest(self.folder) if self.parameters else None
         if checkpoint is None:
             return 0
-        if checkpoint.meta["digest"] != self.run.training_digest():
-            raise CheckpointError(
-                f"{self.folder} holds checkpoints of a run with other settings (compare {self.run.output / 'run.yaml'}):"
-                " choose another output folder, or delete this one to start again"
-            )
         if checkpoint.meta["data"] != self.data:
             raise CheckpointError(
                 f"the training pictures or captions have changed since {self.folder} was written, so the run cannot go on as it"

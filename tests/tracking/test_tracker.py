@@ -1,5 +1,6 @@
 """MLflow: how runs end, what they hold, and that a resumed run continues its curves without doubling points."""
 
+import contextlib
 import time
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 from mlflow import MlflowClient
 from PIL import Image
 
-from t2ilib.config import RunConfig
+from t2ilib.config import ConfigError, RunConfig
 from t2ilib.data.manifest import load_datasets
 from t2ilib.runfile import build_run
 from t2ilib.tracking.store import HEARTBEAT, open_client, reap_stale_runs, tracking_uri
@@ -46,11 +47,9 @@ def only_run(run: RunConfig):
     [(None, "FINISHED"), (ValueError, "FAILED"), (KeyboardInterrupt, "KILLED"), (SystemExit, "KILLED")],
 )
 def test_how_a_run_ends(run: RunConfig, error: type[BaseException] | None, status: str) -> None:
-    if error is None:
-        with open_tracker(run):
-            pass
-    else:
-        with pytest.raises(error), open_tracker(run):
+    with contextlib.suppress(*([error] if error else [])), open_tracker(run) as tracker:
+        tracker.flush()
+        if error is not None:
             raise error
     assert only_run(run).info.status == status
 
@@ -121,3 +120,87 @@ def test_without_experiment_nothing_is_logged(tmp_path: Path) -> None:
     with open_tracker(build_run({"adapter": {}, "output": str(tmp_path / "r")})) as tracker:
         assert isinstance(tracker, NullTracker)
     assert not list(tmp_path.iterdir())
+
+
+def test_what_is_refused_before_anything_is_logged_leaves_the_run_as_it_was(run: RunConfig) -> None:
+    with open_tracker(run) as tracker:
+        tracker.log_metrics({"loss": 1.0}, 1)
+    before = only_run(run)
+    note = (run.output / "tracking.json").read_text()
+    with pytest.raises(ValueError, match="refused"), open_tracker(run):
+        raise ValueError("refused")
+    after = only_run(run)
+    assert (after.info.status, after.info.end_time) == ("FINISHED", before.info.end_time)
+    assert (run.output / "tracking.json").read_text() == note
+
+
+def test_other_settings_are_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A first attempt that failed keeps its parameters and curve; the next one, with another config, has its own."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    output = tmp_path / "results" / "one"
+    for rate in (1e-3, 2e-3):
+        with open_tracker(make_run(output, optimizer={"learning_rate": rate})) as tracker:
+            tracker.log_metrics({"loss": rate}, 1)
+    client = client_of(make_run(output))
+    found = client.search_runs([client.get_experiment_by_name("tests").experiment_id])
+    assert {(r.data.params["optimizer.learning_rate"], r.data.metrics["loss"]) for r in found} == {
+        ("0.001", 1e-3),
+        ("0.002", 2e-3),
+    }
+
+
+def test_a_run_that_was_deleted_in_the_ui_is_made_anew(run: RunConfig) -> None:
+    with open_tracker(run) as tracker:
+        first = tracker.run_id
+    client_of(run).delete_run(first)
+    with open_tracker(run) as tracker:
+        assert tracker.run_id != first
+    assert only_run(run).info.run_id == tracker.run_id
+
+
+def test_a_deleted_experiment_is_told_with_the_way_back(run: RunConfig) -> None:
+    with open_tracker(run) as tracker:
+        tracker.flush()
+    client = client_of(run)
+    number = client.get_experiment_by_name("tests").experiment_id
+    client.delete_experiment(number)
+    with (
+        pytest.raises(
+            ConfigError, match=rf"'tests' was deleted: restore it \(`mlflow experiments restore -x {number}`\)"
+        ),
+        open_tracker(run),
+    ):
+        pass
+
+
+def test_a_new_store_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow.store.tracking import sqlalchemy_store
+
+    class Breaks(sqlalchemy_store.SqlAlchemyStore):
+        def __init__(self, uri: str, root: str):
+            Path(uri.removeprefix("sqlite:///")).write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sqlalchemy_store, "SqlAlchemyStore", Breaks)
+        with pytest.raises(OSError, match="No space left"):
+            open_client(tracking_uri(None, tmp_path), "tests", tmp_path)
+    assert not list(tmp_path.iterdir())
+    open_client(tracking_uri(None, tmp_path), "tests", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mlflow.db"]
+
+
+def test_stores_that_do_not_work_are_told_in_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import sqlite3
+
+    half = tmp_path / "mlflow.db"
+    with sqlite3.connect(half) as database:
+        database.execute("create table _alembic_tmp_experiments (x int)")
+        database.execute("create table experiments (x int)")
+    with pytest.raises(ConfigError, match=r"half made by a full disk: move .*mlflow.db away, and a new one is made"):
+        open_client(tracking_uri(None, tmp_path), "tests", tmp_path)
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(
+        ConfigError, match=r"the MLflow store http://127.0.0.1:9 cannot be used .* start the server, or set"
+    ):
+        open_client("http://127.0.0.1:9", "tests", tmp_path)

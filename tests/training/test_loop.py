@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from t2ilib.config import ConfigError
 from t2ilib.runfile import build_run, load_run
-from t2ilib.training.checkpoint import CheckpointError, list_checkpoints
+from t2ilib.training.checkpoint import CheckpointError, list_checkpoints, owned
 from t2ilib.training.loop import NonFiniteLoss, train
 
 
@@ -169,10 +169,58 @@ def test_non_finite_loss_names_step_and_samples(tmp_path: Path, monkeypatch: pyt
     assert [path.name for path in list_checkpoints(run.output / "checkpoints")] == ["step-000002"]
 
 
-def test_other_settings_do_not_resume(tmp_path: Path) -> None:
+def folder_bytes(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_other_settings_are_refused_with_the_fields_and_harm_nothing(tmp_path: Path, monkeypatch) -> None:
+    from t2ilib.training import loop
+
     train(build_run(settings(tmp_path / "run", training__steps=2)))
-    with pytest.raises(CheckpointError, match="other settings"):
+    before = folder_bytes(tmp_path / "run")
+    monkeypatch.setattr(loop, "load_base", lambda *_: pytest.fail("the base was loaded"))
+    with pytest.raises(
+        CheckpointError, match=r"other settings \(optimizer.learning_rate 0.001 -> 0.5\): choose another"
+    ):
         train(build_run(settings(tmp_path / "run", training__steps=2, optimizer__learning_rate=0.5)))
+    with pytest.raises(CheckpointError, match=r"has taken 2 steps, and training.steps is 1: raise it"):
+        train(build_run(settings(tmp_path / "run", training__steps=1)))
+    assert folder_bytes(tmp_path / "run") == before
+
+
+def test_a_finished_run_can_be_made_longer(tmp_path: Path) -> None:
+    """4 steps, then 6 asked for: the weights and losses of 6 straight ones. A cosine says why it cannot."""
+    common = {"training__checkpoint_every": 2, "evaluation__validate_every": 2}
+    train(build_run(settings(tmp_path / "longer", training__steps=4, **common)))
+    assert train(build_run(settings(tmp_path / "longer", training__steps=6, **common))).resumed_from == 4
+    train(build_run(settings(tmp_path / "straight", training__steps=6, **common)))
+    last = [
+        load_file(tmp_path / name / "checkpoints/step-000006/weights.safetensors") for name in ("longer", "straight")
+    ]
+    assert all(torch.equal(last[0][name], last[1][name]) for name in last[1])
+    assert losses_of(tmp_path / "longer") == losses_of(tmp_path / "straight")
+    cosine = {"optimizer__schedule": "cosine"}
+    train(build_run(settings(tmp_path / "cosine", training__steps=2, **cosine)))
+    with pytest.raises(CheckpointError, match=r"training.steps 2 -> 3; a cosine schedule is laid out over all steps"):
+        train(build_run(settings(tmp_path / "cosine", training__steps=3, **cosine)))
+
+
+def test_two_processes_never_write_into_one_folder(tmp_path: Path) -> None:
+    """The lock is the system's: it goes with a process that is killed, and a cell that is run again meets its own."""
+    code = (
+        "import sys, time; from pathlib import Path; from t2ilib.training.checkpoint import owned\n"
+        "with owned(Path(sys.argv[1])):\n    print('held', flush=True); time.sleep(3000)"
+    )
+    other = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "held\n"
+    run = build_run(settings(tmp_path / "run", training__steps=1))
+    with pytest.raises(ConfigError, match=r"another process is training into .*run: wait for it"):
+        train(run)
+    assert not (tmp_path / "run" / "run.yaml").exists()
+    other.kill()
+    other.wait()
+    with owned(run.output):
+        train(run)
 
 
 def test_checkpoints_that_do_not_fit_the_disk_are_refused_first(
