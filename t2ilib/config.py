@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 
 class ConfigError(ValueError):
@@ -38,6 +38,8 @@ class Section(BaseModel):
 Positive = Annotated[int, Field(ge=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+Place = Annotated[Path, AfterValidator(Path.expanduser)]
+"""A file or folder; `~` is the user's own, as in a shell."""
 
 
 class ModelConfig(Section):
@@ -128,9 +130,9 @@ class DataConfig(Section):
     """Which captioned pictures."""
 
     source: Literal["folder", "shapes"] = "folder"
-    path: Path | None = None
+    path: Place | None = None
     """For `folder`: an image folder with metadata.jsonl, metadata.csv, or a .txt caption beside each picture."""
-    validation_path: Path | None = None
+    validation_path: Place | None = None
     """Held-out pictures; without it `validation_share` of the pictures is held out."""
     validation_share: Share = 0.125
     image_column: str = "file_name"
@@ -189,6 +191,7 @@ class OptimizerConfig(Section):
 
     name: Literal["adamw", "adamw8bit", "prodigy"] = "adamw"
     learning_rate: PositiveFloat = 1e-3
+    """Left out, it is 1 for prodigy, which estimates the step size itself and multiplies it by this."""
     text_encoder_learning_rate: PositiveFloat | None = None
     lora_plus_ratio: Annotated[float, Field(ge=1)] | None = None
     """LoRA+ (arXiv 2402.12354): the learning rate of B is this many times that of A."""
@@ -197,6 +200,12 @@ class OptimizerConfig(Section):
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def rate_of_its_own(cls, values: Any) -> Any:
+        estimates = isinstance(values, Mapping) and values.get("name") == "prodigy" and "learning_rate" not in values
+        return {**values, "learning_rate": 1.0} if estimates else values
 
     @model_validator(mode="after")
     def one_rate_for_prodigy(self) -> "OptimizerConfig":
@@ -270,11 +279,12 @@ class TrackingConfig(Section):
 
 
 class RunConfig(Section):
-    """One run. `output` receives the resolved config, checkpoints, adapter, pictures and metrics."""
+    """One run. `output` receives the resolved config, checkpoints, adapter, pictures and metrics; without a `name` the run is
+    called after it."""
 
     name: str = "run"
     seed: Annotated[int, Field(ge=0)] = 0
-    output: Path = Path("results/run")
+    output: Place = Path("results/run")
     model: ModelConfig = ModelConfig()
     adapter: AdapterSpec | None = None
     data: DataConfig = DataConfig()
@@ -292,9 +302,13 @@ class RunConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def drawn_world(cls, values: Any) -> Any:
-        """`data.source: shapes` brings its section along, with its defaults."""
-        data = values.get("data") if isinstance(values, Mapping) else None
+    def what_follows(cls, values: Any) -> Any:
+        """`data.source: shapes` brings its section along, with its defaults; a run without a name has that of its folder."""
+        if not isinstance(values, Mapping):
+            return values
+        if values.get("output") and "name" not in values:
+            values = {**values, "name": Path(values["output"]).name or "run"}
+        data = values.get("data")
         source = data.get("source") if isinstance(data, Mapping) else getattr(data, "source", None)
         return {**values, "shapes": {}} if source == "shapes" and values.get("shapes") is None else values
 

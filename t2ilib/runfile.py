@@ -64,11 +64,13 @@ def override_values(values: dict[str, Any], overrides: Sequence[str]) -> dict[st
 
 
 def parse_value(text: str) -> Any:
-    """A YAML scalar or list; `3e-4` counts as the number it looks like, which YAML 1.1 would read as text."""
+    """A YAML scalar or list; `3e-4` counts as the number it looks like, which YAML 1.1 would read as text, and text is taken as
+    it stands, `#` included: a command line has no comments."""
     if "e" in text.lower() and text[:1] in "0123456789.-+":
         with contextlib.suppress(ValueError):
             return float(text)
-    return yaml.safe_load(text)
+    value = yaml.safe_load(text)
+    return text.strip() if isinstance(value, str) and text.strip()[:1] not in "'\"" else value
 
 
 def load_yaml(path: Path) -> dict[str, Any]:

@@ -189,7 +189,7 @@ def test_flat_has_the_same_keys_for_every_run():
     ("override", "changes"),
     [
         ("optimizer.learning_rate=2e-3", True), ("seed=1", True), ("adapter.rank=4", True), ("model.quantization=nf4", True),
-        ("training.steps=7", True), ("data={source: shapes}", True),
+        ("training.steps=7", False), ("optimizer.schedule=cosine", True), ("data={source: shapes}", True),
         ("output=elsewhere", False), ("name=other", False), ("evaluation.sample_every=3", False),
         ("evaluation.prompts=[a cat]", False), ("training.checkpoint_every=3", False), ("training.keep_checkpoints=3", False),
         ("tracking.experiment=x", False),
@@ -288,3 +288,53 @@ def test_names_in_the_config_are_those_of_the_dictionaries():
     assert named(AdapterSpec, "dropout_kind") == {"input", *DROPOUTS}
     assert named(TrainingConfig, "trains") | named(ShapesConfig, "trains") == set(SETUPS)
     assert set(BUILT_IN) == set(MEASURES)
+
+
+def test_steps_are_part_of_a_run_whose_schedule_is_laid_out_over_them():
+    def digest(schedule, steps):
+        return build_run(
+            {"adapter": {}, "optimizer": {"schedule": schedule}, "training": {"steps": steps}}
+        ).training_digest()
+
+    assert digest("constant", 5) == digest("constant", 7)
+    assert digest("cosine", 5) != digest("cosine", 7)
+
+
+def test_a_run_without_a_name_has_that_of_its_folder(tmp_path):
+    assert build_run({"adapter": {}, "output": "results/my cat"}).name == "my cat"
+    assert build_run({"adapter": {}, "output": "results/my cat", "name": "other"}).name == "other"
+    assert build_run({"adapter": {}}).name == "run"
+
+
+def test_the_users_own_folder_is_meant_by_a_tilde(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    run = build_run({"adapter": {}, "output": "~/out", "data": {"path": "~/pics", "validation_path": "~/held"}})
+    assert (run.output, run.data.path, run.data.validation_path) == (
+        tmp_path / "out",
+        tmp_path / "pics",
+        tmp_path / "held",
+    )
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("output=out/cat #2", "out/cat #2"),
+        ("output='quoted #3'", "quoted #3"),
+        ("output=a?b#c", "a?b#c"),
+    ],
+)
+def test_an_override_is_taken_as_it_stands(tmp_path, override, value):
+    (tmp_path / "run.yaml").write_text("adapter: {}\n")
+    run = load_run(tmp_path / "run.yaml", [override])
+    assert str(getattr(run, override.split("=")[0])) == value
+
+
+def test_prodigys_rate_is_one_unless_it_is_given():
+    prodigy = {"adapter": {}, "optimizer": {"name": "prodigy"}}
+    assert build_run(prodigy).optimizer.learning_rate == 1.0
+    assert build_run({"adapter": {}}).optimizer.learning_rate == 1e-3
+    assert (
+        build_run({"adapter": {}, "optimizer": {"name": "prodigy", "learning_rate": 0.5}}).optimizer.learning_rate
+        == 0.5
+    )

@@ -76,9 +76,11 @@ def test_generate_command_with_adapter_checkpoint_and_scale(trained, tmp_path: P
 
     def generate(*arguments: str) -> np.ndarray:
         words = ["-q", "generate", "--prompt", PROMPT, "--steps", "4", "--guidance", "2.0", "--out", str(tmp_path)]
+        before = len(list(tmp_path.iterdir()))
         done = CliRunner().invoke(app, [*words, *arguments])
         assert done.exit_code == 0, done.output
-        return np.asarray(Image.open(tmp_path / "00.png"), int)
+        assert len(list(tmp_path.iterdir())) == before + 1, "a picture of before was written over"
+        return np.asarray(Image.open(tmp_path / f"{before:02d}.png"), int)
 
     ours = np.asarray(draw(result.components, [PROMPT], run.evaluation)[0], int)
     adapted = generate("--adapter", str(run.output))

@@ -204,6 +204,16 @@ class AdapterProof:
                 self.got_gradient.add(name)
         if num_steps == self.observed_steps:
             self.require_gradients()
+            still = self.unmoved()
+            if still:
+                log.warning(
+                    "after %d steps %d of %d adapter weights have not moved, such as %s: optimizer.learning_rate is probably too low"
+                    " (or its warm-up has hardly begun)",
+                    num_steps - 1, len(still), len(self.start), still[0],
+                )  # fmt: skip
+
+    def unmoved(self) -> list[str]:
+        return sorted(name for name, p in self.parameters().items() if torch.equal(p.detach().cpu(), self.start[name]))
 
     def require_gradients(self) -> None:
         without = sorted(set(self.start) - self.got_gradient)

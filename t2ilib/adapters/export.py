@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from t2ilib.adapters.load import FILE_NAME, adapter_file, load_adapter, read_metadata
@@ -254,4 +254,17 @@ def in_text_model(components: Components, component: str) -> bool:
 
 
 def write(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, dict(metadata))
+    """A safetensors file whose bytes follow from its content alone, readable as other new files are.
+
+    safetensors writes metadata in an order that differs from process to process, and files that only their owner may read.
+    """
+    data = save({name: tensor.contiguous() for name, tensor in tensors.items()}, dict(metadata))
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    if "__metadata__" in header:
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    draft = file.with_name(f".{file.name}.part")
+    draft.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    draft.replace(file)

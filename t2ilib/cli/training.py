@@ -104,5 +104,5 @@ def generate(
         if adapter:
             weigh_adapters(components, dict(zip(names, scale or [1.0] * len(adapter), strict=True)))
         pictures = draw(components, prompt, EvaluationConfig(guidance_scale=guidance, num_inference_steps=steps), seed)
-        save_pictures(pictures, out)
+        save_pictures(pictures, out, after=True)
         print(f"{len(pictures)} picture(s) in {out}")

@@ -107,11 +107,12 @@ def wrap(text: str, font, width: int) -> list[str]:
     return [*lines, current]
 
 
-def save_pictures(pictures: Sequence[Image.Image], folder: Path) -> None:
-    """Writes 00.png, 01.png, ... into `folder`."""
+def save_pictures(pictures: Sequence[Image.Image], folder: Path, after: bool = False) -> None:
+    """Writes 00.png, 01.png, ... into `folder`; `after`: behind the numbers that are there, instead of over them."""
     folder.mkdir(parents=True, exist_ok=True)
-    for index, picture in enumerate(pictures):
-        picture.save(folder / f"{index:02d}.png")
+    taken = [int(path.stem) for path in folder.glob("*.png") if path.stem.isdecimal()] if after else []
+    for number, picture in enumerate(pictures, max(taken, default=-1) + 1):
+        picture.save(folder / f"{number:02d}.png")
 
 
 def load_pictures(folder: Path) -> list[Image.Image]:

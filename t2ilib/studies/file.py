@@ -5,6 +5,7 @@ the preset's, the variant's. Every mistake in any of them is found by RunConfig 
 that it stands in.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,6 +34,16 @@ def leave_own_out(values: dict[str, Any]) -> dict[str, Any]:
 
 PartialRun = Annotated[dict[str, Any], AfterValidator(leave_own_out)]
 """Some sections and fields of a RunConfig."""
+
+
+def name_of_a_folder(name: str) -> str:
+    """`name`, if a folder can be called so on every system; otherwise ValueError."""
+    if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}", name) or name.endswith("."):
+        raise ValueError(f"{name!r} is the name of a folder too: use letters, digits, _, - and . alone")
+    return name
+
+
+FolderName = Annotated[str, AfterValidator(name_of_a_folder)]
 
 
 class Part(BaseModel):
@@ -69,8 +80,8 @@ class Study(Part):
     reference: str
     base: str | None = None
     run: PartialRun = {}
-    presets: dict[str, Preset] = Field(min_length=1)
-    variants: dict[str, Variant] = Field(min_length=1)
+    presets: dict[FolderName, Preset] = Field(min_length=1)
+    variants: dict[FolderName, Variant] = Field(min_length=1)
 
     def settings(self, preset: str, variant: str) -> dict[str, Any]:
         """The sections and fields that a variant's runs say, all parts laid over one another."""

@@ -4,12 +4,15 @@ On a CPU `adamw8bit` costs some 35 times fused AdamW a step: it is there to be t
 """
 
 import contextlib
+import logging
 from collections.abc import Callable
 
 import torch
 from torch import nn
 
 from t2ilib.config import OptimizerConfig
+
+log = logging.getLogger(__name__)
 
 
 def adamw(groups: list[dict], config: OptimizerConfig) -> torch.optim.Optimizer:
@@ -69,7 +72,13 @@ def parameter_groups(modules: dict[str, nn.Module], config: OptimizerConfig) -> 
 
 
 def build_optimizer(groups: list[dict], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """The optimizer `config.name` over `groups`."""
+    """The optimizer `config.name` over `groups`; warns of a rate that is far from what such an optimizer wants."""
+    if config.name == "prodigy" and not 0.1 <= config.learning_rate <= 10:
+        log.warning(
+            "optimizer.learning_rate is %g, and prodigy multiplies its own estimate of the step size by it: far below 1 nothing"
+            " moves, far above nothing is learned. Leave it out, or set it to 1",
+            config.learning_rate,
+        )
     return OPTIMIZERS[config.name](groups, config)
 
 

@@ -382,3 +382,16 @@ def test_a_bias_kept_in_another_precision_is_the_same_base(make):
     assert base_digest(components) == digest
     bias.data[3] += 1e-3
     assert base_digest(components) != digest
+
+
+def test_weights_that_do_not_move_are_told_early(make, caplog):
+    components, spec = make(), AdapterSpec(rank=2)
+    attach_adapters(components, spec, 0)
+    fit(components, AdapterProof(components, spec), rate=1e-30)
+    assert "after 7 steps" in caplog.text
+    assert "optimizer.learning_rate is probably too low" in caplog.text
+    caplog.clear()
+    components = make()
+    attach_adapters(components, spec, 0)
+    fit(components, AdapterProof(components, spec))
+    assert "have not moved" not in caplog.text

@@ -294,3 +294,34 @@ def test_what_cannot_be_exported(make, tmp_path):
     quantized = load_base(ModelConfig(quantization="nf4"))
     with pytest.raises(ConfigError, match="give the base in full precision"):
         write_merged([], quantized, tmp_path / "x", {})
+
+
+WRITE = """
+import sys
+from pathlib import Path
+import torch
+from t2ilib.adapters.export import write
+metadata = {f"key{i}": str(i) for i in range(40)}
+write(Path(sys.argv[1]), {"b": torch.ones(3), "a": torch.zeros(5, dtype=torch.float16)}, metadata)
+"""
+
+
+def test_equal_adapters_are_equal_files_that_others_may_read(tmp_path):
+    """In two processes, whose hash tables order metadata differently; and what is written is what safetensors reads."""
+    import os
+
+    from safetensors import safe_open
+
+    files = [tmp_path / "one.safetensors", tmp_path / "two.safetensors"]
+    for file in files:
+        subprocess.run([sys.executable, "-c", WRITE, str(file)], check=True)
+    assert files[0].read_bytes() == files[1].read_bytes()
+    mask = os.umask(0o022)
+    os.umask(mask)
+    assert files[0].stat().st_mode & 0o777 == 0o666 & ~mask
+    read = load_file(files[0])
+    assert torch.equal(read["b"], torch.ones(3))
+    assert read["a"].dtype == torch.float16
+    with safe_open(files[0], "pt") as stored:
+        assert stored.metadata() == {f"key{i}": str(i) for i in range(40)}
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["one.safetensors", "two.safetensors"]

@@ -78,6 +78,9 @@ def test_a_logged_adapter_comes_back_by_its_uri(tmp_path: Path, monkeypatch: pyt
         json.dumps({"mlflow_run_id": tracker.run_id, "metrics": {"held_out_loss": 0.5}, "measures": MEASURES})
     )
     model = client.get_run(tracker.run_id).data.tags[MODEL_TAG]
+    logged = client.get_logged_model(model.removeprefix("models:/"))
+    assert logged.experiment_id == client.get_run(tracker.run_id).info.experiment_id
+    assert Path(logged.artifact_location.removeprefix("file://")).is_relative_to(run.output.parent)
     winner, champion = register_champion(client, "registry", [study_run(kind, 0, run.output)])
     register_champion(client, "registry", [study_run(kind, 0, run.output)])
     assert winner.variant == kind

@@ -133,6 +133,12 @@ def test_what_a_notebook_does_not_declare_is_told(study_file: Path) -> None:
         (lambda c: c["variants"]["plain"].pop("title"), "variants.plain.title: Field required"),
         (lambda c: c.update(variant={}), "variant: Extra inputs are not permitted"),
         (lambda c: c["presets"]["quick"].update(seeds=[]), "presets.quick.seeds"),
+        (
+            lambda c: c["variants"].update({"alpha 4/rank 4": {"title": "x"}}),
+            "'alpha 4/rank 4' is the name of a folder too",
+        ),
+        (lambda c: c["variants"].update({"../../escape": {"title": "x"}}), "is the name of a folder too: use letters"),
+        (lambda c: c["presets"].update({"..": {"seeds": [0]}}), "'..' is the name of a folder too"),
         (lambda c: c["run"].update(seed=3), "run: leave seed out: the seeds are the preset's"),
         (lambda c: c["run"].update(evaluation={"measures": ["chekcer"]}), "'chekcer' does not exist"),
     ],

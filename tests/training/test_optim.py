@@ -140,3 +140,11 @@ def test_lora_plus_gives_b_a_rate_of_its_own():
         OptimizerConfig(name="prodigy", lora_plus_ratio=2.0)
     with pytest.raises(ConfigError, match="this run trains none"):
         build_run({"training": {"trains": "unet"}, "optimizer": {"lora_plus_ratio": 2.0}})
+
+
+@pytest.mark.parametrize(("rate", "warned"), [(1.0, False), (0.5, False), (1e-3, True), (100.0, True)])
+def test_a_rate_that_prodigy_cannot_use_is_warned_about(caplog, rate, warned):
+    layer = torch.nn.Linear(2, 2)
+    config = OptimizerConfig(name="prodigy", learning_rate=rate)
+    build_optimizer(parameter_groups({"unet": layer}, config), config)
+    assert ("multiplies its own estimate" in caplog.text) is warned
