@@ -2,12 +2,14 @@
 
 import logging
 import re
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
+from t2ilib.adapters.formats import is_kohya, read_kohya, refuse_others, write_diffusers
 from t2ilib.config import ConfigError
 from t2ilib.memory import align
 from t2ilib.models.components import Components
@@ -17,6 +19,11 @@ FILE_NAME = "pytorch_lora_weights.safetensors"
 log = logging.getLogger(__name__)
 UNPROVEN = "UNPROVEN.txt"
 """Beside an adapter whose training could not be proven: why."""
+DIFFUSERS = re.compile(
+    r"\.(lora_[AB]|lora\.(down|up)|lora_linear_layer\.(down|up)|processor\.\w+_lora\.(down|up))\.weight$|\.lora_magnitude_vector(\.weight)?$|\.alpha$"
+)
+"""The tensors of an adapter under diffusers' and peft's names."""
+PARTS = ("unet.", "text_encoder.", "text_encoder_2.")
 PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction", "sample": "sample"}
 """`modelspec.prediction_type` of an adapter -> diffusers' name."""
 
@@ -26,6 +33,10 @@ def adapter_file(path: Path) -> Path:
     path = Path(path)
     candidates = [path, path / FILE_NAME, path / "adapter" / FILE_NAME]
     file = next((candidate for candidate in candidates if candidate.is_file()), None)
+    if file is not None and file.suffix.lower() in (".pt", ".pth", ".ckpt", ".bin"):
+        raise ConfigError(
+            f"{file} is a pickle, which can run any code when it is opened: take the .safetensors of the same adapter"
+        )
     if file is None:
         raise ConfigError(
             f"no adapter at {path}: give a .safetensors file, or a folder that holds {FILE_NAME} or adapter/{FILE_NAME}"
@@ -50,33 +61,48 @@ def load_adapter(components: Components, path: Path, name: str = "default") -> N
     """
     file = adapter_file(path)
     metadata = read_metadata(file)
-    ours = "lora_adapter_metadata" in metadata
     if (note := file.parent / UNPROVEN).exists():
         log.warning("%s is marked as unproven: %s", file, note.read_text().strip())
     if told := PREDICTIONS.get(metadata.get("modelspec.prediction_type", "")):
         if told != components.scheduler.config.prediction_type:
             log.info("%s was trained for %s: pictures are drawn so", file, told)
         components.predict(told)
-    try:
-        with quiet_libraries():
-            build_pipeline(components).load_lora_weights(file.parent, weight_name=file.name, adapter_name=name)
-    except (RuntimeError, ValueError, KeyError, IndexError) as error:
-        raise ConfigError(f"{file} does not fit {components.path}: {error}") from error
-    require_all_placed(components, file, name)
-    if ours:
-        put_weights(components, file, name)
+    tensors = load_file(file)
+    if is_kohya(tensors) and not any(key.startswith(PARTS) for key in tensors):
+        with tempfile.TemporaryDirectory(prefix="t2ilib-") as folder:
+            converted = Path(folder) / FILE_NAME
+            write_diffusers(read_kohya(components, tensors, file), components, converted, metadata)
+            attach_file(components, converted, name, file)
+    else:
+        refuse_others([key for key in tensors if not DIFFUSERS.search(key)], file)
+        attach_file(components, file, name, file)
     for module in components.modules().values():
         align(module.requires_grad_(False))
 
 
-def require_all_placed(components: Components, file: Path, name: str) -> None:
+def attach_file(components: Components, file: Path, name: str, told: Path) -> None:
+    """Attaches a file in diffusers' layout, every tensor of it; `told` is what errors call it."""
+    try:
+        with quiet_libraries():
+            build_pipeline(components).load_lora_weights(file.parent, weight_name=file.name, adapter_name=name)
+    except (RuntimeError, ValueError, KeyError, IndexError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"{told} does not fit {components.path}: {reason[:300]}{' ...' * (len(reason) > 300)}"
+        ) from error
+    require_all_placed(components, file, name, told)
+    if "lora_adapter_metadata" in read_metadata(file):
+        put_weights(components, file, name)
+
+
+def require_all_placed(components: Components, file: Path, name: str, told: Path) -> None:
     """Raises ConfigError where the file has adapted layers that `components` has not: diffusers leaves those out."""
     with safe_open(file, "pt") as stored:
         count = sum(bool(re.search(r"lora[._](A|down)\.weight$", key)) for key in list(stored.keys()))
     placed = sum(name in getattr(m, "lora_A", {}) for part in components.modules().values() for m in part.modules())
     if placed < count:
         raise ConfigError(
-            f"{file} adapts {count} layers, and {components.path} has {placed} of them: it was trained on another base"
+            f"{told} adapts {count} layers, and {components.path} has {placed} of them: it was trained on another base"
         )
 
 

@@ -16,11 +16,10 @@ from t2ilib.adapters.export import (
     FORMATS,
     describe,
     export_adapter,
-    kohya_names,
     save_adapter,
-    write_kohya,
     write_merged,
 )
+from t2ilib.adapters.formats import kohya_names, write_kohya
 from t2ilib.adapters.load import load_adapter, read_metadata
 from t2ilib.adapters.weights import AdapterLayer, read_layers
 from t2ilib.config import AdapterSpec, ConfigError, EvaluationConfig, ModelConfig
@@ -146,6 +145,82 @@ def test_another_program_gets_the_same_weights(exported, family, kind, format):
     assert parts == {"unet", *exported[1][family, kind].text_encoders}
     wrong = {name: round(d, 5) for name, d in differences.items() if d > 1e-5}
     assert not wrong, f"{len(wrong)} of {len(differences)}: {dict(list(wrong.items())[:4])}"
+
+
+@pytest.mark.parametrize(("family", "kind"), [(f, k) for f in ("sdxl", "sd15") for k in KINDS])
+def test_a_kohya_file_comes_back_whole(exported, tmp_path, family, kind):
+    """Mixed alphas, DoRA's scales and text encoders included, which diffusers' own converter loses: the output as it was trained."""
+    trained, file = exported[1][family, kind], tmp_path / "kohya.safetensors"
+    fresh = build_parts(family)
+    fresh.tokenizers = trained.tokenizers
+    before = output_of(fresh)
+    write_kohya(layers_of(trained, kind), fresh, file, {})
+    load_adapter(fresh, file)
+    assert torch.allclose(output_of(fresh), output_of(trained), atol=1e-5)
+    assert not torch.allclose(output_of(fresh), before, atol=1e-3)
+
+
+def test_block_names_of_diffusers_are_read_in_kohya_files_too(tmp_path):
+    """As some trainers write SDXL's UNet; without an alpha it is the rank."""
+    components, module = build_parts("sdxl"), "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    width = components.unet.get_submodule(module).in_features
+    name = "lora_unet_" + module.replace(".", "_")
+    save_file(
+        {f"{name}.lora_down.weight": torch.ones(2, width), f"{name}.lora_up.weight": torch.ones(width, 2)},
+        tmp_path / "a.safetensors",
+    )
+    load_adapter(components, tmp_path / "a.safetensors")
+    (layer,) = read_layers(components)
+    assert (layer.component, layer.module, layer.alpha, layer.rank) == ("unet", module, 2.0, 2)
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        (
+            {"lora_unet_x.hada_w1_a": 1, "lora_unet_x.hada_w1_b": 1},
+            r"holds a LoHa \(2 tensors\): t2ilib draws LoRA and DoRA",
+        ),
+        ({"lora_unet_x.lokr_w1": 1}, r"holds a LoKr \(1 tensors\)"),
+        ({"lora_unet_x.diff": 1, "lora_unet_x.diff_b": 1}, r"full differences of weights \(.diff\) \(2 tensors\)"),
+        ({"lora_unet_x.w_norm": 1}, r"weights of norms"),
+        ({"bundle_emb.word.string_to_param.*": 1}, r"textual inversion embeddings"),
+        (
+            {"lora_unet_of_another_model.lora_down.weight": 1},
+            r"1 tensors that have no place in this model, such as lora_unet_of",
+        ),
+        ({"something": 1}, r"no place in this model, such as something"),
+    ],
+)
+@pytest.mark.parametrize("layout", ["kohya", "diffusers"])
+def test_what_cannot_be_attached_is_named_in_one_line(exported, tmp_path, layout, extra, message):
+    """Beside a LoRA that could be: nothing of a file is left out silently."""
+    job = exported[0]["sdxl", "lora", layout]
+    tensors = load_file(job["path"]) | {name: torch.ones(1) for name in extra}
+    save_file(tensors, tmp_path / "x.safetensors")
+    fresh = build_parts("sdxl")
+    with pytest.raises(ConfigError, match=message) as error:
+        load_adapter(fresh, tmp_path / "x.safetensors")
+    assert len(str(error.value)) < 400
+    assert "\n" not in str(error.value)
+
+
+def test_pickles_and_scales_along_the_input_are_refused(exported, tmp_path):
+    (tmp_path / "old.pt").write_bytes(b"PK")
+    with pytest.raises(ConfigError, match=r"old.pt is a pickle"):
+        load_adapter(build_parts("sdxl"), tmp_path / "old.pt")
+    module = "mid_block.attentions.0.transformer_blocks.0.ff.net.2"
+    components = build_parts("sdxl")
+    layer = components.unet.get_submodule(module)
+    name = "lora_unet_" + module.replace(".", "_")
+    tensors = {
+        f"{name}.lora_down.weight": torch.ones(2, layer.in_features),
+        f"{name}.lora_up.weight": torch.ones(layer.out_features, 2),
+        f"{name}.dora_scale": torch.ones(1, layer.in_features),
+    }
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(ConfigError, match="lies along the input axis"):
+        load_adapter(components, tmp_path / "a.safetensors")
 
 
 @pytest.mark.parametrize(("family", "kind"), [(f, k) for f in ("sdxl", "sd15") for k in KINDS])
@@ -300,7 +375,7 @@ WRITE = """
 import sys
 from pathlib import Path
 import torch
-from t2ilib.adapters.export import write
+from t2ilib.adapters.formats import write
 metadata = {f"key{i}": str(i) for i in range(40)}
 write(Path(sys.argv[1]), {"b": torch.ones(3), "a": torch.zeros(5, dtype=torch.float16)}, metadata)
 """
