@@ -248,6 +248,16 @@ def test_pictures_in_a_subfolder_are_fine(tmp_path, picture):
     assert [r.caption for r in read_folder(tmp_path, CONFIG)] == ["a bee"]
 
 
+def test_tables_of_subfolders_and_odd_names(captioned, tmp_path):
+    pics = captioned(tmp_path / "p", 1)
+    (pics / "sub").mkdir()
+    write_jsonl(pics / "sub", [])
+    assert read_folder(pics, CONFIG).aside == ((pics / "sub" / "metadata.jsonl", "tables of subfolders are not read"),)
+    (pics / "000.png").rename(pics / "a\x1fb.png")
+    (pics / "000.txt").rename(pics / "a\x1fb.txt")
+    assert [len(part) for part in folder.hold_out(read_folder(pics, CONFIG), 0)] == [1, 0]
+
+
 def test_a_scene_of_ones_own_is_not_one_of_the_drawn_world(captioned, tmp_path):
     pics = captioned(tmp_path / "p", 1)
     (pics / "metadata.csv").write_text("file_name,text,scene\n000.png,words,kitchen\n")

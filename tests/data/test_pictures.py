@@ -81,22 +81,46 @@ def test_a_transparent_colour(tmp_path, mode, key, value):
     assert not (shown[:, :4] == (0, 255, 0)).all(2).any()
 
 
-@pytest.mark.parametrize(("bits", "raw"), [(1, 1), (2, 2), (4, 11), (16, 0x1234)])
-def test_a_transparent_grey_of_every_depth(tmp_path, bits, raw):
-    """PNG written by hand: 8 x 2 pixels, the first row of the transparent grey, the second of white."""
+def write_png(path, bits, kind, key, rows):
+    """A PNG by hand, 8 pixels wide: `kind` 0 for grey and 2 for RGB, `key` the transparent colour in the file's depth."""
 
-    def chunk(kind, data):
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
 
-    row = sum(raw << (bits * place) for place in range(8)).to_bytes(bits, "big")
-    data = zlib.compress(b"\0" + (row if bits < 16 else struct.pack(">H", raw) * 8) + b"\0" + b"\xff" * bits)
-    header = struct.pack(">IIBBBBB", 8, 2, bits, 0, 0, 0, 0)
-    key = struct.pack(">H", raw)
+    header = struct.pack(">IIBBBBB", 8, len(rows), bits, kind, 0, 0, 0)
+    data = zlib.compress(b"".join(b"\0" + row for row in rows))
     parts = (chunk(b"IHDR", header), chunk(b"tRNS", key), chunk(b"IDAT", data), chunk(b"IEND", b""))
-    (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+
+
+@pytest.mark.parametrize(("bits", "raw"), [(1, 0), (1, 1), (2, 2), (4, 11), (8, 77), (16, 0x1234)])
+def test_a_transparent_grey_of_every_depth(tmp_path, bits, raw):
+    """The first row is of the transparent grey, the second of another."""
+    first, second = (
+        struct.pack(">H", value) * 8 if bits == 16 else sum(value << (bits * i) for i in range(8)).to_bytes(bits, "big")
+        for value in (raw, 2**bits - 1 - raw)
+    )
+    write_png(tmp_path / "x.png", bits, 0, struct.pack(">H", raw), [first, second])
     shown = pixels(tmp_path / "x.png", "#00ff00")
     assert (shown[0] == (0, 255, 0)).all()
-    assert (shown[1] == ((0, 255, 0) if bits == 1 else 255)).all()
+    assert np.abs(shown[1].astype(int) - round(255 * (1 - raw / (2**bits - 1)))).max() <= 1
+
+
+def test_a_transparent_colour_of_16_bits(tmp_path):
+    key = struct.pack(">HHH", 0x1234, 0x5678, 0x9ABC)
+    write_png(tmp_path / "x.png", 16, 2, key, [key * 8, b"\xff" * 48])
+    assert np.array_equal(pixels(tmp_path / "x.png", "#00ff00")[:, 0], [(0, 255, 0), (255, 255, 255)])
+
+
+def test_a_tiff_of_12_bits(tmp_path):
+    """Little-endian, 4 x 1 pixels, values packed by TIFF 6.0: 0, 1365, 2730 and 4095 of 4095."""
+    tags = [(256, 4), (257, 1), (258, 12), (259, 1), (262, 1), (273, 8), (277, 1), (278, 1), (279, 6)]
+    entries = b"".join(struct.pack("<HHII", tag, 3, 1, value) for tag, value in tags)
+    data = bytes.fromhex("000555aaafff") + bytes(2)
+    (tmp_path / "x.tif").write_bytes(
+        b"II*\0" + struct.pack("<I", 16) + data + struct.pack("<H", len(tags)) + entries + bytes(4)
+    )
+    assert pixels(tmp_path / "x.tif")[0, :, 0].tolist() == [0, 85, 170, 255]
 
 
 @pytest.mark.parametrize("ending", ["png", "tiff", "jp2"])
