@@ -24,7 +24,7 @@ EXPORTS = {
     "train": "t2ilib.training.loop",
     "open_tracker": "t2ilib.tracking.tracker",
     "load_datasets": "t2ilib.data.manifest",
-    "open_picture": "t2ilib.data.manifest",
+    "open_picture": "t2ilib.data.pictures",
     "measure": "t2ilib.evaluation.measures",
     "draw": "t2ilib.evaluation.sampling",
     "make_grid": "t2ilib.evaluation.sampling",

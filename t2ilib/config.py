@@ -139,7 +139,25 @@ class DataConfig(Section):
     caption_column: str = "text"
     resolution: Annotated[int, Field(ge=8, multiple_of=8)] = 64
     on_error: Literal["stop", "skip"] = "stop"
-    """What a missing or corrupt picture does: stop the run, or be rejected, counted and logged."""
+    """What a file that cannot be used does (a corrupt picture, one without caption): stop the run, or be rejected, counted, logged."""
+    ground: str = "white"
+    """What is transparent in a picture is laid over this colour: a name, or "#rrggbb" in quotes."""
+
+    @field_validator("ground", mode="before")
+    @classmethod
+    def an_opaque_colour(cls, value: Any) -> Any:
+        from PIL import ImageColor
+
+        hint = """name a colour as CSS does, or write "#rrggbb" with its quotes, without which YAML reads a comment or a number"""
+        try:
+            opaque = len(ImageColor.getrgb(value)) == 3
+        except (ValueError, TypeError, AttributeError):
+            raise ValueError(f"{value!r} is not a colour: {hint}") from None
+        if not opaque:
+            raise ValueError(
+                f"{value!r} is a colour with alpha, and nothing lies below the ground: leave its alpha out"
+            )
+        return value
 
 
 class ShapesConfig(Section):

@@ -14,6 +14,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from t2ilib.config import ConfigError, RunConfig, did_you_mean
+from t2ilib.text import read_text
 
 
 def build_run(values: Mapping[str, Any], source: str = "the run config") -> RunConfig:
@@ -76,7 +77,7 @@ def parse_value(text: str) -> Any:
 def load_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file; raises ConfigError for a missing file, broken YAML (with its line) or another shape."""
     try:
-        values = yaml.safe_load(Path(path).read_text())
+        values = yaml.safe_load(read_text(path))
     except FileNotFoundError:
         raise ConfigError(f"{path} does not exist: give the path of a YAML file") from None
     except yaml.YAMLError as error:

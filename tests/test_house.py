@@ -27,7 +27,8 @@ ROWS = (
     ("models",),
     ("shapes.checker", "shapes.source"),
     ("shapes.world", "data.sources", "evaluation.metrics", "evaluation.statistics", "tracking"),
-    ("memory", "runfile"),
+    ("data.pictures", "memory", "runfile"),
+    ("text",),
     ("config", "seeds"),
 )
 """The table in CONTRIBUTING.md, highest first."""

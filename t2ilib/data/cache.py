@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from t2ilib.data.manifest import Dataset, load_picture
+from t2ilib.data.manifest import Dataset
+from t2ilib.data.pictures import load_picture
 from t2ilib.memory import pictures_at_once
 from t2ilib.models.components import Components
 from t2ilib.models.families import time_ids
@@ -49,7 +50,7 @@ class EncodedDataset:
 
 def load_pixels(dataset: Dataset, resolution: int) -> Tensor:
     """All pictures as (N, 3, H, W) uint8."""
-    pixels = [load_picture(record.path, resolution).pixels for record in dataset.records]
+    pixels = [load_picture(record.path, resolution, dataset.ground).pixels for record in dataset.records]
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
 
 
@@ -62,7 +63,8 @@ def encode_dataset(
     batch_size = pictures_at_once(resolution, batch_size)
     latents, ids = [], []
     for start in range(0, len(dataset), batch_size):
-        pictures = [load_picture(record.path, resolution) for record in dataset.records[start : start + batch_size]]
+        some = dataset.records[start : start + batch_size]
+        pictures = [load_picture(record.path, resolution, dataset.ground) for record in some]
         pixels = torch.from_numpy(np.stack([p.pixels for p in pictures])).permute(0, 3, 1, 2).to(vae.device, vae.dtype)
         latents.append((vae.encode(pixels / 127.5 - 1).latent_dist.mode() * vae.config.scaling_factor).float().cpu())
         ids += [time_ids(p.original, p.crop, (resolution, resolution)) for p in pictures]

@@ -1,41 +1,43 @@
-"""What a run was trained on: every picture decoded once in full, every rejection counted, one digest over it all.
+"""What a run was trained on: every picture decoded once in full, every file of its folder accounted for, one digest over it all.
 
-`Image.verify` passes half a JPEG, so each picture is really decoded. Whether a bad picture stops the run or is rejected is
-the user's choice (`data.on_error`); in both cases the message names all of them.
+`Image.verify` passes half a JPEG, so each picture is really decoded. Whether a file that cannot be used stops the run or is
+rejected is the user's choice (`data.on_error`); in both cases the message names them. Pictures are decoded before a share of
+them is held out, so that a bad one is never the whole of what is held out.
 """
 
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sized
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-from PIL import Image, ImageOps
-
-from t2ilib.config import ConfigError, RunConfig
+from t2ilib.config import ConfigError, DataConfig, RunConfig
+from t2ilib.data.pictures import PictureError, open_picture
 from t2ilib.data.sources import folder
-from t2ilib.data.sources.folder import Record
+from t2ilib.data.sources.folder import Listing, Record, Told
 from t2ilib.shapes import source as shapes
+from t2ilib.text import shown
 
 log = logging.getLogger(__name__)
 
-SOURCES: dict[str, Callable[[RunConfig], tuple[list[Record], list[Record]]]] = {
+SOURCES: dict[str, Callable[[RunConfig], tuple[Listing, Listing | None]]] = {
     "folder": lambda run: folder.load(run.data),
     "shapes": lambda run: shapes.load(run.shapes),
 }
-"""`data.source` -> the training and the held-out records of a run."""
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+"""`data.source` -> what a run is trained on, and what is held out; None where it is a share of the first."""
+LISTED = 10
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Records whose pictures are known to decode. `digest` covers the bytes of pictures and captions, in order."""
+    """Records whose pictures are known to decode. `digest` covers the bytes of pictures and captions, in order; `ground` is what
+    their transparent parts are laid over; `rejected` are the files that cannot be used, with reasons."""
 
     name: str
     records: tuple[Record, ...]
     digest: str
-    rejected: tuple[tuple[Path, str], ...] = ()
+    rejected: tuple[Told, ...] = ()
+    ground: str = "white"
 
     def __len__(self) -> int:
         return len(self.records)
@@ -45,62 +47,81 @@ class Dataset:
 
 
 @dataclass(frozen=True)
-class Picture:
-    """Pixels (H, W, 3) uint8 at the training resolution, and SDXL's micro-conditioning in pixels."""
+class Examined:
+    """Each record whose picture decodes, with the SHA-256 of its file; what is rejected, by the folder or by decoding."""
 
-    pixels: np.ndarray
-    original: tuple[int, int]
-    crop: tuple[int, int]
+    pictures: dict[Record, bytes]
+    rejected: tuple[Told, ...]
 
-
-def open_picture(path: Path) -> Image.Image:
-    """The picture, fully decoded, upright by its EXIF tag, RGB. Raises OSError for a missing or corrupt one."""
-    with Image.open(path, formats=FORMATS) as image:
-        image.load()
-        return ImageOps.exif_transpose(image).convert("RGB")
+    def dataset(self, name: str, ground: str, records: Iterable[Record], rejected: tuple[Told, ...] = ()) -> Dataset:
+        records, digest = tuple(records), hashlib.sha256()
+        for record in records:
+            digest.update(self.pictures[record] + record.caption.encode() + b"\0")
+        return Dataset(name, records, digest.hexdigest(), rejected, ground)
 
 
-def load_picture(path: Path, resolution: int) -> Picture:
-    """Scaled so that the shorter side is `resolution`, cut to the centre square."""
-    image = open_picture(path)
-    original = (image.height, image.width)
-    scale = resolution / min(original)
-    if scale != 1:
-        size = (max(resolution, round(image.width * scale)), max(resolution, round(image.height * scale)))
-        image = image.resize(size, Image.Resampling.LANCZOS)
-    top, left = (image.height - resolution) // 2, (image.width - resolution) // 2
-    image = image.crop((left, top, left + resolution, top + resolution))
-    return Picture(np.asarray(image), original, (top, left))
-
-
-def examine(name: str, records: list[Record], on_error: str) -> Dataset:
-    """Decodes every picture; raises ConfigError that lists the bad ones, or rejects them with `on_error` "skip"."""
-    good, bad = [], []
-    digest = hashlib.sha256()
-    for record in records:
+def examine(listing: Listing, config: DataConfig) -> Examined:
+    """Decodes every picture and logs what became of each file. Raises ConfigError that lists what cannot be used, with
+    `config.on_error` "stop" or where nothing is left."""
+    pictures, rejected = {}, list(listing.rejected)
+    for record in listing:
         try:
-            open_picture(record.path)
-        except FileNotFoundError:
-            bad.append((record.path, "missing"))
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            bad.append((record.path, f"cannot be decoded: {error}"))
-        else:
-            good.append(record)
-            digest.update(hashlib.sha256(record.path.read_bytes()).digest() + record.caption.encode() + b"\0")
-    if bad:
-        listed = "\n  ".join(f"{path}: {reason}" for path, reason in bad[:10]) + ("\n  ..." if len(bad) > 10 else "")
-        if on_error == "stop" or not good:
-            raise ConfigError(
-                f"{len(bad)} of {len(records)} pictures cannot be used:\n  {listed}\n"
-                "Repair or remove them, or set data.on_error to skip to train without them"
-            )
-        log.warning("%d of %d pictures rejected:\n  %s", len(bad), len(records), listed)
-    return Dataset(name, tuple(good), digest.hexdigest(), tuple(bad))
+            open_picture(record.path, config.ground)
+            pictures[record] = hashlib.sha256(record.path.read_bytes()).digest()
+        except PictureError as error:
+            rejected.append((record.path, error.reason))
+        except OSError as error:
+            rejected.append((record.path, f"cannot be read: {error.strerror}"))
+    where, skips = shown(listing.folder), config.on_error == "skip"
+    if rejected and not (skips and pictures):
+        remedy = "" if skips else ", or set data.on_error to skip to train without them"
+        raise ConfigError(
+            f"{where}: {counted(rejected, 'file')} cannot be used, {counted(pictures, 'picture')} can:\n"
+            f"  {listed(listing.folder, rejected)}\nRepair or remove them{remedy}"
+        )
+    counts = [f"{counted(pictures, 'picture')} used"]
+    counts += [f"{counted(listing.hidden, 'hidden file')} ignored"] if listing.hidden else []
+    counts += [f"{len(listing.aside)} left aside ({reasons(listing)})"] if listing.aside else []
+    counts += [f"{len(rejected)} rejected:\n  {listed(listing.folder, rejected)}"] if rejected else []
+    log.log(logging.WARNING if rejected else logging.INFO, "%s: %s", where, ", ".join(counts))
+    return Examined(pictures, tuple(rejected))
+
+
+def counted(things: Sized, name: str) -> str:
+    return f"{len(things)} {name}{'s' * (len(things) != 1)}"
+
+
+def listed(root: Path, told: Iterable[Told]) -> str:
+    """A line a file, the first ten."""
+    lines = [f"{shown(path.relative_to(root) if path.is_relative_to(root) else path)}: {why}" for path, why in told]
+    return "\n  ".join(lines[:LISTED] + [f"... and {len(lines) - LISTED} more"] * (len(lines) > LISTED))
+
+
+def reasons(listing: Listing) -> str:
+    """What is left aside, by reason, with one name for each."""
+    by_reason: dict[str, list[Path]] = {}
+    for path, why in listing.aside:
+        by_reason.setdefault(why, []).append(path)
+    return "; ".join(
+        f"{why}: {shown(paths[0].relative_to(listing.folder))}{f' and {len(paths) - 1} more' * (len(paths) > 1)}"
+        for why, paths in by_reason.items()
+    )
 
 
 def load_datasets(run: RunConfig) -> tuple[Dataset, Dataset]:
-    """The training and the held-out pictures of a run; the second may be empty. Raises ConfigError as the sources do."""
-    training, held_out = SOURCES[run.data.source](run)
-    name = Path(run.data.path).name if run.data.path else "-".join((run.data.source, *run.shapes.scenes))
-    on_error = run.data.on_error
-    return examine(name, training, on_error), examine(f"{name}-held-out", held_out, on_error)
+    """The training and the held-out pictures of a run; the second may be empty. Raises ConfigError as `examine`, `hold_out` and
+    the sources do."""
+    data = run.data
+    listing, apart = SOURCES[data.source](run)
+    name = shown(Path(data.path).name) if data.path else "-".join((data.source, *run.shapes.scenes))
+    examined = examine(listing, data)
+    if apart is None:
+        training, held_out = folder.hold_out([*examined.pictures], data.validation_share)
+        from_which, rejected = examined, ()
+    else:
+        from_which = examine(apart, data)
+        training, held_out, rejected = examined.pictures, from_which.pictures, from_which.rejected
+    return (
+        examined.dataset(name, data.ground, training, examined.rejected),
+        from_which.dataset(f"{name}-held-out", data.ground, held_out, rejected),
+    )

@@ -20,7 +20,7 @@ def cache_folder() -> Path:
     )
 
 
-def load(config: ShapesConfig) -> tuple[list[folder.Record], list[folder.Record]]:
+def load(config: ShapesConfig) -> tuple[folder.Listing, folder.Listing]:
     """`config.num_pictures` training pictures of `config.scenes`, and 48 held-out ones of other combinations."""
     train = drawn(config, "train", config.num_pictures)
     validation = drawn(config, "validation", NUM_VALIDATION)

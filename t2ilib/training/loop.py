@@ -29,6 +29,7 @@ from t2ilib.models.load import choose_device, choose_dtype, load_base
 from t2ilib.runfile import save_run
 from t2ilib.seeds import seed_for
 from t2ilib.shapes.pretraining import setup_clip, setup_vae
+from t2ilib.text import shown
 from t2ilib.tracking.tracker import NullTracker, Tracker
 from t2ilib.training.checkpoint import owned
 from t2ilib.training.evaluation import Evaluation
@@ -207,7 +208,7 @@ def require_finite(losses: Tensor, step: int, ids: list[int], training: Dataset)
     """Raises NonFiniteLoss naming the step and the samples whose loss is NaN or infinite."""
     bad = [sample for sample, finite in zip(ids, torch.isfinite(losses).tolist(), strict=True) if not finite]
     if bad:
-        named = "\n  ".join(f"{training.records[i].path.name}: {training.records[i].caption}" for i in bad[:5])
+        named = "\n  ".join(f"{shown(training.records[i].path.name)}: {training.records[i].caption}" for i in bad[:5])
         raise NonFiniteLoss(
             f"the loss of {len(bad)} sample(s) is not finite at step {step}:\n  {named}\n"
             "Lower optimizer.learning_rate, set training.mixed_precision to no, or look at these pictures."

@@ -26,6 +26,7 @@ from t2ilib.models.components import Components
 from t2ilib.models.denoiser import Denoiser
 from t2ilib.models.pipeline import save_pipeline
 from t2ilib.seeds import generator_for
+from t2ilib.text import shown
 from t2ilib.training.objectives import Objective, build_objective
 from t2ilib.training.validation import HELD_OUT, held_out_loss
 
@@ -92,7 +93,7 @@ def setup_diffusion(
                 denoiser, plain, encoded_held_out, schedule.config.num_train_timesteps, run.evaluation.validation_timesteps, device
             )  # fmt: skip
         by_picture = [
-            {"picture": record.path.name, "caption": record.caption, "loss": loss}
+            {"picture": shown(record.path.name), "caption": record.caption, "loss": loss}
             for record, loss in zip(held_out.records, result.by_picture(), strict=True)
         ]
         (run.output / "held_out").mkdir(exist_ok=True)

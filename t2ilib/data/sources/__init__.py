@@ -1,1 +1,1 @@
-"""One file per source of captioned pictures; `manifest.SOURCES` names them."""
+"""One file per source of captioned pictures, which `manifest.SOURCES` names, and how their tables are read."""
