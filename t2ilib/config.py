@@ -4,8 +4,7 @@ One section for each stage of a run (model, adapter, data, objective, optimizer,
 drawn world. Unknown fields are errors, and values are checked here rather than where they are used; `runfile` makes runs of
 what people write, and reports several mistakes together.
 
-Leaves out what only a loaded model can tell: whether a target names layers that it has. `check_choice` gives names that are
-looked up elsewhere the same error.
+Leaves out what only a loaded model can tell: whether a target names layers that it has.
 """
 
 import difflib
@@ -150,13 +149,11 @@ class DataConfig(Section):
 
         hint = """name a colour as CSS does, or write "#rrggbb" with its quotes, without which YAML reads a comment or a number"""
         try:
-            opaque = len(ImageColor.getrgb(value)) == 3
+            channels = ImageColor.getrgb(value)
         except (ValueError, TypeError, AttributeError):
             raise ValueError(f"{value!r} is not a colour: {hint}") from None
-        if not opaque:
-            raise ValueError(
-                f"{value!r} is a colour with alpha, and nothing lies below the ground: leave its alpha out"
-            )
+        if len(channels) > 3:
+            raise ValueError(f"{value!r} has alpha, and nothing lies below the ground: leave it out")
         return value
 
 

@@ -294,7 +294,9 @@ def test_grounds(ground):
 
 @pytest.mark.parametrize("ground", ["whit", None, 0, 102030, "", "#12345", "#11223344", ["white"]])
 def test_what_is_no_ground(ground):
-    with pytest.raises(ConfigError, match=r"data\.ground: .* is (not a colour: name a colour|a colour with alpha)"):
+    with pytest.raises(
+        ConfigError, match=r"data\.ground: .* (is not a colour: name a colour|has alpha, and nothing lies below)"
+    ):
         build_run({"adapter": {}, "data": {"ground": ground}})
 
 

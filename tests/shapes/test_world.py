@@ -196,7 +196,7 @@ def test_a_folder_reads_back_as_the_scenes_it_was_written_from(tmp_path):
 
 
 def test_near_misses_are_wrong_in_one_attribute_and_keep_the_phrasing():
-    for index, scene in enumerate(world.sample_scenes(40, "train", 0)):
+    for index, scene in enumerate(world.sample_scenes(16, "train", 0)):
         text = caption(scene, index)
         wrong = world.near_misses(scene, text, 12, np.random.default_rng(index))
         assert text not in wrong
