@@ -14,7 +14,7 @@ from t2ilib.evaluation.clip import clip_score
 from t2ilib.evaluation.sampling import draw
 from t2ilib.models.files.locate import SHIPPED
 from t2ilib.models.load import load_base
-from t2ilib.shapes import card, checker, models, world
+from t2ilib.shapes import checker, models, world
 from t2ilib.shapes.card import accuracy, reconstruction_accuracy
 
 FOLDER = SHIPPED["tiny-sdxl"]
@@ -104,8 +104,7 @@ def test_draws_what_it_is_asked(name: str) -> None:
     assert result.all_attributes >= 0.8
 
 
-def test_autoencoder_keeps_the_attributes(components, monkeypatch) -> None:
-    monkeypatch.setattr(card, "NUM_TEST", 96)
+def test_autoencoder_keeps_the_attributes(components) -> None:
     assert reconstruction_accuracy(components, ("base",)) >= 0.97
 
 
