@@ -248,8 +248,8 @@ class TrainingConfig(Section):
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     gradient_checkpointing: bool = False
     ema_decay: Share = 0.0
-    require_fit: bool = True
-    """Refuse before loading a run whose predicted memory (`t2ilib plan`) the device has not."""
+    require_fit: bool = False
+    """Refuse a run whose predicted memory (`t2ilib plan`) the device has not, instead of warning of it."""
     checkpoint_every: Positive = 100
     keep_checkpoints: Positive = 2
 

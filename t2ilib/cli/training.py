@@ -25,11 +25,13 @@ def train(
         run = load_run(config, set)
         from t2ilib.evaluation.measures import measure
         from t2ilib.models.load import choose_device
-        from t2ilib.planning.fit import require_fit
+        from t2ilib.planning.fit import check_fit
         from t2ilib.tracking.tracker import open_tracker
+        from t2ilib.training.checkpoint import list_checkpoints
         from t2ilib.training.loop import train
 
-        require_fit(run, choose_device())
+        if not list_checkpoints(run.output / "checkpoints"):  # one that has begun has shown that it fits
+            check_fit(run, choose_device())
 
         with open_tracker(run) as tracker:
             result = train(run, tracker)

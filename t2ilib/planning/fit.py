@@ -1,7 +1,7 @@
 """Does a planned run fit a card, and what is the cheapest change that makes it fit?
 
 Every change is a `--set` override, and every run that is said to fit was traced with it: memory does not add up, since
-what one change saves another may have saved already. `require_fit` is what `train` asks before it loads anything.
+what one change saves another may have saved already. `check_fit` is what the command line asks before anything is loaded.
 """
 
 import itertools
@@ -151,44 +151,53 @@ def available_bytes(device: torch.device) -> int:
     return available_memory()
 
 
-def require_fit(run: RunConfig, device: torch.device, num_pictures: int | None = None, sharing: int = 1) -> None:
-    """Raises ConfigError, with what is needed, what is available and the cheapest change, where `run` will not fit `device`.
+def misfit(run: RunConfig, device: torch.device, num_pictures: int | None = None, sharing: int = 1) -> str | None:
+    """Why `run` will probably not fit `device`: what is needed, what is available and the cheapest change; None where it fits.
 
     `sharing`: how many such runs go on at a time. A run whose bound is far below what is available is not traced, and
-    training a VAE or a CLIP cannot be.
+    training a VAE or a CLIP cannot be. A trace that fails says so and is no reason: it is an estimate that no run must die of.
     """
-    if run.trains in ("vae", "clip") or not run.training.require_fit:
-        return
     available = available_bytes(device) / sharing
-    if surely_fits(run, available):
-        return
-    plan = plan_memory(run, device.type, num_pictures)
-    log.info(
-        "planned: %.1f GiB at the peak, while %s; %.1f GiB needed, %.1f available (%.0f s)",
-        plan.peak_bytes / GIB,
-        plan.largest,
-        needed_bytes(plan) / GIB,
-        available / GIB,
-        plan.seconds,
-    )
-    if needed_bytes(plan) > available:
-        advice = advise(run, plan, available, num_pictures, most=1)
-        raise ConfigError(
-            f"this run needs {needed_bytes(plan) / GIB:.1f} GiB of {device.type} memory while {plan.largest}, and"
-            f" {available / GIB:.1f} GiB are available{' to each' if sharing > 1 else ''}: {remedy(advice)}. To try all the same,"
-            " set training.require_fit to false"
+    if run.trains in ("vae", "clip") or surely_fits(run, available):
+        return None
+    try:
+        plan = plan_memory(run, device.type, num_pictures)
+        log.info(
+            "planned: %.1f GiB at the peak, while %s; %.1f GiB needed, %.1f available (%.0f s)",
+            plan.peak_bytes / GIB,
+            plan.largest,
+            needed_bytes(plan) / GIB,
+            available / GIB,
+            plan.seconds,
         )
+        if needed_bytes(plan) <= available:
+            return None
+        advice = remedy(advise(run, plan, available, num_pictures, most=1))
+    except ConfigError:
+        raise
+    except Exception as error:
+        log.warning("how much memory this run needs could not be foreseen (%s: %s)", type(error).__name__, error)
+        return None
+    return (
+        f"this run needs {needed_bytes(plan) / GIB:.1f} GiB of {device.type} memory while {plan.largest}, and"
+        f" {available / GIB:.1f} GiB are available{' to each' if sharing > 1 else ''}: {advice}"
+    )
 
 
-def misfits(runs: Sequence[tuple[str, RunConfig]], sharing: int) -> list[str]:
-    """A line for each of these named runs that will not fit the device found here."""
-    device, lines = choose_device(), []
-    for label, run in runs:
-        try:
-            require_fit(run, device, sharing=sharing)
-        except ConfigError as error:
-            lines.append(f"{label}: {error}")
-    return lines
+def check_fit(run: RunConfig, device: torch.device) -> None:
+    """Warns of a run that will probably not fit `device`; with `training.require_fit` raises ConfigError instead."""
+    reason = misfit(run, device)
+    if reason and run.training.require_fit:
+        raise ConfigError(f"{reason}. To try all the same, set training.require_fit to false")
+    if reason:
+        log.warning("%s. It is tried all the same; training.require_fit: true would refuse it", reason)
+
+
+def misfits(runs: Sequence[tuple[str, RunConfig]], sharing: int) -> list[tuple[bool, str]]:
+    """For each of these named runs that will probably not fit the device found here, whether it wants to be refused, and a line."""
+    device = choose_device()
+    found = [(label, run, misfit(run, device, sharing=sharing)) for label, run in runs]
+    return [(run.training.require_fit, f"{label}: {reason}") for label, run, reason in found if reason]
 
 
 def remedy(advice: Advice) -> str:

@@ -30,24 +30,29 @@ SMALLEST_CARD = 8 * GIB
 """What a variant surely fits into needs no look at the device, for which torch would have to be loaded."""
 
 
-def refuse_misfits(runs: Sequence[StudyRun], jobs: int) -> None:
-    """Raises ConfigError naming every variant that will not fit the device while `jobs` of them run, with the cheapest change.
+def tell_misfits(runs: Sequence[StudyRun], jobs: int, say: Callable[[str], None]) -> None:
+    """Says of every variant that will probably not fit the device while `jobs` of them run, with the cheapest change; those with
+    `training.require_fit` are a ConfigError.
 
     Asked once a variant, and in a process of its own: tracing takes torch, and a GPU's context stays as long as its process.
-    Variants of small models are not asked about.
+    Variants of small models, and those that have begun, are not asked about.
     """
     smallest = min(available_memory(), SMALLEST_CARD) / jobs
-    configs = {run.variant: run.config() for run in runs}
+    begun = {run.variant for run in runs if (run.folder / "checkpoints").exists()}
+    configs = {run.variant: run.config() for run in runs if run.variant not in begun}
     asked = [(variant, config) for variant, config in configs.items() if not surely_fits(config, smallest)]
     if not asked:
         return
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        lines = pool.submit(misfits_of, asked, jobs).result()
-    if lines:
-        raise ConfigError(f"{len(lines)} variant(s) do not fit this machine:\n  " + "\n  ".join(lines))
+        found = pool.submit(misfits_of, asked, jobs).result()
+    refused = [line for strict, line in found if strict]
+    if refused:
+        raise ConfigError(f"{len(refused)} variant(s) do not fit this machine:\n  " + "\n  ".join(refused))
+    for _, line in found:
+        say(f"{line}. It is tried all the same")
 
 
-def misfits_of(runs: list, jobs: int) -> list[str]:
+def misfits_of(runs: list, jobs: int) -> list[tuple[bool, str]]:
     from t2ilib.planning.fit import misfits
 
     return misfits(runs, jobs)
@@ -74,7 +79,7 @@ def run_study(
         check_measures(run.config().evaluation.measures or ())
     require_unedited(runs)
     pending = [run for run in runs if run.state != "finished"]
-    refuse_misfits(pending, jobs)
+    tell_misfits(pending, jobs, say)
     folder = runs[0].folder.parents[1]
     write_study(study, preset, folder)
     say(

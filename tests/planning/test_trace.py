@@ -3,9 +3,11 @@
 Real runs are counted by the same ledger, on the tiny model; only there do both exist.
 """
 
+from contextlib import nullcontext
 from dataclasses import replace
 from math import prod
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +21,7 @@ from t2ilib.models.files.locate import SHIPPED
 from t2ilib.models.load import load_base
 from t2ilib.planning import fit
 from t2ilib.planning.bound import memory_bound, surely_fits
-from t2ilib.planning.fit import Advice, advise, needed_bytes, planned_run, remedy, require_fit
+from t2ilib.planning.fit import Advice, advise, check_fit, misfit, needed_bytes, planned_run, remedy
 from t2ilib.planning.ledger import FLOAT32_ON_CUDA, Ledger
 from t2ilib.planning.trace import MemoryPlan, plan_memory, trace_run
 from t2ilib.planning.unloaded import build_unloaded, native_resolution
@@ -175,7 +177,7 @@ PEAKS = {"optimizer.name=adamw8bit": 0.5, "training.accumulation=4": 2, "trainin
 def invented(run: RunConfig, device_type: str = "cuda", num_pictures: int | None = None) -> MemoryPlan:
     checkpointing, nf4 = run.training.gradient_checkpointing, run.model.quantization == "nf4"
     saved = 0.5 * (run.optimizer.name == "adamw8bit") + 4 * checkpointing + (2 if checkpointing else 5) * nf4
-    saved += {1: 0, 2: 1.5, 4: 2}[run.training.accumulation]
+    saved += {1: 0, 2: 1.5, 4: 2, 8: 2}[run.training.accumulation]
     return MemoryPlan({"encoding": {}, "training": {"activations": round((16 - saved) * GIB)}}, device_type, 0.0)
 
 
@@ -226,8 +228,8 @@ def test_small_models_are_not_traced(monkeypatch, tmp_path: Path) -> None:
 
     monkeypatch.setattr(fit, "plan_memory", refuse)
     monkeypatch.setattr(fit, "available_bytes", lambda device: 8 * GIB)
-    require_fit(run, CPU)
-    require_fit(run_of("adapter=null", "data.source=shapes", "shapes.trains=vae", "data.resolution=1024"), CPU)
+    assert misfit(run, CPU) is None
+    check_fit(run_of("adapter=null", "data.source=shapes", "shapes.trains=vae", "data.resolution=1024"), CPU)
 
 
 def test_train_refuses_before_it_loads(monkeypatch, tmp_path: Path) -> None:
@@ -247,6 +249,7 @@ def test_train_refuses_before_it_loads(monkeypatch, tmp_path: Path) -> None:
         "data.source=shapes",
         "training.batch_size=16",
         "training.accumulation=1",
+        "training.require_fit=true",
         f"output={tmp_path / 'run'}",
     ]
     (tmp_path / "run.yaml").write_text("adapter: {}\n")
@@ -258,20 +261,34 @@ def test_train_refuses_before_it_loads(monkeypatch, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def test_a_study_refuses_variants_that_do_not_fit(monkeypatch, tmp_path: Path) -> None:
-    file = ROOT / "experiments" / "adapters.yaml"
+def test_a_study_tells_of_variants_that_do_not_fit_and_refuses_those_that_ask_for_it(
+    monkeypatch, tmp_path: Path
+) -> None:
+    file, said = tmp_path / "adapters.yaml", []
+    text = (ROOT / "experiments" / "adapters.yaml").read_text()
+    file.write_text(text.replace("training: {batch_size: 8}", "training: {batch_size: 8, require_fit: true}"))
+    (tmp_path / "train.ipynb").write_bytes((ROOT / "experiments" / "train.ipynb").read_bytes())
     jobs = 10**6  # each has a millionth of the machine
     with pytest.raises(ConfigError, match=r"1 variant.* do not fit this machine:\n  base: this run needs") as error:
-        study.run_study(file, "quick", ["base"], jobs=jobs, results=tmp_path)
+        study.run_study(file, "quick", ["base"], jobs=jobs, results=tmp_path / "results")
     assert "are available to each: " in str(error.value)
-    assert not list(tmp_path.iterdir())
+    assert not (tmp_path / "results").exists()
 
-    def refuse(*arguments, **options):
-        raise AssertionError("a process was started")
+    class InThisProcess:
+        def submit(self, function, *arguments):
+            return SimpleNamespace(result=lambda: function(*arguments))
 
-    monkeypatch.setattr(study, "ProcessPoolExecutor", refuse)
-    runs = study.plan_runs(study.load_study(file), file, "quick", tmp_path)
-    study.refuse_misfits(runs, 1)
+    monkeypatch.setattr(study, "ProcessPoolExecutor", lambda *_, **__: nullcontext(InThisProcess()))
+    monkeypatch.setattr(fit, "plan_memory", invented)
+    plain = ROOT / "experiments" / "adapters.yaml"
+    runs = study.plan_runs(study.load_study(plain), plain, "quick", tmp_path)
+    study.tell_misfits(runs[:2], jobs, said.append)
+    assert len(said) == 2
+    assert said[0].startswith("base: this run needs ")
+    assert said[0].endswith("It is tried all the same")
+
+    monkeypatch.setattr(study, "ProcessPoolExecutor", lambda *_, **__: pytest.fail("a process was started"))
+    study.tell_misfits(runs, 1, said.append)
 
 
 def test_the_command() -> None:
@@ -346,12 +363,24 @@ def test_damaged_weights_are_left_to_the_loader(tmp_path: Path) -> None:
     assert memory_bound(run_of(f"model.base={tmp_path}")) is None
 
 
-def test_a_run_may_be_tried_all_the_same(monkeypatch) -> None:
+def test_a_run_that_will_not_fit_is_warned_about_and_refused_only_if_asked(monkeypatch, caplog) -> None:
     monkeypatch.setattr(fit, "available_bytes", lambda device: 1.0)
     monkeypatch.setattr(fit, "plan_memory", invented)
+    check_fit(run_of(), CPU)
+    assert "this run needs 16.8 GiB of cpu memory while training" in caplog.text
+    assert "training.require_fit: true would refuse it" in caplog.text
     with pytest.raises(ConfigError, match=r"set training\.require_fit to false"):
-        require_fit(run_of(), CPU)
-    require_fit(run_of("training.require_fit=false"), CPU)
+        check_fit(run_of("training.require_fit=true"), CPU)
+
+
+def test_a_trace_that_fails_stops_no_training(monkeypatch, caplog) -> None:
+    def breaks(*arguments):
+        raise NotImplementedError("an operator that fake tensors do not know")
+
+    monkeypatch.setattr(fit, "available_bytes", lambda device: 1.0)
+    monkeypatch.setattr(fit, "plan_memory", breaks)
+    check_fit(run_of("training.require_fit=true"), CPU)
+    assert "could not be foreseen (NotImplementedError: an operator" in caplog.text
 
 
 def test_configs_on_the_hub_are_those_of_the_revision(monkeypatch) -> None:
