@@ -11,7 +11,16 @@ from t2ilib.memory import usable_cores
 from t2ilib.shapes import source
 
 FEW_HELD_OUT = 6
-LONGEST = ("test_golden", "test_loop", "test_export", "test_trace")
+LONGEST = (
+    "test_golden",
+    "test_trace",
+    "test_export",
+    "test_loop",
+    "test_models",
+    "test_study",
+    "test_champion",
+    "test_end_to_end",
+)
 """Files that are started first, so that no worker is left alone with one of them at the end."""
 
 

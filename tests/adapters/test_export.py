@@ -153,11 +153,9 @@ def test_a_kohya_file_comes_back_whole(exported, tmp_path, family, kind):
     trained, file = exported[1][family, kind], tmp_path / "kohya.safetensors"
     fresh = build_parts(family)
     fresh.tokenizers = trained.tokenizers
-    before = output_of(fresh)
     write_kohya(layers_of(trained, kind), fresh, file, {})
     load_adapter(fresh, file)
     assert torch.allclose(output_of(fresh), output_of(trained), atol=1e-5)
-    assert not torch.allclose(output_of(fresh), before, atol=1e-3)
 
 
 def test_block_names_of_diffusers_are_read_in_kohya_files_too(tmp_path):
@@ -172,6 +170,11 @@ def test_block_names_of_diffusers_are_read_in_kohya_files_too(tmp_path):
     load_adapter(components, tmp_path / "a.safetensors")
     (layer,) = read_layers(components)
     assert (layer.component, layer.module, layer.alpha, layer.rank) == ("unet", module, 2.0, 2)
+
+
+@pytest.fixture(scope="module")
+def bare():
+    return build_parts("sdxl")
 
 
 @pytest.mark.parametrize(
@@ -193,14 +196,14 @@ def test_block_names_of_diffusers_are_read_in_kohya_files_too(tmp_path):
     ],
 )
 @pytest.mark.parametrize("layout", ["kohya", "diffusers"])
-def test_what_cannot_be_attached_is_named_in_one_line(exported, tmp_path, layout, extra, message):
+def test_what_cannot_be_attached_is_named_in_one_line(exported, bare, tmp_path, layout, extra, message):
     """Beside a LoRA that could be: nothing of a file is left out silently."""
     job = exported[0]["sdxl", "lora", layout]
     tensors = load_file(job["path"]) | {name: torch.ones(1) for name in extra}
     save_file(tensors, tmp_path / "x.safetensors")
-    fresh = build_parts("sdxl")
     with pytest.raises(ConfigError, match=message) as error:
-        load_adapter(fresh, tmp_path / "x.safetensors")
+        load_adapter(bare, tmp_path / "x.safetensors")
+    assert not getattr(bare.unet, "peft_config", None)
     assert len(str(error.value)) < 400
     assert "\n" not in str(error.value)
 
