@@ -110,7 +110,7 @@ OTHERS = {
 """Pattern of a tensor's name -> what it is of; none of them can be attached here."""
 
 
-def refuse_others(names: Iterable[str], file: Path, why: str = "") -> None:
+def refuse_others(names: Iterable[str], file: Path) -> None:
     """Raises ConfigError, in one line, for tensors that no adapter of t2ilib has: their kinds, how many, and one by name."""
     left = list(names)
     if not left:
@@ -126,7 +126,7 @@ def refuse_others(names: Iterable[str], file: Path, why: str = "") -> None:
         else ""
     )
     raise ConfigError(
-        f"{file} holds {' and '.join(filter(None, [told, rest]))}{why}: t2ilib draws LoRA and DoRA, and leaves nothing out"
+        f"{file} holds {' and '.join(filter(None, [told, rest]))}: t2ilib draws LoRA and DoRA, and leaves nothing out"
     )
 
 

@@ -63,10 +63,6 @@ def load_adapter(components: Components, path: Path, name: str = "default") -> N
     metadata = read_metadata(file)
     if (note := file.parent / UNPROVEN).exists():
         log.warning("%s is marked as unproven: %s", file, note.read_text().strip())
-    if told := PREDICTIONS.get(metadata.get("modelspec.prediction_type", "")):
-        if told != components.scheduler.config.prediction_type:
-            log.info("%s was trained for %s: pictures are drawn so", file, told)
-        components.predict(told)
     tensors = load_file(file)
     if is_kohya(tensors) and not any(key.startswith(PARTS) for key in tensors):
         with tempfile.TemporaryDirectory(prefix="t2ilib-") as folder:
@@ -76,6 +72,10 @@ def load_adapter(components: Components, path: Path, name: str = "default") -> N
     else:
         refuse_others([key for key in tensors if not DIFFUSERS.search(key)], file)
         attach_file(components, file, name, file)
+    if told := PREDICTIONS.get(metadata.get("modelspec.prediction_type", "")):
+        if told != components.scheduler.config.prediction_type:
+            log.info("%s was trained for %s: pictures are drawn so", file, told)
+        components.predict(told)
     for module in components.modules().values():
         align(module.requires_grad_(False))
 
