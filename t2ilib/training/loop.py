@@ -60,12 +60,14 @@ class Interrupted(SystemExit):
 
 @dataclass
 class TrainResult:
-    """What a run leaves in memory. `metrics`: the final values, by name; `output`: the run's folder."""
+    """What a run leaves in memory. `metrics`: the final values, by name; `output`: the run's folder; `prompts`: those of its sample
+    grids, the run's own or captions of its pictures, held-out ones first."""
 
     components: Components
     metrics: dict[str, float]
     output: Path
     resumed_from: int
+    prompts: tuple[str, ...] = ()
 
 
 def train(run: RunConfig, tracker: Tracker | None = None) -> TrainResult:
@@ -155,7 +157,7 @@ def train(run: RunConfig, tracker: Tracker | None = None) -> TrainResult:
         if run.trains == "adapter":
             tracker.log_adapter(adapter_file(run.output), locate(run.model.base), run.data.resolution)
         tracker.flush()
-        return TrainResult(components, history.last, run.output, start)
+        return TrainResult(components, history.last, run.output, start, setup.prompts)
 
 
 def proven(setup: Setup, note: Path) -> dict[str, float]:

@@ -15,7 +15,10 @@ from t2ilib.evaluation.metrics import Metric
 from t2ilib.memory import pictures_at_once
 from t2ilib.seeds import generator_for
 
-HELD_OUT = {"held_out_loss": Metric("held-out loss", "loss", "lower", table="Learned and kept", role="loss")}
+HELD_OUT = {
+    "held_out_loss": Metric("held-out loss", "loss", "lower", table="Learned and kept", role="loss"),
+    "held_out_pictures": Metric("held-out pictures", "count", None, True, table="Learned and kept"),
+}
 GRID_SEED = 0
 """The grid does not depend on the run's seed: all runs are measured with the same ruler."""
 
@@ -28,11 +31,12 @@ class HeldOutLoss:
     timesteps: Tensor
 
     def metrics(self) -> dict[str, float]:
-        """The mean, and the mean at each timestep."""
+        """The mean, and the mean at each timestep, over so many pictures."""
         by_timestep = {
             f"held_out_loss/t{int(t):04d}": float(v) for t, v in zip(self.timesteps, self.losses.mean(0), strict=True)
         }
-        return {"held_out_loss": float(self.losses.mean())} | by_timestep
+        told = {"held_out_loss": float(self.losses.mean()), "held_out_pictures": float(len(self.losses))}
+        return told | by_timestep
 
     def by_picture(self) -> list[float]:
         return self.losses.mean(1).tolist()
