@@ -227,8 +227,12 @@ class TrainingConfig(Section):
     ema_decay: Share = 0.0
     require_fit: bool = False
     """Refuse a run whose predicted memory (`t2ilib plan`) the device has not, instead of warning of it."""
+    deterministic: bool = False
+    """Only kernels that give the same bits every time; on a GPU others are faster. A kernel that has no such form is an error."""
     checkpoint_every: Positive = 100
     keep_checkpoints: Positive = 2
+    keep_adapters: Literal["last", "all"] = "last"
+    """`all`: the adapter of every checkpoint too, each as a file under `steps/`, to choose among."""
 
     @field_validator("mixed_precision", mode="before")
     @classmethod
@@ -248,6 +252,8 @@ class EvaluationConfig(Section):
 
     validate_every: Annotated[int, Field(ge=0)] = 50
     validation_timesteps: Positive = 8
+    validation_pictures: Positive = 64
+    """How many of the held-out pictures are measured at most: always the same ones."""
     sample_every: Annotated[int, Field(ge=0)] = 100
     prompts: tuple[str, ...] = ()
     """Fixed prompts of the sample grids; empty takes the first validation captions."""
