@@ -259,6 +259,9 @@ class EvaluationConfig(Section):
     """Fixed prompts of the sample grids; empty takes the first validation captions."""
     num_inference_steps: Positive = 20
     guidance_scale: Annotated[float, Field(ge=1)] = 3.0
+    vae_tiling: bool = False
+    """Pictures are decoded in overlapping tiles of half the side that the VAE was made for (32 latents at least): a fraction of the
+    memory, more time, and tones that may differ from tile to tile. What is trained on is always encoded whole."""
     measures: tuple[str, ...] | None = None
     """What judges the pictures that are drawn at the end: names from `evaluation.measures.MEASURES`, of entry points, or of objects
     in Python files (`my_measures.py:sharpness`). None: all that come with t2ilib and apply."""

@@ -44,7 +44,7 @@ def draw(
             latents.append(pipeline(part, generator=generators, output_type="latent", **options).images.cpu())
     with components.awake("unet", "vae"):  # decoding is the peak: the text encoders make room for it
         for part in latents:
-            decoded = components.decode_latents(part.to(components.device))
+            decoded = components.decode_latents(part.to(components.device), settings.vae_tiling)
             pictures += pipeline.image_processor.postprocess(decoded)
     for module in training:
         module.train()

@@ -19,6 +19,10 @@ VAE_PIXELS = 2**18
 """What the VAE takes at a time: in float32 it needs more memory for a picture than the UNet does."""
 
 
+SMALLEST_TILE = 32
+"""Latents along a side; of less, a VAE's middle block, which looks at all of them, sees too little."""
+
+
 @dataclass
 class Components:
     """A model in parts. `text_encoders` and `tokenizers` keep the pipeline's names; `path`: `model.base`.
@@ -97,13 +101,23 @@ class Components:
             parts.append((self.vae.encode(scaled).latent_dist.mode() * self.vae.config.scaling_factor).float().cpu())
         return torch.cat(parts)
 
-    def decode_latents(self, latents: torch.Tensor) -> torch.Tensor:
+    def decode_latents(self, latents: torch.Tensor, tiled: bool = False) -> torch.Tensor:
         """Pictures (B, 3, H, W), from -1 to 1, of latents (B, C, h, w), in the VAE's own precision: it stays float32 beside a
-        half-precision UNet. As many at a time as are encoded at a time."""
-        side = self.vae_scale * max(latents.shape[-2:])
-        parts = latents.to(self.vae.dtype).split(pictures_at_once(side, len(latents), VAE_PIXELS))
-        scaling = self.vae.config.scaling_factor
-        return torch.cat([self.vae.decode(part / scaling, return_dict=False)[0].detach() for part in parts])
+        half-precision UNet. As many at a time as are encoded at a time.
+
+        `tiled`: in tiles of half the side that the VAE was made for, which overlap by a quarter and are blended (`AutoencoderKL`'s own
+        tiling): a fraction of the memory, with tones that may differ from tile to tile.
+        """
+        vae, side = self.vae, self.vae_scale * max(latents.shape[-2:])
+        vae.tile_latent_min_size = max(SMALLEST_TILE, vae.config.sample_size // 2 // self.vae_scale)
+        vae.tile_sample_min_size = vae.tile_latent_min_size * self.vae_scale
+        vae.use_tiling = tiled
+        parts = latents.to(vae.dtype).split(pictures_at_once(side, len(latents), VAE_PIXELS))
+        try:
+            decoded = [vae.decode(part / vae.config.scaling_factor, return_dict=False)[0].detach() for part in parts]
+        finally:
+            vae.use_tiling = False
+        return torch.cat(decoded)
 
     def predict(self, kind: str) -> None:
         """Has the model draw, and be saved, as one that predicts `kind` (epsilon, v_prediction, sample), whatever it came with."""

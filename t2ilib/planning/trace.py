@@ -307,5 +307,5 @@ def draw_blank(run: RunConfig, components: Components, setup: Setup) -> None:
     latents = latents[:at_once].clone()
     del batch
     with components.awake("unet", "vae"):
-        pictures = components.decode_latents(latents)
+        pictures = components.decode_latents(latents, run.evaluation.vae_tiling)
         (pictures * 0.5 + 0.5).clamp(0, 1)

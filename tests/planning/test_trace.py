@@ -143,6 +143,16 @@ def test_on_a_gpu_a_phase_counts_only_what_it_works_with() -> None:
     assert host["training"]["caches"] > 10 * device["training"]["caches"] > 0
 
 
+def test_tiles_lower_what_decoding_takes_and_nothing_else() -> None:
+    whole, tiled = (
+        plan_memory(run_of("data.resolution=512", "training.batch_size=1", f"evaluation.vae_tiling={on}")).phases
+        for on in ("false", "true")
+    )
+    assert tiled["drawing"]["activations"] < 0.5 * whole["drawing"]["activations"]
+    assert tiled["training"] == whole["training"]
+    assert tiled["encoding"] == whole["encoding"]
+
+
 def test_what_cuda_computes_in_float32_is_what_the_dispatcher_knows() -> None:
     registered = torch._C._dispatch_has_kernel_for_dispatch_key
     for operator in FLOAT32_ON_CUDA.values():
