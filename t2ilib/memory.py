@@ -1,13 +1,12 @@
 """Where memory and disk stand: readings at key points, peaks of one stretch of work, and a check before anything is written.
 
 Process memory is the resident set; its peak over a stretch is the kernel's high-water mark, reset at the start (Linux), so
-evaluation does not hide in the peak of training. Elsewhere the peak of the whole process stands in and is named so.
+evaluation does not hide in the peak of training. Elsewhere the peak of the whole process stands in.
 """
 
 import contextlib
 import logging
 import os
-import resource
 import shutil
 import sys
 from dataclasses import dataclass
@@ -138,10 +137,17 @@ def reset_process_peak() -> None:
 
 
 def process_peak_mib() -> float:
+    """The kernel's high-water mark of the resident set: since it was last reset on Linux, of the whole process elsewhere."""
     if sys.platform == "linux":
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM"):
                 return int(line.split()[1]) / 1024
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset / MIB
+    import resource  # which Windows has not
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (MIB if sys.platform == "darwin" else 1024)
 
 
