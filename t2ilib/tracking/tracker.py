@@ -7,6 +7,7 @@ runs.
 """
 
 import contextlib
+import functools
 import json
 import logging
 import re
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from t2ilib.config import RunConfig
 from t2ilib.tracking.models import log_adapter
-from t2ilib.tracking.store import HEARTBEAT, open_client, tracking_uri
+from t2ilib.tracking.store import HEARTBEAT, check_store, open_client, tracking_uri
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -69,18 +70,28 @@ class NullTracker:
 class MlflowTracker:
     """Logs to one MLflow run; metrics are sent in batches, and steps that an earlier attempt logged are not sent again.
 
-    The run is begun, or taken up again, by the first thing that is logged: a training that is refused before that leaves what
-    was logged to its folder's run as it is.
+    The store is opened, or made, and the run begun, or taken up again, by the first thing that is logged: a training that is
+    refused before that makes no store, and leaves what was logged to its folder's run as it is. `results`: where the artifacts of
+    a SQLite store lie.
     """
 
-    def __init__(self, client, experiment: str, run: RunConfig, uri: str):
-        self.client, self.experiment, self.run, self.uri = client, experiment, run, uri
+    def __init__(self, run: RunConfig, uri: str, results: Path):
+        self.run, self.uri, self.results = run, uri, results
         self.buffer: list = []
         self.flushed = time.monotonic()
         self.logged: dict[str, int] = {}
         self.known: str | None = None
         self.resumed = False
         self.watching = contextlib.ExitStack()
+
+    @functools.cached_property
+    def store(self) -> tuple[Any, str]:
+        """An MLflow client, and the id of the run's experiment."""
+        return open_client(self.uri, self.run.tracking.experiment, self.results)
+
+    @property
+    def client(self):
+        return self.store[0]
 
     @property
     def run_id(self) -> str:
@@ -96,7 +107,7 @@ class MlflowTracker:
         self.known = known_run(self.client, note, self.uri, digest)
         self.resumed = self.known is not None
         if not self.resumed:
-            self.known = self.client.create_run(self.experiment, tags=tags, run_name=self.run.name).info.run_id
+            self.known = self.client.create_run(self.store[1], tags=tags, run_name=self.run.name).info.run_id
             log_params(self.client, self.known, self.run)
         note.parent.mkdir(parents=True, exist_ok=True)
         note.write_text(json.dumps({"uri": self.uri, "run_id": self.known, "digest": digest}))
@@ -192,15 +203,16 @@ class MlflowTracker:
 def open_tracker(run: RunConfig, results: Path | None = None) -> Iterator[Tracker]:
     """The tracker of a run for as long as the scope lasts; NullTracker where `run.tracking.experiment` is None.
 
-    `results`: where the default store lies; the output folder's parent without it.
+    `results`: where the default store lies; the output folder's parent without it. Raises ConfigError for a store that cannot be
+    used, before it is used.
     """
     if run.tracking.experiment is None:
         yield NullTracker()
         return
     results = results or run.output.absolute().parent
     uri = tracking_uri(run.tracking.uri, results)
-    client, experiment_id = open_client(uri, run.tracking.experiment, results)
-    tracker, status = MlflowTracker(client, experiment_id, run, uri), "FINISHED"
+    check_store(uri, run.tracking.experiment)
+    tracker, status = MlflowTracker(run, uri, results), "FINISHED"
     try:
         with terminated_as_exit():
             yield tracker

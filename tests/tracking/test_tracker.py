@@ -110,8 +110,8 @@ def test_image_keys_without_slash(run: RunConfig) -> None:
 def test_uri_of_the_user_is_honoured(run: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     uri = f"sqlite:///{tmp_path / 'elsewhere.db'}"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    with open_tracker(run):
-        pass
+    with open_tracker(run) as tracker:
+        tracker.flush()
     assert MlflowClient(uri).get_experiment_by_name("tests") is not None
     assert not (run.output.parent / "mlflow.db").exists()
 
