@@ -13,6 +13,7 @@ import logging
 import re
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from t2ilib.config import RunConfig
+from t2ilib.runfile import save_run
 from t2ilib.tracking.models import log_adapter
 from t2ilib.tracking.store import HEARTBEAT, check_store, open_client, tracking_uri
 
@@ -30,6 +32,22 @@ log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_FLUSHES = 5.0
 MAX_METRICS, MAX_PARAMS, MAX_VALUE = 1000, 100, 6000
+
+ALWAYS = (
+    "seed",
+    "model.base",
+    "model.quantization",
+    "adapter.kind",
+    "adapter.rank",
+    "adapter.targets",
+    "data.resolution",
+    "optimizer.name",
+    "optimizer.learning_rate",
+    "training.trains",
+    "training.steps",
+    "training.batch_size",
+)
+"""Parameters that are logged also where they are RunConfig's defaults: what runs are compared by."""
 
 
 class Tracker(Protocol):
@@ -108,7 +126,7 @@ class MlflowTracker:
         self.resumed = self.known is not None
         if not self.resumed:
             self.known = self.client.create_run(self.store[1], tags=tags, run_name=self.run.name).info.run_id
-            log_params(self.client, self.known, self.run)
+            log_config(self.client, self.known, self.run)
         note.parent.mkdir(parents=True, exist_ok=True)
         note.write_text(json.dumps({"uri": self.uri, "run_id": self.known, "digest": digest}))
         self.client.update_run(self.known, status="RUNNING")
@@ -269,12 +287,30 @@ def run_tags(run: RunConfig) -> dict[str, str]:
     return tags | parent | run.tracking.tags
 
 
-def log_params(client, run_id: str, run: RunConfig) -> None:
+def log_config(client, run_id: str, run: RunConfig) -> None:
+    """The whole config as the artifact run.yaml, and as parameters what sets this run apart."""
     from mlflow.entities import Param
 
-    params = [Param(name, str(value)[:MAX_VALUE]) for name, value in run.flat().items()]
+    params = [Param(name, str(value)[:MAX_VALUE]) for name, value in telling_fields(run).items()]
     for start in range(0, len(params), MAX_PARAMS):
         client.log_batch(run_id, params=params[start : start + MAX_PARAMS])
+    with tempfile.TemporaryDirectory(prefix="t2ilib-") as folder:
+        save_run(run, Path(folder) / "run.yaml")
+        client.log_artifact(run_id, str(Path(folder) / "run.yaml"))
+
+
+def telling_fields(run: RunConfig) -> dict[str, Any]:
+    """`section.field` -> value of those that are not RunConfig's default, and of ALWAYS; none of sections that the run has not."""
+    fields = {}
+    for name, value in run.flat().items():
+        section, _, field = name.partition(".")
+        part = getattr(run, section)
+        if part is None:
+            continue
+        default = type(part)().model_dump(mode="json")[field] if field else RunConfig.model_fields[section].default
+        if name in ALWAYS or value != default:
+            fields[name] = value
+    return fields
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from PIL import Image
 
 from t2ilib.config import ConfigError, RunConfig
 from t2ilib.data.manifest import load_datasets
-from t2ilib.runfile import build_run
+from t2ilib.runfile import build_run, load_run
 from t2ilib.tracking.store import HEARTBEAT, open_client, reap_stale_runs, tracking_uri
 from t2ilib.tracking.tracker import NullTracker, open_tracker
 
@@ -88,9 +88,53 @@ def test_resumed_run_continues_without_doubling(run: RunConfig) -> None:
     assert [(m.step, m.value) for m in history] == [(1, 1.0), (2, 2.0), (3, 3.0)]
 
 
-def test_every_run_has_the_same_parameters(tmp_path: Path) -> None:
-    plain = build_run({"training": {"trains": "nothing", "steps": 0}})
-    assert plain.flat().keys() == make_run(tmp_path).flat().keys()
+def test_parameters_are_what_sets_a_run_apart_and_the_whole_config_is_a_file(tmp_path: Path, monkeypatch) -> None:
+    """As they stand in the store from the first thing that is logged; a section that a run has not has no parameters."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    plain = {
+        "seed": "0",
+        "model.base": "tiny-sdxl",
+        "model.quantization": "none",
+        "data.resolution": "64",
+        "optimizer.name": "adamw",
+        "optimizer.learning_rate": "0.001",
+        "training.trains": "adapter",
+        "training.steps": "200",
+        "training.batch_size": "4",
+    }
+    adapter = {"adapter.kind": "lora", "adapter.rank": "4", "adapter.targets": "attention"}
+    shapes = {"data.source": "shapes", "shapes.scenes": "['heart']", "shapes.jitter": "0.5"}
+    cases = {
+        "plain": ({}, plain | adapter),
+        "changed": (
+            {
+                "seed": 3,
+                "adapter": {"rank": 16, "targets": ["to_q", "to_k"], "dropout": 0.1},
+                "model": {"quantization": "nf4"},
+                "data": {"source": "shapes"},
+                "shapes": {"scenes": ["heart"], "jitter": 0.5},
+                "objective": {"snr_gamma": None},
+                "evaluation": {"prompts": ["a heart"]},
+            },
+            plain
+            | shapes
+            | {"seed": "3", "adapter.kind": "lora", "adapter.rank": "16", "adapter.targets": "['to_q', 'to_k']"}
+            | {"adapter.dropout": "0.1", "model.quantization": "nf4", "objective.snr_gamma": "None"}
+            | {"evaluation.prompts": "['a heart']"},
+        ),
+        "base": (
+            {"adapter": None, "training": {"trains": "nothing", "steps": 0}},
+            plain | {"training.trains": "nothing", "training.steps": "0"},
+        ),
+    }
+    for name, (changes, expected) in cases.items():
+        run = make_run(tmp_path / "results" / name, **changes)
+        with open_tracker(run) as tracker:
+            tracker.flush()
+            stored = client_of(run).get_run(tracker.run_id)
+            file = client_of(run).download_artifacts(tracker.run_id, "run.yaml", str(tmp_path))
+        assert stored.data.params == expected
+        assert load_run(Path(file)) == run
 
 
 def test_stale_runs_are_closed_and_live_ones_left(run: RunConfig) -> None:
