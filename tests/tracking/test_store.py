@@ -47,7 +47,7 @@ def test_a_store_lies_in_the_folder_that_was_named_whatever_it_is_called(tmp_pat
     assert note["uri"] == tracking_uri(None, tmp_path / name)
     assert database_file(note["uri"]) == tmp_path / name / "mlflow.db"
     client = MlflowClient(note["uri"])
-    assert [metric.value for metric in client.get_metric_history(note["run_id"], "loss")] == [1.0, 0.5]
+    assert [metric.value for metric in client.get_metric_history(note["run_id"], "A first look/loss")] == [1.0, 0.5]
     assert len(client.list_artifacts(note["run_id"], "images")) >= 2
     (tmp_path / "copy").mkdir()
     assert Path(client.download_artifacts(note["run_id"], "note.txt", str(tmp_path / "copy"))).read_text() == "content"

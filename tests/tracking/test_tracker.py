@@ -11,8 +11,11 @@ from PIL import Image
 from t2ilib.config import ConfigError, RunConfig
 from t2ilib.data.manifest import load_datasets
 from t2ilib.runfile import build_run, load_run
+from t2ilib.shapes import checker
 from t2ilib.tracking.store import HEARTBEAT, open_client, reap_stale_runs, tracking_uri
-from t2ilib.tracking.tracker import NullTracker, open_tracker
+from t2ilib.tracking.tracker import FIRST, NullTracker, open_tracker
+from t2ilib.training.history import COSTS
+from t2ilib.training.validation import HELD_OUT
 
 
 @pytest.fixture
@@ -66,7 +69,10 @@ def test_what_a_run_holds(run: RunConfig, tmp_path: Path, monkeypatch: pytest.Mo
         tracker.log_image(Image.new("RGB", (8, 8)), "samples", 10)
         tracker.log_artifact(tmp_path / "file.txt")
     found, client = only_run(run), client_of(run)
-    assert [(m.step, m.value) for m in client.get_metric_history(found.info.run_id, "loss")] == [(1, 0.5), (2, 0.25)]
+    assert [(m.step, m.value) for m in client.get_metric_history(found.info.run_id, "A first look/loss")] == [
+        (1, 0.5),
+        (2, 0.25),
+    ]
     assert found.data.params["adapter.rank"] == "4"
     assert found.data.tags["variant"] == "v"
     assert {(i.dataset.digest, i.tags[0].value) for i in found.inputs.dataset_inputs} == {
@@ -77,6 +83,29 @@ def test_what_a_run_holds(run: RunConfig, tmp_path: Path, monkeypatch: pytest.Mo
     assert "file.txt" in [artifact.path for artifact in client.list_artifacts(found.info.run_id)]
 
 
+def test_what_matters_most_stands_first_in_the_charts(run: RunConfig) -> None:
+    """Of everything that a run measures, in the order in which MLflow's charts sort sections: by letter, without case."""
+    details = {*HELD_OUT, *COSTS, *checker.METRICS, "adapter/change_norm", "grad_norm", "learning_rate/unet"}
+    details |= {"held_out_loss/t0062", "memory/end/process_mib", "aesthetic/concept", "checker/all"}
+    names = [name.format(group=group) for name in details for group in ("concept", "base_kept")] + ["loss"]
+    with open_tracker(run) as tracker:
+        tracker.log_metrics(dict.fromkeys(names, 1.0), 1)
+    logged = [name for name in only_run(run).data.metrics if not name.startswith("system/")]
+    assert len(logged) == len(set(names))
+    sections = sorted({name.rpartition("/")[0] for name in logged} - {""}, key=str.lower)
+    assert sections[0] == FIRST
+    first = {name.removeprefix(f"{FIRST}/") for name in logged if name.startswith(f"{FIRST}/")}
+    assert first == {
+        *("loss", "held_out_loss", "concept_learned", "base_kept_all", "steps_per_second"),
+        *("peak_device_mib", "peak_process_mib", "adapter_mib", "trainable_parameters"),
+    }
+    with open_tracker(run) as tracker:  # a name that has changed is the same metric when the run goes on
+        tracker.log_metrics({"loss": 2.0}, 1)
+        tracker.log_metrics({"loss": 3.0}, 2)
+    history = client_of(run).get_metric_history(only_run(run).info.run_id, f"{FIRST}/loss")
+    assert [(metric.step, metric.value) for metric in history] == [(1, 1.0), (2, 3.0)]
+
+
 def test_resumed_run_continues_without_doubling(run: RunConfig) -> None:
     with open_tracker(run) as tracker:
         tracker.log_metrics({"loss": 1.0}, 1)
@@ -84,7 +113,7 @@ def test_resumed_run_continues_without_doubling(run: RunConfig) -> None:
     with open_tracker(run) as tracker:  # from a checkpoint of step 1: step 2 comes again
         tracker.log_metrics({"loss": 2.0}, 2)
         tracker.log_metrics({"loss": 3.0}, 3)
-    history = client_of(run).get_metric_history(only_run(run).info.run_id, "loss")
+    history = client_of(run).get_metric_history(only_run(run).info.run_id, "A first look/loss")
     assert [(m.step, m.value) for m in history] == [(1, 1.0), (2, 2.0), (3, 3.0)]
 
 
@@ -187,7 +216,7 @@ def test_other_settings_are_another_run(tmp_path: Path, monkeypatch: pytest.Monk
             tracker.log_metrics({"loss": rate}, 1)
     client = client_of(make_run(output))
     found = client.search_runs([client.get_experiment_by_name("tests").experiment_id])
-    assert {(r.data.params["optimizer.learning_rate"], r.data.metrics["loss"]) for r in found} == {
+    assert {(r.data.params["optimizer.learning_rate"], r.data.metrics["A first look/loss"]) for r in found} == {
         ("0.001", 1e-3),
         ("0.002", 2e-3),
     }
