@@ -7,7 +7,6 @@ that drawing, which is the real peak, does not hide what training takes. Elsewhe
 import contextlib
 import logging
 import os
-import resource
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -159,10 +158,17 @@ def reset_process_peak() -> None:
 
 
 def process_peak_mib() -> float:
+    """The kernel's high-water mark of the resident set: since it was last reset on Linux, of the whole process elsewhere."""
     if sys.platform == "linux":
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM"):
                 return int(line.split()[1]) / 1024
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset / MIB
+    import resource  # which Windows has not
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (MIB if sys.platform == "darwin" else 1024)
 
 
