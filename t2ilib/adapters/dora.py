@@ -6,7 +6,7 @@ that read kohya's layout take a `dora_scale` and divide by another norm, and a f
 - LyCORIS (lycoris/modules/locon.py at f49d30d, 2025-10-04): the rows of W + s B A, as here. The scale is m.
 - ComfyUI (comfy/weight_adapter/base.py at a125cd8, 2025-10-12; its pull request 15458, open in 2026-08, would make it LyCORIS's) and
   Forge (backend/patcher/lora.py at dfdcbab, 2025-06-26): the rows of the base weight W. The scale is m |W| / |W + s B A|.
-- A1111 (extensions-builtin/Lora/network.py of 1.10): the columns of W + s B A, whatever the scale's shape. No scale smaller than the
+- A1111 (extensions-builtin/Lora/network.py, read in the copy that Forge carries): the columns of W + s B A, whatever the scale's shape. No scale smaller than the
   weight itself gives our rows.
 
 W' - W has full rank where a row's length changed, so only a whole difference is exact there; a LoRA of it is an approximation.
