@@ -136,6 +136,8 @@ def linear_int8(layer: nn.Linear, compute_dtype: torch.dtype) -> nn.Module:
     if layer.bias is not None:
         swapped.bias = nn.Parameter(layer.bias.data, requires_grad=False)
     swapped.register_forward_pre_hook(keep_scales)
+    swapped.register_forward_pre_hook(keep_bias)
+    swapped.register_forward_hook(restore_bias)
     return swapped
 
 
@@ -144,6 +146,16 @@ def keep_scales(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     in every pass on a CPU, which has none, and the layer would take that for its state."""
     if layer.weight.SCB is None:
         layer.weight.SCB = layer.state.SCB
+
+
+def keep_bias(layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    """bitsandbytes rounds the bias in place to the precision of every input: a float32 one for good where autocast is in half."""
+    layer.exact_bias = None if layer.bias is None else layer.bias.data
+
+
+def restore_bias(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+    if layer.exact_bias is not None:
+        layer.bias.data, layer.exact_bias = layer.exact_bias, None
 
 
 METHODS: dict[str, dict[type[nn.Module], Callable[[nn.Module, torch.dtype], nn.Module]]] = {
@@ -175,11 +187,17 @@ def select_layers(
 
 
 def move(model: nn.Module, device: torch.device | str) -> None:
-    """`model.to(device)`, with the codes of int8 layers, which after their first pass lie outside their parameters."""
+    """`model.to(device)`, with the codes and scales of int8 layers, which have a second name: beside the weight until the first pass,
+    afterwards in the layer's state. What has that name is not moved along with the weight, or is moved as a copy of its own."""
     model.to(device)
     for layer in model.modules():
-        if type(layer._parameters.get("weight")).__name__ == "Int8Params":
+        weight = layer._parameters.get("weight")
+        if type(weight).__name__ == "Int8Params":
             layer.to(device)
+            if layer.state.CB is not None:
+                weight.data, weight.SCB = layer.state.CB, layer.state.SCB
+            elif weight.CB is not None:
+                weight.CB, weight.SCB = weight.data, weight.SCB.to(device)
 
 
 def has_layer(model: nn.Module, ending: str) -> bool:

@@ -1,4 +1,5 @@
 import copy
+import weakref
 
 import bitsandbytes as bnb
 import pytest
@@ -13,7 +14,7 @@ from t2ilib.config import ConfigError, ModelConfig
 from t2ilib.evaluation.quantization import quantization_errors
 from t2ilib.models.files.layouts import build_layout
 from t2ilib.models.load import load_base
-from t2ilib.models.quantize import Conv2d4bit, foresee, layer_errors, quantize, select_layers, weight_bytes
+from t2ilib.models.quantize import Conv2d4bit, foresee, layer_errors, move, quantize, select_layers, weight_bytes
 
 CPU = torch.device("cpu")
 
@@ -324,6 +325,42 @@ def test_int8_keeps_training_through_drawing(net, dora):
     assert all(bool(gradient.any()) and torch.equal(gradient, again[name]) for name, gradient in first.items())
     adapter = sum(p.numel() * 4 for p in net.parameters() if p.requires_grad)
     assert weight_bytes(net) == size + adapter
+
+
+def test_int8_keeps_its_bias_whatever_the_inputs_have(net):
+    """A float32 base under half-precision autocast: a bias that is rounded in passing is another base for whoever loads it."""
+    quantize(net, "int8", torch.float32)
+    exact = net.first.bias.clone()
+    assert not torch.equal(exact, exact.bfloat16().float())
+    results = [net.first(torch.ones(2, 128, dtype=dtype)) for dtype in (torch.bfloat16, torch.float32)]
+    assert [result.dtype for result in results] == [torch.bfloat16, torch.float32]
+    assert net.first.bias.dtype == torch.float32
+    assert torch.equal(net.first.bias, exact)
+
+
+@pytest.mark.parametrize("passes", [0, 1])
+def test_codes_that_move_are_there_once(net, passes, monkeypatch):
+    """int8's codes have a second name, beside the weight before the first pass and in the layer's state afterwards; on a GPU what
+    is left behind, or copied for each name, is memory that a plan knows nothing of."""
+    quantize(net, "int8", torch.float32)
+    x = torch.randn(2, 128)
+    for _ in range(passes):
+        net(x)
+    layers = (net.first, net.free, net.last)
+    left = [weakref.ref(layer.weight.untyped_storage()) for layer in layers]
+    expected = copy.deepcopy(net)(x)
+
+    def elsewhere(model, device):
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
+
+    monkeypatch.setattr(Net, "to", elsewhere)
+    move(net, CPU)
+    kept = [(layer.state if passes else layer.weight).CB for layer in layers]
+    assert [codes.data_ptr() for codes in kept] == [layer.weight.data_ptr() for layer in layers]
+    if not passes:  # afterwards a layer moves its state itself, which to the same device is no move
+        assert not any(storage() for storage in left)
+    assert torch.equal(net(x), expected)
 
 
 def test_layers_can_be_left_out(net):
