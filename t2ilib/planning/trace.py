@@ -228,7 +228,7 @@ def trace_run(
         with ledger.measuring():
             kept = second_step(run, setup, accelerator, ledger)
         phases["training"] = ledger.peak
-    with ledger.measuring(), torch.no_grad(), accelerator.autocast():
+    with ledger.measuring(), torch.no_grad():
         draw_blank(run, components, setup)
     phases["drawing"] = ledger.peak
     del kept
@@ -296,7 +296,8 @@ def second_step(run: RunConfig, setup: Setup, accelerator: Foreseen, ledger: Led
 
 
 def draw_blank(run: RunConfig, components: Components, setup: Setup) -> None:
-    """One pass of the UNet with and without caption, as guidance takes it, then decoding: both halves of `draw`."""
+    """One pass of the UNet with and without caption, as guidance takes it, then decoding: both halves of `draw`, which like it are
+    not under autocast."""
     at_once = pictures_at_once(run.data.resolution, len(run.evaluation.prompts) or GRID_PROMPTS)
     with components.awake():
         batch = setup.batch([0] * at_once * 2, 0)

@@ -30,7 +30,12 @@ def allocated(work: Callable[[], Any]) -> tuple[Any, int]:
     "overrides",
     [
         ["model.quantization=nf4", "adapter.targets=many", "training.accumulation=2"],
-        ["adapter.kind=dora", "training.gradient_checkpointing=true", "adapter.text_encoder_targets=many"],
+        [
+            "adapter.kind=dora",
+            "training.gradient_checkpointing=true",
+            "adapter.text_encoder_targets=many",
+            "training.mixed_precision=bf16",
+        ],
     ],
     ids=lambda overrides: " ".join(overrides),
 )
