@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint ui tiny-sdxl tiny-sd15 clean
+.PHONY: help install demo test lint ui gpu tiny-sdxl tiny-sd15 clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1	\2/' | expand -t 20
@@ -37,6 +37,9 @@ lint: $(BIN)/t2ilib  ## Check style, and that notebooks are committed without ou
 
 ui: $(BIN)/t2ilib  ## Open the MLflow UI on what was logged (loopback only)
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///results/mlflow.db --host 127.0.0.1
+
+gpu: $(BIN)/t2ilib  ## Check, time and measure on the GPU of this machine (at most 8 minutes), into results/gpu
+	$(BIN)/python experiments/benchmarks/gpu.py
 
 tiny-sdxl: $(BIN)/t2ilib  ## Train the tiny SDXL anew, all stages (about two hours on 2 cores)
 	$(BIN)/t2ilib tiny build work/tiny-sdxl/start

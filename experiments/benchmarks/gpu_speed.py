@@ -1,0 +1,324 @@
+"""Rows about speed and memory: what a real layout takes while encoding, training and drawing, beside what was planned.
+
+The weights are random, which costs what trained ones cost. A base is built once and serves all adapters and batch sizes; every
+part of the work is the run's own: its encoding, its step, its drawing. Steps are timed with the two readings of the loop (loss
+and norm) in them, and the median counts.
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from gpu_background import Background
+from gpu_record import Figures, NotHere, Row, tidy
+from torch import nn
+
+from t2ilib.config import RunConfig
+from t2ilib.data.cache import PICTURES_AT_ONCE, EncodedDataset
+from t2ilib.evaluation.sampling import draw
+from t2ilib.memory import MIB, Peaks, pictures_at_once
+from t2ilib.models.components import Components
+from t2ilib.models.files.layouts import build_layout, is_layout
+from t2ilib.models.load import choose_device, choose_dtype, load_base, quantize_parts
+from t2ilib.planning.fit import available_bytes, needed_bytes
+from t2ilib.planning.trace import BlankTokenizer, MemoryPlan, encode_blank, plan_memory
+from t2ilib.runfile import build_run
+from t2ilib.training.loop import build_accelerator
+from t2ilib.training.setups import checkpoint_gradients, encoders, learn_to_denoise, trained_modules
+from t2ilib.training.state import TrainState
+from t2ilib.training.step import take_gradients
+
+KINDS = {("none", "lora"): "lora", ("nf4", "lora"): "qlora", ("none", "dora"): "dora", ("nf4", "dora"): "qdora"}
+WARM_UP = 2
+"""Steps that are not timed: kernels are chosen in the first, and it makes the optimizer's state."""
+LEAST_TIMED = 3
+SECONDS_TIMED = 5.0
+PROMPTS = 4
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """`layouts`: name -> side of a picture, and the seconds that a base, a row of training and one of drawing are expected to
+    take; most important first."""
+
+    layouts: Mapping[str, tuple[int, tuple[float, float, float]]]
+    quantizations: tuple[str, ...] = ("nf4", "none")
+    kinds: tuple[str, ...] = ("lora", "dora")
+    batches: tuple[int, ...] = (1, 4)
+    checkpointing: tuple[bool, ...] = (True, False)
+    steps: int = 10
+
+
+REAL = Sizes({"sdxl": (1024, (25, 12, 6)), "sd15": (512, (12, 7, 4))})
+TINY = Sizes({"tiny-sdxl": (64, (5, 5, 5)), "tiny-sd15": (64, (5, 5, 5))}, steps=3)
+"""Where there is no GPU: nothing that it measures says anything but that it can be measured."""
+
+
+class WordlessTokenizer(BlankTokenizer):
+    """With what a pipeline asks of a tokenizer besides ids: which words a prompt has. None."""
+
+    def tokenize(self, prompt: str) -> list[str]:
+        return []
+
+
+@dataclass
+class Base:
+    """A base as it lies on the device. `encoded`: pictures and captions to train on; `kind`: which adapter is attached now."""
+
+    components: Components
+    encoded: EncodedDataset
+    kind: str | None = None
+    modules: dict[str, nn.Module] = field(default_factory=dict)
+
+
+class Speed:
+    """Keeps one base at a time, and the plans that other cores trace meanwhile."""
+
+    def __init__(self, background: Background, sizes: Sizes):
+        self.sizes, self.background = sizes, background
+        self.device = choose_device()
+        self.of: tuple[str, str] | None = None
+        self.base: Base | None = None
+        self.broken: set[tuple[str, str]] = set()
+        self.plans: dict[str, Callable[[], MemoryPlan]] = {}
+
+    def run(self, layout: str, quantization: str, kind: str, batch: int, checkpointing: bool) -> RunConfig:
+        side = self.sizes.layouts[layout][0]
+        return build_run(
+            {
+                "model": {"base": layout, "quantization": quantization},
+                "adapter": {"kind": kind, "rank": 16, "alpha": 16.0},
+                "data": {"resolution": side},
+                "training": {"batch_size": batch, "gradient_checkpointing": checkpointing, "steps": 1000},
+                "evaluation": {
+                    "prompts": [f"picture {i}" for i in range(pictures_at_once(side, PROMPTS))],
+                    "num_inference_steps": 2,
+                    "guidance_scale": 5.0,
+                },
+            }
+        )
+
+    def begin(self, run: RunConfig) -> None:
+        """Has the run's memory planned."""
+        key = key_of(run)
+        if key not in self.plans:
+            self.plans[key] = self.background.submit(plan_memory, run, self.device.type)
+
+    def plan(self, run: RunConfig) -> MemoryPlan:
+        return self.plans[key_of(run)]()
+
+    def ready(self, run: RunConfig) -> Base:
+        """The base of `run`, encoded data included; whatever was there before is dropped first."""
+        wanted = run.model.base, run.model.quantization
+        if wanted in self.broken:
+            raise NotHere("the base could not be built: see the row that failed first")
+        if self.of != wanted or self.base is None:
+            self.of, self.base = None, None
+            tidy()
+            self.broken.add(wanted)
+            components = build_base(run, self.device)
+            with torch.no_grad(), components.awake(*encoders(run, components)):
+                encoded = encode_blank(run, components, max(self.sizes.batches))
+            components.park(())
+            fill(encoded)
+            self.broken.remove(wanted)
+            self.of, self.base = wanted, Base(components, encoded)
+        return self.base
+
+    def attached(self, run: RunConfig) -> Base:
+        """The same with the adapter of `run`, in place of another one."""
+        base = self.ready(run)
+        unet = base.components.unet
+        if base.kind != run.adapter.kind:
+            if base.kind is not None:
+                base.kind, base.modules = None, {}
+                unet.unload_lora()
+                unet.requires_grad_(False).eval()
+                tidy()
+            self.base = None  # half an adapter must not stay, should this fail
+            base.modules = trained_modules(run, base.components)
+            self.base, base.kind = base, run.adapter.kind
+        unet.disable_gradient_checkpointing()
+        if run.training.gradient_checkpointing:
+            checkpoint_gradients(base.components, base.modules)
+        return base
+
+    def encode(self, run: RunConfig, figures: Figures) -> None:
+        """A picture as large as they are, and captions; the UNet waits on the host meanwhile."""
+        started = time.perf_counter()
+        base = self.ready(run)
+        self.synchronize()
+        figures["build_seconds"] = time.perf_counter() - started
+        components = base.components
+        measured = self.measured("encoding", run, figures)
+        with torch.no_grad(), components.awake(*encoders(run, components)), measured:
+            seconds = self.timed(lambda: encode_blank(run, components, max(self.sizes.batches)))
+        pictures = pictures_at_once(run.data.resolution, PICTURES_AT_ONCE)
+        figures |= {"pictures": pictures, "captions": max(self.sizes.batches) + 1, "encoding_seconds": seconds}
+
+    def train(self, run: RunConfig, figures: Figures) -> None:
+        self.ready(run)
+        self.require_room(run)
+        base = self.attached(run)
+        tidy()
+        accelerator = build_accelerator(run)
+        with self.measured("training", run, figures):
+            setup = learn_to_denoise(run, base.components, base.modules, base.encoded, self.device)
+            state = TrainState(run, setup, accelerator, "")
+            figures["trained_parameters"] = sum(parameter.numel() for parameter in state.parameters)
+
+            def step(number: int) -> None:
+                ids = [i % setup.num_samples for i in range(run.training.batch_size)]
+                losses, norm = take_gradients(run, setup, state.model, state.parameters, accelerator, number, ids)
+                figures["loss"], figures["grad_norm"] = float(losses.mean()), float(norm)
+                state.step()
+
+            for number in range(WARM_UP):
+                step(number)
+            seconds: list[float] = []
+            while len(seconds) < self.sizes.steps and (sum(seconds) < SECONDS_TIMED or len(seconds) < LEAST_TIMED):
+                seconds.append(self.timed(partial(step, WARM_UP + len(seconds))))
+        median = statistics.median(seconds)
+        figures |= {
+            "steps_per_second": 1 / median,
+            "pictures_per_second": run.training.batch_size / median,
+            "step_seconds": {"least": min(seconds), "median": median, "most": max(seconds), "steps": len(seconds)},
+        }
+        if not math.isfinite(figures["loss"] + figures["grad_norm"]):
+            raise ArithmeticError(f"the loss is {figures['loss']} and the norm of the gradients {figures['grad_norm']}")
+
+    def draw(self, run: RunConfig, figures: Figures) -> None:
+        """The pipeline, with guidance, then decoding; adapters as they are after the rows before."""
+        base = self.attached(run)
+        prompts, steps = list(run.evaluation.prompts), run.evaluation.num_inference_steps
+        tidy()
+        with self.measured("drawing", run, figures):
+            seconds = self.timed(lambda: draw(base.components, prompts, run.evaluation, resolution=run.data.resolution))
+        figures |= {"pictures": len(prompts), "inference_steps": steps, "drawing_seconds": seconds}
+
+    def measured(self, phase: str, run: RunConfig, figures: Figures) -> "Measured":
+        return Measured(phase, self.plan(run), figures, self.device)
+
+    def require_room(self, run: RunConfig) -> None:
+        """Raises NotHere for what is planned to need more than there is: it would only fail, and take what others need."""
+        needed = needed_bytes(self.plan(run)) / MIB
+        held = torch.cuda.memory_allocated() / MIB if self.device.type == "cuda" else 0.0
+        room = available_bytes(self.device) / MIB + held
+        if needed > room:
+            raise NotHere(f"memory: {needed:,.0f} MiB planned, {room:,.0f} MiB there")
+
+    def synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def timed(self, work: Callable[[], Any]) -> float:
+        """Seconds, with what it left the device to do."""
+        self.synchronize()
+        started = time.perf_counter()
+        work()
+        self.synchronize()
+        return time.perf_counter() - started
+
+    def rows(self) -> list[Row]:
+        rows: list[Row] = []
+        for layout, (side, expected) in self.sizes.layouts.items():
+            for quantization in self.sizes.quantizations:
+                rows += self.rows_of(f"{layout} {side}", layout, quantization, *expected)
+        return rows
+
+    def rows_of(
+        self, label: str, layout: str, quantization: str, building: float, training: float, drawing: float
+    ) -> list[Row]:
+        """Of one base: encoding; then for each kind of adapter its training and its drawing."""
+        first = self.run(layout, quantization, self.sizes.kinds[0], max(self.sizes.batches), True)
+        held = "" if quantization == "none" else f" {quantization}"
+        rows = [self.row(f"{label}{held}: encode", building, self.encode, first, "encoding")]
+        for kind in self.sizes.kinds:
+            name = f"{label} {KINDS[quantization, kind]}"
+            for batch in self.sizes.batches:
+                for checkpointing in self.sizes.checkpointing:
+                    run = self.run(layout, quantization, kind, batch, checkpointing)
+                    rows.append(
+                        self.row(f"{name} batch {batch}{', checkpointing' * checkpointing}", training, self.train, run, "training")
+                    )  # fmt: skip
+            rows.append(self.row(f"{name}: draw", drawing, self.draw, run, "drawing"))
+        return rows
+
+    def row(
+        self, name: str, expected: float, take: Callable[[RunConfig, Figures], None], run: RunConfig, phase: str
+    ) -> Row:
+        shown = (
+            "steps_per_second",
+            "pictures_per_second",
+            f"{phase}_mib",
+            f"{phase}_planned_mib",
+            "measured_to_planned",
+        )
+        settings = run.model_dump(mode="json", include={"model", "adapter", "data", "training", "evaluation"})
+        return Row("speed", name, expected, partial(take, run), settings, shown, partial(self.begin, run))
+
+
+class Measured:
+    """A phase's peak in this scope, beside the planned one, and what of the device nothing planned speaks of."""
+
+    def __init__(self, phase: str, plan: MemoryPlan, figures: Figures, device: torch.device):
+        self.phase, self.plan, self.figures, self.device = phase, plan, figures, device
+        self.peaks = Peaks()
+
+    def __enter__(self) -> None:
+        self.peaks.enter(self.phase)
+
+    def __exit__(self, *_: Any) -> None:
+        self.peaks.leave()
+        phase, found = self.phase, self.peaks.found[self.phase]
+        planned = self.plan.bytes_of(phase) / MIB
+        self.figures |= {
+            f"{phase}_planned_mib": planned,
+            f"{phase}_planned_by_category_mib": {k: v / MIB for k, v in self.plan.phases[phase].items() if v},
+            "peak_process_mib": found["peak_process_mib"],
+        }
+        if self.device.type != "cuda":
+            return
+        measured = found["peak_device_mib"]
+        free, total = torch.cuda.mem_get_info()
+        self.figures |= {
+            f"{phase}_mib": measured,
+            "measured_to_planned": measured / planned,
+            "reserved_mib": torch.cuda.max_memory_reserved() / MIB,  # with what the allocator could not reuse
+            "outside_the_allocator_mib": (total - free - torch.cuda.memory_reserved()) / MIB,  # the CUDA context
+            "needed_planned_mib": needed_bytes(self.plan) / MIB,
+        }
+
+
+def key_of(run: RunConfig) -> str:
+    return run.model_dump_json(include={"model", "adapter", "data", "training", "evaluation"})
+
+
+def build_base(run: RunConfig, device: torch.device) -> Components:
+    """The layout with random weights, made on the device; or, where `model.base` is none, the model of that name."""
+    if not is_layout(run.model.base):
+        return load_base(run.model, device)
+    torch.manual_seed(run.seed)
+    dtype = choose_dtype(run.model.dtype, device)
+    components = build_layout(run.model.base, dtype, str(device))
+    components.vae.float()
+    components.tokenizers = {
+        name.replace("text_encoder", "tokenizer"): WordlessTokenizer(encoder)
+        for name, encoder in components.text_encoders.items()
+    }
+    if run.model.quantization != "none":
+        quantize_parts(components, run.model, dtype, device)
+    return components
+
+
+def fill(encoded: EncodedDataset) -> None:
+    """Numbers in place of the zeros that `encode_blank` keeps: zeros can be faster to multiply than pictures are."""
+    generator = torch.Generator().manual_seed(0)
+    tensors: Sequence[torch.Tensor] = [encoded.latents, *(encoded.text or {}).values()]
+    for tensor in tensors:
+        tensor.copy_(torch.randn(tensor.shape, generator=generator))
