@@ -10,10 +10,12 @@ import yaml
 from typer.testing import CliRunner
 
 from t2ilib.cli import app
+from t2ilib.studies.notebooks import SHIPPED
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
 
 
 def name_of(requirement: str) -> str:
@@ -36,6 +38,16 @@ def test_every_dependency_is_pinned_in_constraints() -> None:
     assert all(re.fullmatch(r"[\w.\-]+==[\w.]+", pin) for pin in pins)
     wanted = {name_of(item) for item in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"]}
     assert wanted <= {name_of(pin) for pin in pins}
+
+
+def test_the_notebooks_of_studies_are_in_the_wheel_and_in_the_source_archive() -> None:
+    targets = PYPROJECT["tool"]["hatch"]["build"]["targets"]
+    packed = targets["wheel"]["force-include"]
+    assert {target: source for source, target in packed.items()} == {
+        f"t2ilib/notebooks/{name}": f"experiments/{name}" for name in SHIPPED
+    }
+    assert all((ROOT / source).is_file() for source in packed)
+    assert "experiments" in targets["sdist"]["include"], "a wheel is built from there too"
 
 
 def test_ci_calls_the_readme_test_command() -> None:

@@ -12,7 +12,7 @@ import yaml
 from t2ilib.config import ConfigError, RunConfig, check_choice
 from t2ilib.runfile import build_run
 from t2ilib.studies.file import Study
-from t2ilib.studies.notebooks import notebook_parameters
+from t2ilib.studies.notebooks import find_notebook, notebook_parameters
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,21 +69,23 @@ class StudyRun:
 def plan_runs(
     study: Study, file: Path, preset: str, results: Path, only: Sequence[str] = (), seeds: Sequence[int] = ()
 ) -> list[StudyRun]:
-    """The runs of a preset, seed by seed, so that an interrupted study has whole comparisons; raises ConfigError for unknown names.
+    """The runs of a preset, seed by seed, so that an interrupted study has whole comparisons; raises ConfigError for unknown names
+    and for a notebook that is nowhere.
 
-    `file`: the study file, beside which its notebooks lie.
+    `file`: the study file, beside which notebooks of its own lie.
     """
     check_choice(preset, study.presets, "preset")
     for name in only:
         check_choice(name, study.variants, "variant")
-    folder, notebooks = results / f"{study.name}-{preset}", study.notebooks()
+    folder = results / f"{study.name}-{preset}"
+    notebooks = {name: find_notebook(notebook, file) for name, notebook in study.notebooks().items()}
     return [
         StudyRun(
             variant=name,
             seed=seed,
             settings=study.settings(preset, name),
             folder=folder / name / f"seed{seed}",
-            notebook=Path(file).parent / notebooks[name],
+            notebook=notebooks[name],
             tags={"study": study.name, "preset": preset, "variant": name},
         )
         for seed in dict.fromkeys(seeds or study.presets[preset].seeds)
@@ -93,8 +95,8 @@ def plan_runs(
 
 
 def check_notebooks(runs: Sequence[StudyRun]) -> None:
-    """Raises ConfigError for a notebook that does not exist, or does not declare what the study says: papermill would only warn,
-    and every run would be the same."""
+    """Raises ConfigError for a notebook that does not declare what the study says: papermill would only warn, and every run would
+    be the same."""
     said: dict[Path, set[str]] = {}
     for run in runs:
         said.setdefault(run.notebook, {"seed", "output"}).update(run.settings)

@@ -23,9 +23,11 @@ from t2ilib.runfile import merge
 from t2ilib.studies.champion import register_champion
 from t2ilib.studies.executor import Executor
 from t2ilib.studies.file import Study, load_study
-from t2ilib.studies.notebooks import error_text, execute_notebook, export_html
+from t2ilib.studies.notebooks import error_text, execute_notebook, export_html, find_notebook
 from t2ilib.studies.runs import StudyRun, check_notebooks, plan_runs, require_unedited
 
+REPORT = "compare.ipynb"
+"""The notebook that a study's report is made with."""
 SMALLEST_CARD = 8 * GIB
 """What a variant surely fits into needs no look at the device, for which torch would have to be loaded."""
 
@@ -75,6 +77,7 @@ def run_study(
     study = load_study(path)
     runs = plan_runs(study, path, preset, results.absolute(), only, seeds)
     check_notebooks(runs)
+    find_notebook(REPORT, path)  # told now, not after the last run
     for run in runs:
         check_measures(run.config().evaluation.measures or ())
     require_unedited(runs)
@@ -137,19 +140,22 @@ def parent_run(client, experiment: str, study: Study, preset: str, folder: Path)
 
 
 def write_report(path: Path, preset: str, results: Path) -> Path:
-    """Executes compare.ipynb beside the study file on the preset's results, unless nothing has changed since; returns the
-    HTML report.
+    """Executes the report's notebook on the preset's results, unless nothing has changed since; returns the HTML report.
 
     Raises ConfigError with the notebook's error where it fails.
     """
     folder = results.absolute() / f"{load_study(path).name}-{preset}"
-    notebook, parameters = folder / "report.ipynb", folder / "report-parameters.yaml"
-    sources = [Path(path).parent / "compare.ipynb", folder / "study.json", *folder.rglob("result.json")]
+    source, notebook, parameters = (
+        find_notebook(REPORT, path),
+        folder / "report.ipynb",
+        folder / "report-parameters.yaml",
+    )
+    sources = [source, folder / "study.json", *folder.rglob("result.json")]
     page = notebook.with_suffix(".html")
-    if page.exists() and page.stat().st_mtime > max(source.stat().st_mtime for source in sources):
+    if page.exists() and page.stat().st_mtime > max(file.stat().st_mtime for file in sources):
         return page
     parameters.write_text(yaml.safe_dump({"results_folder": str(folder)}))
-    code, output = execute_notebook(Path(path).parent / "compare.ipynb", notebook, parameters, {"T2ILIB_BATCH": "1"})
+    code, output = execute_notebook(source, notebook, parameters, {"T2ILIB_BATCH": "1"})
     if code:
         raise ConfigError(f"the report could not be made: {error_text(output) or output[-2000:]}")
     return export_html(notebook, hide_code=True)

@@ -17,9 +17,9 @@ import yaml
 
 from t2ilib.config import ConfigError
 from t2ilib.runfile import load_run
-from t2ilib.studies import study
+from t2ilib.studies import notebooks, study
 from t2ilib.studies.file import load_study
-from t2ilib.studies.notebooks import error_text, notebook_parameters
+from t2ilib.studies.notebooks import error_text, find_notebook, notebook_parameters
 from t2ilib.studies.runs import plan_runs, write_out
 from t2ilib.studies.study import run_study, status_rows
 
@@ -123,6 +123,25 @@ def test_what_a_notebook_does_not_declare_is_told(study_file: Path) -> None:
     with pytest.raises(ConfigError, match=r"elsewhere.ipynb does not exist"):
         run_study(study_file, results=study_file.parent / "results")
     assert not (study_file.parent / "results").exists()
+
+
+def test_notebooks_lie_beside_the_study_file_or_come_with_the_package(study_file: Path, monkeypatch) -> None:
+    """A copied study file is found its notebooks, in a checkout and where the package is installed; its own ones come first."""
+    shipped = Path(notebooks.__file__).parents[2] / "experiments"
+    assert find_notebook("fake.ipynb", study_file) == study_file.parent / "fake.ipynb"
+    assert find_notebook("train.ipynb", study_file) == shipped / "train.ipynb"
+    installed = study_file.parent / "site-packages" / "t2ilib"
+    (installed / "notebooks").mkdir(parents=True)
+    (installed / "notebooks" / "train.ipynb").touch()
+    monkeypatch.setattr(notebooks, "PACKAGE", installed)
+    assert find_notebook("train.ipynb", study_file) == installed / "notebooks" / "train.ipynb"
+    (study_file.parent / "train.ipynb").touch()
+    assert find_notebook("train.ipynb", study_file) == study_file.parent / "train.ipynb"
+    with pytest.raises(
+        ConfigError, match=r"compare.ipynb does not exist: .* comes with t2ilib \(train.ipynb and compare"
+    ):
+        run_study(study_file, results=study_file.parent / "results")
+    assert not (study_file.parent / "results").exists(), "told after the last run"
 
 
 @pytest.mark.parametrize(
