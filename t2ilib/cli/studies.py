@@ -37,7 +37,7 @@ def study_run(
             from t2ilib.report import format_table, load_report, summary_table
 
             report = load_report(page.parent)
-            rows = summary_table(report, report.speaking("learned", "kept", "loss", "size", "speed"))
+            rows = summary_table(report, report.speaking("learned", "kept", "loss", "followed", "size", "speed"))
             print("\n" + format_table([{name: row[name] for name in row if name != "variant"} for row in rows]))
             print(f"\nreport:     {page}\n            {page.with_suffix('.md')}")
         champion = name_champion(file, preset, results)

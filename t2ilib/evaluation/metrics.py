@@ -15,7 +15,7 @@ from typing import Any
 from t2ilib.config import ConfigError, check_choice
 
 UNITS = ("share", "loss", "score", "count", "mib", "rate")
-ROLES = ("learned", "kept", "loss", "memory", "host", "size", "speed")
+ROLES = ("learned", "kept", "loss", "followed", "memory", "host", "size", "speed")
 DECLARATIONS = "metrics.about.json"
 """Beside a run's metrics.json: metric -> the fields of its `Metric`."""
 
@@ -27,8 +27,8 @@ class Metric:
     `unit`: share (0 to 1, written in percent), loss, score, count, mib, or rate (1/s). `better`: higher, lower, or None where
     neither is.
     `exact`: decided by the settings, not by the seed: two values differ or they do not, and there is nothing to test.
-    `table`: the report's table that shows it; None keeps it out of the report. `role`: what it says about a variant (`memory` is the
-    device's, `host` that of the process); of the metrics of one role the first that was measured speaks for it. `headline`: how
+    `table`: the report's table that shows it; None keeps it out of the report. `role`: what it says about a variant (`followed` its
+    prompts; `memory` is the device's, `host` that of the process); of the metrics of one role the first that was measured speaks for it. `headline`: how
     the report's first lines name the leader.
     """
 

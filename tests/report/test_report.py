@@ -10,11 +10,13 @@ from matplotlib.text import Text
 from PIL import Image
 
 from t2ilib.config import ConfigError
+from t2ilib.evaluation import clip
 from t2ilib.report import (
     caveats,
     compare,
     describe_variant,
     difference_table,
+    explain_metrics,
     format_table,
     headline,
     load_report,
@@ -22,6 +24,7 @@ from t2ilib.report import (
     plot_cost_quality,
     plot_learning_curves,
     plot_pictures,
+    plots,
     summary_table,
     write_markdown,
 )
@@ -213,7 +216,69 @@ def test_nothing_finished_still_makes_a_report(tmp_path):
     report = load_report(folder)
     assert len(report.missing) == 8
     assert headline(report) == "- Nothing was measured yet."
-    assert "nothing was measured" in write_markdown(report, tmp_path / "out").read_text()
+    text = write_markdown(report, tmp_path / "out").read_text()
+    assert "nothing was measured" in text
+    assert "## Numbers" not in text, "a heading over nothing"
+    assert plot_cost_quality(report) is None
+
+
+def write_own_study(folder, seeds, scores=True):
+    """As `write_study`, of pictures of one's own: nobody counts what was learned, there is held-out loss and perhaps a CLIP score."""
+    write_study(folder, seeds)
+    for path in folder.glob("*/seed*/result.json"):
+        result = json.loads(path.read_text())
+        name, seed = path.parts[-3], int(path.parent.name.removeprefix("seed"))
+        kept = {
+            key: value for key, value in result["metrics"].items() if key not in ("concept/learned", "base_kept/all")
+        }
+        kept |= {"held_out_loss": 0.5} if name == "base" else {}
+        score = {"clip_score/prompts": {"base": 20.0, "lora": 25.0, "dora": 30.0, "qlora": 24.0}[name] + seed / 10}
+        measures = {key: asdict(metric) for key, metric in {**HELD_OUT, **COSTS, **clip.METRICS}.items()}
+        path.write_text(json.dumps(result | {"metrics": kept | (score if scores else {}), "measures": measures}))
+    return folder
+
+
+def test_pictures_of_ones_own_are_answered_by_loss_score_and_pictures(tmp_path):
+    report = load_report(write_own_study(tmp_path / "study", range(8)))
+    lines = headline(report).splitlines()
+    assert lines[0].startswith("- **Lowest held-out loss: DORA** (0.19")
+    assert lines[1].startswith("- **Highest CLIP score: DORA** (30.35")
+    assert "**distinguishable** against all 2 others" in lines[0]
+    row = cells(summary_table(report, report.tables()["Learned and kept"]), "DORA")
+    assert row["CLIP score"].startswith("30.35 ± ")
+    text = write_markdown(report, tmp_path / "out").read_text()
+    assert "**CLIP score**, against LORA" in text
+    assert "concept" not in explain_metrics(report)
+    assert "**CLIP score**" in explain_metrics(report)
+    cost = plot_cost_quality(report)
+    assert [axes.get_ylabel() for axes in cost.axes if axes.get_ylabel()] == [
+        "held-out loss (lower is better)",
+        "CLIP score",
+    ]
+    loss, score = cost.axes[0], cost.axes[-1]
+    assert loss.yaxis_inverted(), "up is better"
+    assert not score.yaxis_inverted()
+    assert score.get_ylim()[1] > 30, "cut off as if it were a share"
+
+
+def test_what_has_nothing_to_show_is_left_out(tmp_path):
+    """No empty frame, no heading over nothing: a study on a base without CLIP, validated on nothing, that drew nothing."""
+    folder = write_own_study(tmp_path / "study", [0], scores=False)
+    for path in (*folder.glob("*/seed0/metrics.jsonl"), *folder.glob("*/seed0/pictures/prompts.json")):
+        path.unlink()
+    for path in folder.glob("*/seed*/result.json"):
+        result = json.loads(path.read_text())
+        del result["metrics"]["held_out_loss"]
+        path.write_text(json.dumps(result))
+    report = load_report(folder)
+    assert plots(report) == []
+    assert plot_learning_curves(report) is plot_cost_quality(report) is plot_pictures(report) is None
+    assert explain_metrics(report) == ""
+    text = write_markdown(report, tmp_path / "out").read_text()
+    assert "## Figures" not in text
+    assert "Nothing was measured yet that could be compared." in text
+    assert not list((tmp_path / "out").glob("*.png"))
+    assert list(report.tables()) == ["Cost"]
 
 
 def test_adamw8bit_on_a_cpu_is_warned_about(tmp_path):
@@ -261,6 +326,17 @@ def test_figures_show_every_variant(folder):
     assert [text.get_text() for text in curves.texts] == ["dora", "lora", "qlora"]  # by final loss, lowest first
     assert list(curves.lines[0].get_xdata()) == [0, 50, 100]
     assert len(plot_pictures(report).axes) == 4 * 3
+    assert [plot.file for plot in plots(report)] == ["curves.png", "cost_quality.png", "pictures.png"]
+
+
+def test_a_long_prompt_does_not_push_the_pictures_away(tmp_path):
+    folder = write_study(tmp_path / "study", [0])
+    for path in folder.glob("*/seed0/pictures/prompts.json"):
+        path.write_text(json.dumps(["a long caption " * 30, *PROMPTS[1:]]))
+    titles = [axes.get_title() for axes in plot_pictures(load_report(folder)).axes[:3]]
+    assert titles[0].endswith("…")
+    assert max(map(len, titles)) < 110
+    assert titles[1].replace("\n", " ") == PROMPTS[1]
 
 
 def test_labels_of_crowded_points_do_not_overlap(tmp_path):
