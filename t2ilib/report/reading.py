@@ -36,7 +36,8 @@ class FinishedRun:
 @dataclass(frozen=True)
 class StudyReport:
     """A study as far as it has run. `seeds`: those of the study file, then those that were run beyond it; `missing`: (variant,
-    seed) that did not finish; `not_finite`: metrics that were dropped, as text; `metrics`: what its runs declared of theirs."""
+    seed) that did not finish; `not_finite`: metrics that were dropped, as text; `metrics`: what its runs declared of theirs;
+    `held_out`: names of the held-out pictures, where the runs' folders have them."""
 
     folder: Path
     name: str
@@ -50,6 +51,7 @@ class StudyReport:
     missing: tuple[tuple[str, int], ...]
     not_finite: tuple[str, ...]
     metrics: Mapping[str, Metric]
+    held_out: tuple[str, ...]
 
     @property
     def trained(self) -> list[str]:
@@ -130,6 +132,7 @@ def load_report(folder: Path | str) -> StudyReport:
         tuple(missing),
         tuple(not_finite),
         declarations(runs.values()),
+        next(filter(None, (held_out_names(run.folder) for run in runs.values())), ()),
     )
 
 
@@ -139,6 +142,12 @@ def declarations(runs: Iterable[FinishedRun]) -> dict[str, Metric]:
     for run in sorted(runs, key=lambda run: -len(run.declared)):
         found |= {name: metric for name, metric in run.declared.items() if name not in found}
     return found
+
+
+def held_out_names(folder: Path) -> tuple[str, ...]:
+    """Names of the pictures that a run measured its held-out loss on; () where its folder does not have them."""
+    listing = next(iter(sorted(folder.glob("held_out/step-*.json"))), None)
+    return tuple(row["picture"] for row in json.loads(listing.read_text())) if listing else ()
 
 
 def read_variant(name: str, told: Mapping[str, Any]) -> Variant:

@@ -7,6 +7,7 @@ A row is a dict of plain strings, so one table serves a terminal (`format_table`
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from t2ilib.data.manifest import FEW_HELD_OUT, NAMED
 from t2ilib.evaluation.metrics import Metric
 from t2ilib.evaluation.statistics import (
     PairedDifference,
@@ -164,7 +165,8 @@ def difference_table(report: StudyReport, metric: str, against: str | None = Non
 
 
 def caveats(report: StudyReport) -> list[str]:
-    """What a reader must know before believing the tables: missing runs, too few seeds, what a CPU cannot measure."""
+    """What a reader must know before believing the tables: missing runs, too few seeds, what few pictures and a CPU cannot
+    tell."""
     titles = {name: variant.title for name, variant in report.variants.items()}
     notes = [
         f"{titles[name]}, seed {seed}: **did not finish**, so it is in no number here." for name, seed in report.missing
@@ -179,6 +181,7 @@ def caveats(report: StudyReport) -> list[str]:
             " verdict that this study can give: it estimates, it does not decide. Read the intervals; to decide, run at least"
             f" {SEEDS_TO_DECIDE} seeds."
         )
+    notes += [held_out_caveat(report)] if report.measured("held_out_pictures") else []
     if "peak_process_mib" in report.measured() and "peak_device_mib" not in report.measured():
         notes.append(
             "Measured on a CPU: process memory is mostly libraries, and says little about what a GPU would need."
@@ -193,6 +196,20 @@ def caveats(report: StudyReport) -> list[str]:
             " can be drawn here."
         )
     return notes
+
+
+def held_out_caveat(report: StudyReport) -> str:
+    """What the held-out loss is measured on, and what its intervals do not say; a warning where that is few pictures."""
+    counts = {int(n) for name in report.variants for n in report.values(name, "held_out_pictures").values()}
+    least, most = min(counts), max(counts)
+    number = f"{least} picture{'s' * (least != 1)}" if least == most else f"{least} to {most} pictures"
+    names = f" ({', '.join(report.held_out)})" if 0 < len(report.held_out) <= NAMED else ""
+    told = (
+        f"Held-out loss is measured on {number}{names}, the same for every seed, so that all runs"
+        " are measured alike: its intervals tell seed noise, not what other pictures would say."
+    )
+    few = f" **That is few**: below {FEW_HELD_OUT}, single pictures often say the opposite of many, however sure the seeds are."
+    return told + few * (least < FEW_HELD_OUT)
 
 
 def optimizer_of(report: StudyReport, name: str) -> str | None:

@@ -16,6 +16,8 @@ from pathlib import Path
 import yaml
 
 from t2ilib.config import ConfigError
+from t2ilib.data.loader import sample_ids
+from t2ilib.data.manifest import load_datasets
 from t2ilib.evaluation.metrics import check_measures
 from t2ilib.memory import GIB, available_memory
 from t2ilib.planning.bound import surely_fits
@@ -23,7 +25,7 @@ from t2ilib.runfile import merge
 from t2ilib.studies.champion import register_champion
 from t2ilib.studies.executor import Executor
 from t2ilib.studies.file import Study, load_study
-from t2ilib.studies.notebooks import error_text, execute_notebook, export_html, find_notebook
+from t2ilib.studies.notebooks import error_text, execute_notebook, export_html, find_notebook, notebook_parameters
 from t2ilib.studies.runs import StudyRun, check_notebooks, plan_runs, require_unedited
 
 REPORT = "compare.ipynb"
@@ -60,6 +62,21 @@ def misfits_of(runs: list, jobs: int) -> list[tuple[bool, str]]:
     return misfits(runs, jobs)
 
 
+def check_data(runs: Sequence[StudyRun]) -> None:
+    """Reads the pictures of these runs, each set once, and logs what is used and held out; raises ConfigError for what cannot be
+    used, and for a batch that the training pictures do not fill. Of notebooks with other data than a run's nothing is asked."""
+    known: dict[str, int] = {}
+    for run in runs:
+        if "data" not in notebook_parameters(run.notebook):
+            continue
+        config = run.config()
+        said = config.model_dump_json(include={"data", "shapes"})
+        if said not in known:
+            known[said] = len(load_datasets(config)[0])
+        if config.training.steps:
+            sample_ids(run.seed, 0, config.training.batch_size, known[said])
+
+
 def run_study(
     path: Path,
     preset: str = "quick",
@@ -71,7 +88,7 @@ def run_study(
 ) -> list[StudyRun]:
     """Runs what is not finished, `jobs` notebooks at a time, then the report. Returns all runs of the preset; look at their `state`.
 
-    Raises ConfigError before anything starts for mistakes in the study file. KeyboardInterrupt and SIGTERM reach the
+    Raises ConfigError before anything starts for mistakes in the study file and for pictures that cannot be used. KeyboardInterrupt and SIGTERM reach the
     running notebooks, which commit a checkpoint; the next call resumes them.
     """
     study = load_study(path)
@@ -82,6 +99,7 @@ def run_study(
         check_measures(run.config().evaluation.measures or ())
     require_unedited(runs)
     pending = [run for run in runs if run.state != "finished"]
+    check_data(pending)
     tell_misfits(pending, jobs, say)
     folder = runs[0].folder.parents[1]
     write_study(study, preset, folder)

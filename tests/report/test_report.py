@@ -261,6 +261,30 @@ def test_pictures_of_ones_own_are_answered_by_loss_score_and_pictures(tmp_path):
     assert score.get_ylim()[1] > 30, "cut off as if it were a share"
 
 
+def test_how_many_pictures_are_held_out_is_a_caveat(tmp_path):
+    """The same for all seeds, by design, and a warning where they are few."""
+    folder = write_own_study(tmp_path / "study", [0, 1])
+    assert not any("Held-out loss is measured on" in note for note in caveats(load_report(folder)))
+
+    def hold_out(count):
+        for path in folder.glob("*/seed*/result.json"):
+            result = json.loads(path.read_text())
+            result["metrics"]["held_out_pictures"] = float(count)
+            path.write_text(json.dumps(result))
+        (folder / "lora" / "seed0" / "held_out").mkdir(exist_ok=True)
+        rows = [{"picture": f"{number}.png", "loss": 0.1} for number in range(count)]
+        (folder / "lora" / "seed0" / "held_out" / "step-000100.json").write_text(json.dumps(rows))
+        return next(note for note in caveats(load_report(folder)) if note.startswith("Held-out loss is measured on"))
+
+    assert hold_out(1).startswith(
+        "Held-out loss is measured on 1 picture (0.png), the same for every seed, so that all runs"
+    )
+    assert "**That is few**: below 8" in hold_out(1)
+    assert "on 3 pictures (0.png, 1.png, 2.png)" in hold_out(3)
+    assert "on 48 pictures, the same for every seed" in hold_out(48)
+    assert "few" not in hold_out(48)
+
+
 def test_what_has_nothing_to_show_is_left_out(tmp_path):
     """No empty frame, no heading over nothing: a study on a base without CLIP, validated on nothing, that drew nothing."""
     folder = write_own_study(tmp_path / "study", [0], scores=False)

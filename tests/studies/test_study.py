@@ -17,6 +17,7 @@ import yaml
 
 from t2ilib.config import ConfigError
 from t2ilib.runfile import load_run
+from t2ilib.shapes import world
 from t2ilib.studies import notebooks, study
 from t2ilib.studies.file import load_study
 from t2ilib.studies.notebooks import error_text, find_notebook, notebook_parameters
@@ -142,6 +143,29 @@ def test_notebooks_lie_beside_the_study_file_or_come_with_the_package(study_file
     ):
         run_study(study_file, results=study_file.parent / "results")
     assert not (study_file.parent / "results").exists(), "told after the last run"
+
+
+def test_pictures_are_looked_at_before_anything_starts(study_file: Path, caplog) -> None:
+    """And the split is told, once for all runs that share it."""
+    results = study_file.parent / "results"
+    pictures = study_file.parent / "pictures"
+
+    def own(content: dict) -> None:
+        content.update(notebook="train.ipynb")
+        content["run"] = {"adapter": {}, "data": {"path": str(pictures)}, "training": {"batch_size": 6}}
+        content["variants"] = {name: {"title": name} for name in ("plain", "other")}
+
+    edit(study_file, own)
+    with pytest.raises(ConfigError, match=r"data.path .*pictures is not a folder"):
+        run_study(study_file, results=results)
+    world.write_folder(pictures, world.mixed_scenes(6, "train", 0, ["heart"]), 0)
+    with (
+        caplog.at_level("INFO", "t2ilib"),
+        pytest.raises(ConfigError, match="batch_size 6 is more than the 5 training"),
+    ):
+        run_study(study_file, results=results)
+    assert caplog.text.count("held out: ") == 1
+    assert not results.exists()
 
 
 @pytest.mark.parametrize(
