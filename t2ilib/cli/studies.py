@@ -1,5 +1,6 @@
-"""`t2ilib study ...`: run a study of variants, see how far it is, write a variant out."""
+"""`t2ilib study ...`: write a study of one's own, run it, see how far it is, write a variant out."""
 
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -10,6 +11,30 @@ import typer
 from t2ilib.cli.errors import readable_errors
 
 Results = Annotated[Path, typer.Option(help="Where results and the default MLflow store lie.")]
+
+
+def study_new(
+    folder: Annotated[Path, typer.Argument(help="An image folder: captioned pictures.")],
+    base: Annotated[
+        str, typer.Option(help="tiny-sdxl, tiny-sd15, a diffusers folder, a single .safetensors file or a Hub id.")
+    ] = "tiny-sdxl",
+    compare: Annotated[
+        str, typer.Option(help="What to compare, with commas, the reference first; a wrong name shows the right ones.")
+    ] = "lora,dora",
+    out: Annotated[
+        Path | None, typer.Option(help="The file to write; without it FOLDER's name with .yaml, here.")
+    ] = None,
+) -> None:
+    """Write a study file about your own pictures, ready to run: which way of fine-tuning suits them?"""
+    with readable_errors():
+        from t2ilib.studies.new import new_study
+
+        path, study = new_study(folder, base, [name.strip() for name in compare.split(",") if name.strip()], out)
+        command = f"t2ilib study run {shlex.quote(str(path))}"
+        print(f"{path}: {', '.join(study.variants)}, compared with {study.reference}. Look it over, then")
+        for preset, about in study.presets.items():
+            steps, seeds = about.run["training"]["steps"], len(about.seeds)
+            print(f"  {command} --preset {preset:5s}  # {seeds} seed{'s' * (seeds > 1)}, {steps} steps each")
 
 
 def study_run(

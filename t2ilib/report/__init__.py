@@ -78,7 +78,7 @@ def write_markdown(report: StudyReport, folder: Path | str) -> Path:
         "## Before believing it\n\n" + caveats_markdown(report),
         numbers and f"## Numbers\n\n{numbers}",
         "## Differences\n\n" + differences_markdown(report),
-        "## How to read this\n\n" + explain_reading(),
+        "## How to read this\n\n" + "\n".join(filter(None, (explain_reading(), explain_metrics(report)))),
         figures and f"## Figures\n\n{figures}",
         "## Variants\n\n" + "\n\n".join(describe_variant(report, name) for name in report.variants),
     ]
