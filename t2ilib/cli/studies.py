@@ -48,7 +48,7 @@ def study_run(
     """Run every variant and seed that is not finished, then write the report."""
     with readable_errors():
         from t2ilib.config import ConfigError
-        from t2ilib.studies.study import name_champion, run_study, write_report
+        from t2ilib.studies.study import champion_line, run_study, write_report
 
         try:
             numbers = [int(seed) for seed in seeds.split(",") if seed.strip()]
@@ -65,9 +65,7 @@ def study_run(
             rows = summary_table(report, report.speaking("learned", "kept", "loss", "followed", "size", "speed"))
             print("\n" + format_table([{name: row[name] for name in row if name != "variant"} for row in rows]))
             print(f"\nreport:     {page}\n            {page.with_suffix('.md')}")
-        champion = name_champion(file, preset, results)
-        if champion:
-            print(f"champion:   {champion}")
+        print(f"champion:   {champion_line(file, preset, results)}")
         mlflow = Path(sys.executable).parent / "mlflow"
         print(f"MLflow UI:  {mlflow} ui --backend-store-uri {tracked(results)} --host 127.0.0.1")
         print(f"{len(runs) - len(failed)} of {len(runs)} runs finished, {time.monotonic() - begun:.0f} s")

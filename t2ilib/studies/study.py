@@ -22,7 +22,7 @@ from t2ilib.evaluation.metrics import check_measures
 from t2ilib.memory import GIB, available_memory
 from t2ilib.planning.bound import surely_fits
 from t2ilib.runfile import merge
-from t2ilib.studies.champion import register_champion
+from t2ilib.studies.champion import find_lead, name_champion
 from t2ilib.studies.executor import Executor
 from t2ilib.studies.file import Study, load_study
 from t2ilib.studies.notebooks import error_text, execute_notebook, export_html, find_notebook, notebook_parameters
@@ -179,17 +179,17 @@ def write_report(path: Path, preset: str, results: Path) -> Path:
     return export_html(notebook, hide_code=True)
 
 
-def name_champion(path: Path, preset: str, results: Path) -> str | None:
-    """Once all runs of a preset are finished: registers the best one's adapter in MLflow; returns a line that says so."""
+def champion_line(path: Path, preset: str, results: Path) -> str:
+    """Once all runs of a preset are finished and a lead is shown, registers the best adapter in MLflow; returns a line that says so,
+    or why there is no champion."""
     study = load_study(path)
     runs = plan_runs(study, path, preset, results.absolute())
-    if any(run.state != "finished" for run in runs):
-        return None
+    if lacking := sum(run.state != "finished" for run in runs):
+        return f"none yet: {lacking} of the preset's {len(runs)} runs are not finished"
     from t2ilib.tracking.store import open_client, tracking_uri
 
     client, _ = open_client(tracking_uri(None, results), study.name, results)
-    found = register_champion(client, f"{study.name}-{preset}", runs)
-    return found and f"{found[1]} ({found[0].label})"
+    return name_champion(client, f"{study.name}-{preset}", find_lead(runs))
 
 
 def status_rows(path: Path, preset: str, results: Path) -> list[dict[str, str]]:
