@@ -32,7 +32,7 @@ lint: install  ## Check style, and that notebooks are committed without outputs
 	$(BIN)/nbstripout --verify experiments/*.ipynb inference/*.ipynb
 
 ui: install  ## Open the MLflow UI on what was logged (loopback only)
-	$(BIN)/mlflow ui --backend-store-uri sqlite:///$(CURDIR)/results/mlflow.db --host 127.0.0.1
+	$(BIN)/mlflow ui --backend-store-uri sqlite:///results/mlflow.db --host 127.0.0.1
 
 tiny-sdxl: install  ## Train the tiny SDXL anew, all stages (about two hours on 2 cores)
 	$(BIN)/t2ilib tiny build work/tiny-sdxl/start

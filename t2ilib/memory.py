@@ -1,16 +1,15 @@
-"""Where memory and disk stand: readings at key points, peaks of one stretch of work, and a check before anything is written.
+"""Where memory and disk stand: readings at key points, peaks by phase, and a check before anything is written.
 
 Process memory is the resident set; its peak over a stretch is the kernel's high-water mark, reset at the start (Linux), so
-evaluation does not hide in the peak of training. Elsewhere the peak of the whole process stands in and is named so.
+that drawing, which is the real peak, does not hide what training takes. Elsewhere the peak of the whole process stands in for each.
 """
 
 import contextlib
 import logging
 import os
-import resource
 import shutil
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,13 +47,9 @@ class MemoryLog:
 
     def __init__(self, folder: Path):
         self.folder, self.readings = folder, {}
-        reset_process_peak()
 
-    def note(self, moment: str, peak: bool = False) -> None:
-        """`peak`: with the largest process memory since the log was begun, or since a `Peak` was last started."""
+    def note(self, moment: str) -> None:
         self.readings[moment] = values = read_memory(self.folder)
-        if peak:
-            values["peak_process_mib"] = process_peak_mib()
         log.info(
             "memory at %s: %s",
             moment,
@@ -69,39 +64,64 @@ class MemoryLog:
         }
 
 
-@dataclass
-class Peak:
-    """The largest use over the stretches between `start` and `stop`, in MiB; None until measured."""
+class Peaks:
+    """The largest use of memory in each phase of a run, in MiB, over all stretches that belong to it.
 
-    process_mib: float | None = None
-    device_mib: float | None = None
-    running: bool = False
+    `found`: phase -> `peak_process_mib` and, where there is a CUDA device, `peak_device_mib` (what tensors took of it).
+    """
 
-    def start(self) -> None:
-        """Begins a stretch; does nothing inside one, so a loop may call it every step."""
-        if self.running:
+    def __init__(self) -> None:
+        self.found: dict[str, dict[str, float]] = {}
+        self.phase: str | None = None
+
+    def enter(self, phase: str) -> None:
+        """Begins a stretch of `phase`, and ends one of another; does nothing inside one, so a loop may call it every step."""
+        if self.phase == phase:
             return
         import torch
 
-        self.running = True
+        self.leave()
+        self.phase = phase
         reset_process_peak()
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
 
-    def stop(self) -> None:
+    def leave(self) -> None:
         """Ends the stretch; does nothing outside one."""
-        if not self.running:
+        if self.phase is None:
             return
         import torch
 
-        self.running = False
-        self.process_mib = max(self.process_mib or 0.0, process_peak_mib())
+        values = {"peak_process_mib": process_peak_mib()}
         if torch.cuda.is_available():
-            self.device_mib = max(self.device_mib or 0.0, torch.cuda.max_memory_allocated() / MIB)
+            values["peak_device_mib"] = torch.cuda.max_memory_allocated() / MIB
+        self.include({self.phase: values})
+        self.phase = None
+
+    @contextlib.contextmanager
+    def during(self, phase: str) -> Iterator[None]:
+        """What this scope does is a stretch of `phase`; one that it interrupts is ended."""
+        self.enter(phase)
+        try:
+            yield
+        finally:
+            self.leave()
+
+    def include(self, found: Mapping[str, Mapping[str, float]]) -> None:
+        """What was found in an earlier attempt counts too."""
+        for phase, values in found.items():
+            own = self.found.setdefault(phase, {})
+            own |= {name: max(value, own.get(name, 0.0)) for name, value in values.items()}
 
     def metrics(self) -> dict[str, float]:
-        values = {"peak_process_mib": self.process_mib, "peak_device_mib": self.device_mib}
-        return {name: value for name, value in values.items() if value is not None}
+        """`memory/<phase>/<name>`, and under the name alone the largest of all phases."""
+        by_phase = {
+            f"memory/{phase}/{name}": value for phase, values in self.found.items() for name, value in values.items()
+        }
+        names = {name for values in self.found.values() for name in values}
+        return by_phase | {
+            name: max(values[name] for values in self.found.values() if name in values) for name in sorted(names)
+        }
 
 
 ALIGNMENT = 64
@@ -126,9 +146,9 @@ def align(model: "nn.Module") -> None:
             tensor.data = copy
 
 
-def pictures_at_once(resolution: int, most: int) -> int:
-    """How many pictures inference takes at once: as many as make one megapixel, at least 1, at most `most`."""
-    return max(1, min(most, 2**20 // resolution**2))
+def pictures_at_once(resolution: int, most: int, pixels: int = 2**20) -> int:
+    """How many pictures inference takes at once: as many as make one megapixel, or `pixels`, at least 1, at most `most`."""
+    return max(1, min(most, pixels // resolution**2))
 
 
 def reset_process_peak() -> None:
@@ -138,10 +158,17 @@ def reset_process_peak() -> None:
 
 
 def process_peak_mib() -> float:
+    """The kernel's high-water mark of the resident set: since it was last reset on Linux, of the whole process elsewhere."""
     if sys.platform == "linux":
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM"):
                 return int(line.split()[1]) / 1024
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset / MIB
+    import resource  # which Windows has not
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (MIB if sys.platform == "darwin" else 1024)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from t2ilib.adapters.formats import by_component, write_diffusers, write_kohya, write_peft
-from t2ilib.adapters.load import FILE_NAME, adapter_file, load_adapter, read_metadata
+from t2ilib.adapters.load import FILE_NAME, adapter_file, load_adapter, read_metadata, recorded_run
 from t2ilib.adapters.weights import AdapterLayer, read_layers
 from t2ilib.config import ConfigError, ModelConfig, RunConfig, check_choice
 from t2ilib.models.components import Components
@@ -91,9 +91,7 @@ def export_adapter(
         raise ConfigError(f"{format} is one file: name it {target}.safetensors")
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise ConfigError(f"{target} exists already: name another one, or delete it first")
-    recorded = next(
-        (p / "run.yaml" for p in (source, file.parent, file.parent.parent) if (p / "run.yaml").is_file()), None
-    )
+    recorded = recorded_run(file)
     if model is None and recorded is None:
         raise ConfigError(f"{source} is not a run's folder, so nothing says which base it goes with: give --model")
     model = model or load_run(recorded).model

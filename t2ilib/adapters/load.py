@@ -44,6 +44,12 @@ def adapter_file(path: Path) -> Path:
     return file
 
 
+def recorded_run(path: Path) -> Path | None:
+    """The run.yaml of the run that an adapter (its file or folder, or the folder of a step) comes from; None where there is none."""
+    path = Path(path)
+    return next((file for place in (path, *path.parents[:4]) if (file := place / "run.yaml").is_file()), None)
+
+
 def read_metadata(file: Path) -> dict[str, str]:
     """What a safetensors file says about itself. Raises ConfigError for a file that is none."""
     try:

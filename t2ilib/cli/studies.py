@@ -4,6 +4,7 @@ import shlex
 import sys
 import time
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -67,7 +68,7 @@ def study_run(
             print(f"\nreport:     {page}\n            {page.with_suffix('.md')}")
         print(f"champion:   {champion_line(file, preset, results)}")
         mlflow = Path(sys.executable).parent / "mlflow"
-        print(f"MLflow UI:  {mlflow} ui --backend-store-uri {tracked(results)} --host 127.0.0.1")
+        print(f"MLflow UI:  {quote(str(mlflow))} ui --backend-store-uri {quote(tracked(results))} --host 127.0.0.1")
         print(f"{len(runs) - len(failed)} of {len(runs)} runs finished, {time.monotonic() - begun:.0f} s")
         if failed:
             typer.secho(f"not finished: {', '.join(failed)}", fg=typer.colors.RED, err=True)

@@ -72,7 +72,7 @@ def generate(
 ) -> None:
     """Draw pictures with a base model and, if given, an adapter."""
     with readable_errors():
-        from t2ilib.adapters.load import load_adapter, weigh_adapters
+        from t2ilib.adapters.load import load_adapter, recorded_run, weigh_adapters
         from t2ilib.config import ConfigError, EvaluationConfig
         from t2ilib.evaluation.sampling import draw, save_pictures
         from t2ilib.models.load import load_base
@@ -87,8 +87,8 @@ def generate(
             raise ConfigError(
                 f"{len(adapter)} adapters and {len(scale)} scales: give --scale once for each --adapter, or never"
             )
-        recorded = adapter[0] / "run.yaml" if adapter else Path("run.yaml")
-        chosen = load_run(recorded).model if adapter and recorded.exists() else build_run({"adapter": {}}).model
+        recorded = recorded_run(adapter[0]) if adapter else None
+        chosen = load_run(recorded).model if recorded else build_run({"adapter": {}}).model
         asked = {"base": model, "config": config, "quantization": quantization}
         changes = {name: value for name, value in asked.items() if value is not None}
         if model not in (None, chosen.base):

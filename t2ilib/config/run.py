@@ -91,6 +91,8 @@ class RunConfig(Section):
             raise ValueError("training.trains is 'nothing', so training.steps must be 0")
         if self.training.ema_decay and trains == "adapter":
             raise ValueError("training.ema_decay is for training whole models; set it to 0 for an adapter")
+        if self.training.keep_adapters == "all" and trains != "adapter":
+            raise ValueError(f"training.keep_adapters is about adapters, and this run trains {trains}: leave it out")
         if self.model.quantization != "none" and trains not in ("adapter", "nothing"):
             raise ValueError(
                 f"a quantized base cannot be trained itself: set model.quantization to none to train {trains}"
@@ -100,7 +102,9 @@ class RunConfig(Section):
     def training_digest(self) -> str:
         """12 hex digits of what decides the steps of a run: all but output, name, tracking and evaluation, and, under a constant
         schedule, how many steps there are, so that a finished run can go on."""
-        left_out = {"checkpoint_every": True, "keep_checkpoints": True, "require_fit": True}
+        left_out = dict.fromkeys(
+            ("checkpoint_every", "keep_checkpoints", "keep_adapters", "require_fit", "deterministic"), True
+        )
         values = self.model_dump(
             mode="json",
             exclude={"output": True, "name": True, "tracking": True, "evaluation": True, "training": left_out}

@@ -227,8 +227,12 @@ class TrainingConfig(Section):
     ema_decay: Share = 0.0
     require_fit: bool = False
     """Refuse a run whose predicted memory (`t2ilib plan`) the device has not, instead of warning of it."""
+    deterministic: bool = False
+    """Only kernels that give the same bits every time; on a GPU others are faster. A kernel that has no such form is an error."""
     checkpoint_every: Positive = 100
     keep_checkpoints: Positive = 2
+    keep_adapters: Literal["last", "all"] = "last"
+    """`all`: the adapter of every checkpoint too, each as a file under `steps/`, to choose among."""
 
     @field_validator("mixed_precision", mode="before")
     @classmethod
@@ -248,11 +252,16 @@ class EvaluationConfig(Section):
 
     validate_every: Annotated[int, Field(ge=0)] = 50
     validation_timesteps: Positive = 8
+    validation_pictures: Positive = 64
+    """How many of the held-out pictures are measured at most: always the same ones."""
     sample_every: Annotated[int, Field(ge=0)] = 100
     prompts: tuple[str, ...] = ()
     """Fixed prompts of the sample grids; empty takes the first validation captions."""
     num_inference_steps: Positive = 20
     guidance_scale: Annotated[float, Field(ge=1)] = 3.0
+    vae_tiling: bool = False
+    """Pictures are decoded in overlapping tiles of half the side that the VAE was made for (32 latents at least): a fraction of the
+    memory, more time, and tones that may differ from tile to tile. What is trained on is always encoded whole."""
     measures: tuple[str, ...] | None = None
     """What judges the pictures that are drawn at the end: names from `evaluation.measures.MEASURES`, of entry points, or of objects
     in Python files (`my_measures.py:sharpness`). None: all that come with t2ilib and apply."""

@@ -59,14 +59,14 @@ def encode_dataset(
     components: Components, dataset: Dataset, resolution: int, with_text: bool, batch_size: int = PICTURES_AT_ONCE
 ) -> EncodedDataset:
     """Encodes every picture, and, `with_text`, every distinct caption, on the components' device; results stay on the CPU."""
-    vae = components.vae
     batch_size = pictures_at_once(resolution, batch_size)
     latents, ids = [], []
     for start in range(0, len(dataset), batch_size):
         some = dataset.records[start : start + batch_size]
         pictures = [load_picture(record.path, resolution, dataset.ground) for record in some]
-        pixels = torch.from_numpy(np.stack([p.pixels for p in pictures])).permute(0, 3, 1, 2).to(vae.device, vae.dtype)
-        latents.append((vae.encode(pixels / 127.5 - 1).latent_dist.mode() * vae.config.scaling_factor).float().cpu())
+        latents.append(
+            components.encode_pictures(torch.from_numpy(np.stack([p.pixels for p in pictures])).permute(0, 3, 1, 2))
+        )
         ids += [time_ids(p.original, p.crop, (resolution, resolution)) for p in pictures]
     captions = dataset.captions()
     distinct = list(dict.fromkeys(["", *captions]))

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
 
 from t2ilib.config import EvaluationConfig
 from t2ilib.memory import pictures_at_once
@@ -36,24 +35,20 @@ def draw(
     size = {} if resolution is None else {"height": resolution, "width": resolution}
     options = {"num_inference_steps": settings.num_inference_steps, "guidance_scale": settings.guidance_scale, **size}
     batch_size = pictures_at_once(resolution or components.unet.config.sample_size * components.vae_scale, batch_size)
-    pictures = []
+    pictures, latents = [], []
     with components.awake():
         pipeline = build_pipeline(components)
         for start in range(0, len(prompts), batch_size):
             part = list(prompts[start : start + batch_size])
             generators = [generator_for(seed, "picture", start + i) for i in range(len(part))]
-            latents = pipeline(part, generator=generators, output_type="latent", **options).images
-            pictures += decode(components.vae, latents, pipeline.image_processor)
+            latents.append(pipeline(part, generator=generators, output_type="latent", **options).images.cpu())
+    with components.awake("unet", "vae"):  # decoding is the peak: the text encoders make room for it
+        for part in latents:
+            decoded = components.decode_latents(part.to(components.device), settings.vae_tiling)
+            pictures += pipeline.image_processor.postprocess(decoded)
     for module in training:
         module.train()
     return pictures
-
-
-def decode(vae, latents: Tensor, image_processor) -> list[Image.Image]:
-    """Latents (B, 4, h, w) as pictures, in the VAE's own precision: it stays float32 beside a half-precision UNet."""
-    latents = latents.to(vae.dtype)
-    latents = latents / vae.config.scaling_factor
-    return image_processor.postprocess(vae.decode(latents, return_dict=False)[0].detach())
 
 
 def make_grid(

@@ -11,8 +11,16 @@ import torch
 from torch import nn
 
 from t2ilib.config import ModelConfig
+from t2ilib.memory import pictures_at_once
 from t2ilib.models.families import Family
 from t2ilib.models.quantize import QuantizationReport, move
+
+VAE_PIXELS = 2**18
+"""What the VAE takes at a time: in float32 it needs more memory for a picture than the UNet does."""
+
+
+SMALLEST_TILE = 32
+"""Latents along a side; of less, a VAE's middle block, which looks at all of them, sees too little."""
 
 
 @dataclass
@@ -34,10 +42,12 @@ class Components:
     config: ModelConfig | None = None
     quantization: dict[str, QuantizationReport] = field(default_factory=dict)
     parked: list[nn.Module] = field(default_factory=list)
+    home: torch.device | None = None
 
     @property
     def device(self) -> torch.device:
-        return self.unet.device
+        """Where the model works, also while its UNet is elsewhere."""
+        return self.home or self.unet.device
 
     @property
     def vae_scale(self) -> int:
@@ -56,18 +66,58 @@ class Components:
         """Moves the VAE and the text encoders that nothing trains from the device to host memory until they are needed."""
         self.parked = self.parkable(trained)
         for module in self.parked:
-            move(module, "cpu")
+            self.place(module, at_work=False)
 
     @contextlib.contextmanager
-    def awake(self) -> Iterator[None]:
-        """All parts on the device, for as long as the scope lasts."""
-        for module in self.parked:
-            move(module, self.device)
+    def awake(self, *names: str) -> Iterator[None]:
+        """All parts on the device for as long as the scope lasts; with names ("unet", "vae", a text encoder) those and no others."""
+        parts = {**self.modules(), "vae": self.vae}
+        waking = [part for name, part in parts.items() if part in self.parked and (not names or name in names)]
+        resting = [part for name, part in parts.items() if part not in self.parked and names and name not in names]
+        self.home = self.device
+        for module in resting:
+            self.place(module, at_work=False)
+        for module in waking:
+            self.place(module, at_work=True)
         try:
             yield
         finally:
-            for module in self.parked:
-                move(module, "cpu")
+            for module in waking:
+                self.place(module, at_work=False)
+            for module in resting:
+                self.place(module, at_work=True)
+            self.home = None
+
+    def place(self, module: nn.Module, at_work: bool) -> None:
+        """Moves a part to the device, or to host memory."""
+        move(module, self.device if at_work else "cpu")
+
+    def encode_pictures(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Latents (B, C, h, w), scaled, on the host, of `pixels` (B, 3, H, W), uint8: the mode of the VAE's posterior, so many
+        pictures at a time as make a quarter of a megapixel."""
+        parts = []
+        for part in pixels.split(pictures_at_once(max(pixels.shape[-2:]), len(pixels), VAE_PIXELS)):
+            scaled = part.to(self.vae.device, self.vae.dtype) / 127.5 - 1
+            parts.append((self.vae.encode(scaled).latent_dist.mode() * self.vae.config.scaling_factor).float().cpu())
+        return torch.cat(parts)
+
+    def decode_latents(self, latents: torch.Tensor, tiled: bool = False) -> torch.Tensor:
+        """Pictures (B, 3, H, W), from -1 to 1, of latents (B, C, h, w), in the VAE's own precision: it stays float32 beside a
+        half-precision UNet. As many at a time as are encoded at a time.
+
+        `tiled`: in tiles of half the side that the VAE was made for, which overlap by a quarter and are blended (`AutoencoderKL`'s own
+        tiling): a fraction of the memory, with tones that may differ from tile to tile.
+        """
+        vae, side = self.vae, self.vae_scale * max(latents.shape[-2:])
+        vae.tile_latent_min_size = max(SMALLEST_TILE, vae.config.sample_size // 2 // self.vae_scale)
+        vae.tile_sample_min_size = vae.tile_latent_min_size * self.vae_scale
+        vae.use_tiling = tiled
+        parts = latents.to(vae.dtype).split(pictures_at_once(side, len(latents), VAE_PIXELS))
+        try:
+            decoded = [vae.decode(part / vae.config.scaling_factor, return_dict=False)[0].detach() for part in parts]
+        finally:
+            vae.use_tiling = False
+        return torch.cat(decoded)
 
     def predict(self, kind: str) -> None:
         """Has the model draw, and be saved, as one that predicts `kind` (epsilon, v_prediction, sample), whatever it came with."""

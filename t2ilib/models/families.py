@@ -29,6 +29,20 @@ def tokenize(tokenizer, captions: Sequence[str]) -> Tensor:
     ).input_ids
 
 
+def cut_captions(tokenizers: Parts, captions: Sequence[str]) -> list[str]:
+    """Those of `captions` of which a tokenizer drops the end, because they have more tokens than its text encoder takes."""
+    found = []
+    for caption in dict.fromkeys(captions):
+        for tokenizer in tokenizers.values():
+            most = tokenizer.model_max_length
+            if len(caption.encode()) <= most - 2:  # a token is a byte at least, and two mark beginning and end
+                continue
+            if len(tokenizer(caption, truncation=False, verbose=False).input_ids) > most:
+                found.append(caption)
+                break
+    return found
+
+
 def encode_sd15(text_encoders: Parts, tokenizers: Parts, captions: Sequence[str]) -> dict[str, Tensor]:
     """The last hidden state of the one CLIP text encoder, after its final norm."""
     encoder = text_encoders["text_encoder"]

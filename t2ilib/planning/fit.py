@@ -61,9 +61,14 @@ def quantize_convolutions(run: RunConfig) -> str | None:
     return "model.quantize_convolutions=true" if offered else None
 
 
+def tile_the_vae(run: RunConfig) -> str | None:
+    return None if run.evaluation.vae_tiling else "evaluation.vae_tiling=true"
+
+
 CHANGES: dict[str, Callable[[RunConfig], str | None]] = {
     "no time, moments rounded to 8 bits": eight_bit_optimizer,
     "little time, the same gradient": split_batch,
+    "some time in drawing, tones may differ from tile to tile": tile_the_vae,
     "1.7 times the time, the same gradient": checkpoint_activations,
     "some time, the base rounded to 4 bits": quantize_base,
     "some time, its convolutions rounded to 4 bits": quantize_convolutions,

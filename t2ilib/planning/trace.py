@@ -3,11 +3,10 @@
 The model is laid out on the meta device from its config files, quantized and given its adapter there, turned into fake
 tensors, and taken through what a run does: encoding pictures and captions, one optimizer step in its steady state (the
 optimizer's state is there already, as it is from the second step on), and drawing sample pictures. The run's own functions do
-it; a `Ledger` counts. No size is written down here: what another layout or another version of a library needs is
-found out by the same trace.
+it, the loop's step among them; a `Ledger` counts. No size is written down here: what another layout or another version of a
+library needs is found out by the same trace.
 
-Leaves out: training the VAE and CLIP; the UNet's part in validating and drawing, which is small beside the VAE's at 64 times as
-many pixels; what only the GPU knows (see `fitting.RESERVE_BYTES`).
+Leaves out: training the VAE and CLIP; measures of the pictures; what only the GPU knows (see `fit.RESERVE_BYTES`).
 """
 
 import contextlib
@@ -15,8 +14,9 @@ import logging
 import time
 import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,16 +31,20 @@ from t2ilib.models.load import quantize_parts
 from t2ilib.models.pipeline import quiet_libraries
 from t2ilib.planning.ledger import CUDA_BLOCK, Ledger, autocast, checkpoint_options, materialize, state_tensors
 from t2ilib.planning.unloaded import build_unloaded
-from t2ilib.training.objectives import build_objective
-from t2ilib.training.optim import build_optimizer, parameter_groups
 from t2ilib.training.setups import (
     GRID_PROMPTS,
+    Setup,
     checkpoint_gradients,
-    noise_schedule,
+    encoders,
+    learn_to_denoise,
     trained_modules,
     trained_precision,
+    trains_text,
 )
+from t2ilib.training.state import TrainState
+from t2ilib.training.step import take_gradients
 
+CPU = torch.device("cpu")
 CATEGORIES = ("weights", "quantization state", "adapters", "gradients", "optimizer", "activations", "caches")
 """Adapters: their float32 weights. Optimizer: its state, and with EMA the averaged weights. Caches: the batch, and on a CPU the
 encoded pictures and captions, which otherwise stay in host memory."""
@@ -136,6 +140,54 @@ class BlankTokenizer:
         return SimpleNamespace(input_ids=torch.zeros(len(captions), self.model_max_length, dtype=torch.long))
 
 
+class Foreseen:
+    """What the loop asks of an `Accelerator`, on tensors that are on the CPU, by the rules of the device that is planned for."""
+
+    device, scaler = CPU, None
+
+    def __init__(self, precision: torch.dtype | None, device_type: str):
+        self.precision, self.device_type = precision, device_type
+
+    def prepare(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[nn.Module, torch.optim.Optimizer]:
+        return UnderAutocast(model, self), optimizer
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        return autocast(self.precision, self.device_type)
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def clip_grad_norm_(self, parameters: Iterable[nn.Parameter], most: float) -> Tensor:
+        return torch.nn.utils.clip_grad_norm_(parameters, most)
+
+
+class UnderAutocast(nn.Module):
+    def __init__(self, model: nn.Module, accelerator: Foreseen):
+        super().__init__()
+        self.model, self.accelerator = model, accelerator
+
+    def forward(self, *inputs: Any) -> Tensor:
+        with self.accelerator.autocast():
+            return self.model(*inputs)
+
+
+@dataclass
+class Watched(Components):
+    """Components whose moves between device and host a ledger writes down, instead of making them."""
+
+    ledger: Ledger | None = None
+    trained: str = "adapters"
+
+    def place(self, module: nn.Module, at_work: bool) -> None:
+        if self.ledger is None:  # planned for a CPU, where there is nowhere to go
+            return
+        if at_work:
+            hold_weights(self.ledger, [module])
+            self.ledger.hold([p for p in module.parameters() if p.requires_grad], self.trained)
+        else:
+            self.ledger.release(stored(module))
+
+
 def trace_run(
     run: RunConfig,
     components: Components,
@@ -145,38 +197,41 @@ def trace_run(
 ) -> dict[str, dict[str, int]]:
     """Phase -> category -> bytes. `modules`: what `trained_modules` gave. Works on fake tensors and on real ones alike."""
     ledger = Ledger(CUDA_BLOCK if device_type == "cuda" else 1)
-    parts = {*components.modules().values(), components.vae}
-    trains_text = bool(run.adapter and run.adapter.text_encoder_targets)
-    parked = components.parkable(modules if trains_text else ())
+    components = Watched(
+        **vars(components),
+        ledger=ledger if device_type == "cuda" else None,
+        trained="adapters" if run.trains == "adapter" else "weights",
+    )
     trained = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
+    accelerator = Foreseen(planned_dtype(run.training.mixed_precision, device_type), device_type)
     phases = {}
 
-    hold_weights(ledger, parts)
+    hold_weights(ledger, {*components.modules().values(), components.vae})
     if run.trains == "adapter":
         ledger.hold(trained, "adapters")
-    with ledger.measuring(), torch.no_grad():
-        encoded = encode_blank(run, components, num_pictures or run.training.batch_size, with_text=not trains_text)
+    with ledger.measuring(), torch.no_grad(), components.awake(*encoders(run, components)):
+        encoded = encode_blank(run, components, num_pictures or run.training.batch_size)
     phases["encoding"] = ledger.peak
     host = [encoded.latents, encoded.time_ids, *(encoded.text or {}).values()]
     if device_type == "cuda":
         ledger.release(host)
-        ledger.release(tensor for module in parked for tensor in stored(module))
     else:
         ledger.hold(host, "caches")
+    components.park(modules if trains_text(run) else ())
 
-    if run.training.gradient_checkpointing:
-        checkpoint_gradients(components, modules, **checkpoint_options(device_type))
+    kept = None
+    with unset_fake_temporarily():  # the schedule's tables are looked into
+        setup = learn_to_denoise(run, components, modules, encoded, CPU)
     if modules:
-        denoiser = Denoiser(components, trains_text).train()
+        if run.training.gradient_checkpointing:
+            checkpoint_gradients(components, modules, **checkpoint_options(device_type))
         with ledger.measuring():
-            kept = take_step(run, denoiser, modules, trained, encoded, ledger, device_type)
+            kept = second_step(run, setup, accelerator, ledger)
         phases["training"] = ledger.peak
-    hold_weights(ledger, parked)
-    with ledger.measuring(), torch.no_grad():
-        draw_blank(run, components)
+    with ledger.measuring(), torch.no_grad(), accelerator.autocast():
+        draw_blank(run, components, setup)
     phases["drawing"] = ledger.peak
-    if modules:
-        del kept
+    del kept
     return phases
 
 
@@ -190,14 +245,15 @@ def hold_weights(ledger: Ledger, modules: Iterable[nn.Module]) -> None:
         ledger.hold(state_tensors(module), "quantization state")
 
 
-def encode_blank(run: RunConfig, components: Components, num_pictures: int, with_text: bool) -> EncodedDataset:
-    """`encode_dataset` on no pictures in particular: one batch goes through the VAE and the text encoders, all are kept."""
-    vae, side = components.vae, run.data.resolution
-    at_once = pictures_at_once(side, PICTURES_AT_ONCE)
-    pixels = torch.zeros(at_once, 3, side, side, dtype=torch.uint8).to(vae.dtype)
-    latents = (vae.encode(pixels / 127.5 - 1).latent_dist.mode() * vae.config.scaling_factor).float()
+def encode_blank(run: RunConfig, components: Components, num_pictures: int) -> EncodedDataset:
+    """What `encode_dataset` does, on no pictures in particular: the largest batch of them, and of captions; all are kept."""
+    side = run.data.resolution
+    pixels = torch.zeros(pictures_at_once(side, PICTURES_AT_ONCE), 3, side, side, dtype=torch.uint8)
+    latents = components.encode_pictures(pixels)
     captions = [""] + ["a caption"] * num_pictures
-    text = encode_captions(components, captions[:CAPTIONS_AT_ONCE], CAPTIONS_AT_ONCE) if with_text else None
+    text = None
+    if not trains_text(run):
+        text = encode_captions(components, captions[:CAPTIONS_AT_ONCE], CAPTIONS_AT_ONCE)
     return EncodedDataset(
         captions[1:],
         latents.new_zeros(num_pictures, *latents.shape[1:]),
@@ -207,59 +263,49 @@ def encode_blank(run: RunConfig, components: Components, num_pictures: int, with
     )
 
 
-def take_step(
-    run: RunConfig,
-    denoiser: Denoiser,
-    modules: dict[str, nn.Module],
-    trained: list[nn.Parameter],
-    encoded: EncodedDataset,
-    ledger: Ledger,
-    device_type: str,
-) -> list:
-    """A step as `train` takes it, its last micro-batch, on top of the optimizer's state. Returns what outlives a step."""
-    with unset_fake_temporarily():  # its tables are looked into
-        objective = build_objective(run.objective, noise_schedule(denoiser.components))
+def second_step(run: RunConfig, setup: Setup, accelerator: Foreseen, ledger: Ledger) -> TrainState:
+    """A step as the loop takes it, on top of what the first one leaves: the optimizer's state, with EMA the average, and between
+    micro-batches the gradients. Of many micro-batches two show what all do. Returns what outlives a step."""
+    size, parts = run.training.batch_size // run.training.accumulation, min(run.training.accumulation, 2)
+    training = run.training.model_copy(update={"accumulation": parts, "batch_size": parts * size})
+    run = run.model_copy(update={"training": training})
+    with ledger.counting_as("optimizer"):
+        state = TrainState(run, setup, accelerator, "")
     with ledger.counting_as("gradients"):
-        for parameter in trained:
+        for parameter in state.parameters:
             parameter.grad = torch.zeros_like(parameter)
     with ledger.counting_as("optimizer"):
-        optimizer, average = build_optimizer(parameter_groups(modules, run.optimizer), run.optimizer), None
-        optimizer.step()
-        if run.training.ema_decay:
-            from diffusers.training_utils import EMAModel
+        state.step()
+    ledger.most = 0  # the first step is not what is looked at
+    hooks = [
+        parameter.register_post_accumulate_grad_hook(lambda p: ledger.hold([p.grad], "gradients"))
+        for parameter in state.parameters
+    ]
 
-            average = EMAModel(trained, decay=run.training.ema_decay, use_ema_warmup=True, power=0.75)
-    if run.training.accumulation == 1:
-        optimizer.zero_grad()
-    hooks = [p.register_post_accumulate_grad_hook(lambda p: ledger.hold([p.grad], "gradients")) for p in trained]
-    precision = planned_dtype(run.training.mixed_precision, device_type)
+    def batch(ids: list[int], step: int) -> dict[str, Any]:
+        with ledger.counting_as("caches"):
+            return setup.batch(ids, step)
 
-    def predict(*inputs) -> Tensor:
-        with autocast(precision, device_type):
-            return denoiser(*inputs)
-
-    size = run.training.batch_size // run.training.accumulation
-    with ledger.counting_as("caches"):
-        ids = [i % len(encoded) for i in range(size)]
-        batch = encoded.batch(ids, [False] * size, encoded.latents.device)
-        noise, timesteps = torch.randn_like(batch["latents"]), torch.zeros(size, dtype=torch.long)
-    losses = objective(predict, batch, noise, timesteps)
-    (losses.mean() / run.training.accumulation).backward()
-    torch.nn.utils.clip_grad_norm_(trained, run.optimizer.max_grad_norm)
+    ids = [i % setup.num_samples for i in range(parts * size)]
+    take_gradients(run, replace(setup, batch=batch), state.model, state.parameters, accelerator, 1, ids)
     with ledger.counting_as("optimizer"):
-        optimizer.step()
-    optimizer.zero_grad()
-    if average is not None:
-        average.step(trained)
+        state.step()
     for hook in hooks:
         hook.remove()
-    return [optimizer, average]
+    return state
 
 
-def draw_blank(run: RunConfig, components: Components) -> None:
-    """What decoding the sample pictures takes; nothing else in drawing or validating works at the size of pictures."""
-    vae, side = components.vae, run.data.resolution // components.vae_scale
+def draw_blank(run: RunConfig, components: Components, setup: Setup) -> None:
+    """One pass of the UNet with and without caption, as guidance takes it, then decoding: both halves of `draw`."""
     at_once = pictures_at_once(run.data.resolution, len(run.evaluation.prompts) or GRID_PROMPTS)
-    latents = torch.zeros(at_once, vae.config.latent_channels, side, side, dtype=vae.dtype)
-    pictures = vae.decode(latents / vae.config.scaling_factor, return_dict=False)[0]
-    (pictures * 0.5 + 0.5).clamp(0, 1)
+    with components.awake():
+        batch = setup.batch([0] * at_once * 2, 0)
+        if "captions" in batch:
+            batch |= components.encode_text(batch["captions"])
+        latents = torch.zeros_like(batch["latents"])
+        Denoiser(components, False)(latents, torch.zeros(len(latents), dtype=torch.long), batch)
+    latents = latents[:at_once].clone()
+    del batch
+    with components.awake("unet", "vae"):
+        pictures = components.decode_latents(latents, run.evaluation.vae_tiling)
+        (pictures * 0.5 + 0.5).clamp(0, 1)

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from t2ilib.config import ConfigError
-from t2ilib.memory import require_disk
+from t2ilib.memory import existing, require_disk
 
 HEARTBEAT = "t2ilib.heartbeat"
 
@@ -34,7 +34,46 @@ def quiet_mlflow() -> None:
 
 def tracking_uri(uri: str | None, results: Path) -> str:
     """`uri`, else MLFLOW_TRACKING_URI, else SQLite as `results`/mlflow.db by absolute path."""
-    return uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(results / 'mlflow.db').absolute()}"
+    return uri or os.environ.get("MLFLOW_TRACKING_URI") or sqlite_uri(results / "mlflow.db")
+
+
+def sqlite_uri(file: Path) -> str:
+    """The URI of a SQLite store, whatever its path holds."""
+    path = str(file.absolute())
+    if not set(path) & set("?%"):
+        return f"sqlite:///{path}"
+    from sqlalchemy import URL
+
+    # the driver is named, because MLflow makes the folder of a plain sqlite:/// as it is spelled there, with every %3F
+    return URL.create("sqlite+pysqlite", database=path).render_as_string()
+
+
+def database_file(uri: str) -> Path | None:
+    """The file of a SQLite store; None for another kind of store."""
+    if not uri.startswith("sqlite"):
+        return None
+    from sqlalchemy import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        url = make_url(uri)
+    except ArgumentError:
+        raise ConfigError(
+            f"the MLflow store {uri!r} is no SQLite URI: write sqlite:///, then the file's path"
+        ) from None
+    in_file = url.database not in (None, "", ":memory:") and "uri" not in url.query
+    return Path(url.database).absolute() if in_file else None
+
+
+def check_store(uri: str, experiment: str) -> None:
+    """Raises ConfigError for a store that will not take `experiment`, as `open_client` would, but makes nothing: neither a new
+    store nor an experiment."""
+    file = database_file(uri)
+    if file is not None and not file.exists():
+        require_place(file)
+    else:
+        with connected(uri, file) as client:
+            find_experiment(client, experiment)
 
 
 def open_client(uri: str, experiment: str, results: Path):
@@ -43,41 +82,53 @@ def open_client(uri: str, experiment: str, results: Path):
 
     Raises ConfigError in one sentence for a store that cannot be reached or was left half made, a full disk, and an experiment that was deleted.
     """
-    quiet_mlflow()
-    from mlflow import MlflowClient
-    from mlflow.exceptions import MlflowException
-
-    file = Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+    file = database_file(uri)
     if file is not None and not file.exists():
         make_database(file)
-    with one_sentence(uri, file):
-        client = MlflowClient(uri)
-        found = client.get_experiment_by_name(experiment)
+    with connected(uri, file) as client:
+        found = find_experiment(client, experiment)
         if found is None:
+            from mlflow.exceptions import MlflowException
+
             location = (results / "mlflow-artifacts").absolute().as_uri() if file is not None else None
             try:
-                return client, client.create_experiment(experiment, artifact_location=location)
+                found = client.create_experiment(experiment, artifact_location=location)
             except MlflowException:  # another process made it in between
-                found = client.get_experiment_by_name(experiment)
-    if found.lifecycle_stage != "active":
+                found = find_experiment(client, experiment)
+    return client, found
+
+
+def find_experiment(client, name: str) -> str | None:
+    """The id of an experiment, None where there is none; raises ConfigError for one that was deleted."""
+    found = client.get_experiment_by_name(name)
+    if found is not None and found.lifecycle_stage != "active":
         raise ConfigError(
-            f"the MLflow experiment {experiment!r} was deleted: restore it (`mlflow experiments restore -x {found.experiment_id}`), or"
+            f"the MLflow experiment {name!r} was deleted: restore it (`mlflow experiments restore -x {found.experiment_id}`), or"
             " choose another tracking.experiment"
         )
-    return client, found.experiment_id
+    return found and found.experiment_id
+
+
+def require_place(file: Path) -> None:
+    """Raises ConfigError where a new store could not be made for want of room or permission."""
+    require_disk(
+        file.parent, DATABASE_BYTES, "a new MLflow store and what goes with it", "free some, or set tracking.uri"
+    )
+    folder = existing(file.parent)
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(f"the MLflow store {file} cannot be made: {folder} must not be written to; set tracking.uri")
 
 
 def make_database(file: Path) -> None:
     """A new SQLite store: made beside its place and named when it is whole, so that what is there is never half of one."""
+    quiet_mlflow()
     from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 
-    require_disk(
-        file.parent, DATABASE_BYTES, "a new MLflow store and what goes with it", "free some, or set tracking.uri"
-    )
+    require_place(file)
     file.parent.mkdir(parents=True, exist_ok=True)
     draft = file.with_name(f".{file.name}-{os.getpid()}")
     try:
-        store = SqlAlchemyStore(f"sqlite:///{draft}", (file.parent / "mlruns").as_uri())
+        store = SqlAlchemyStore(sqlite_uri(draft), (file.parent / "mlruns").as_uri())
         store.engine.dispose()
         with contextlib.suppress(FileExistsError):  # another process was faster: its store is the store
             os.link(draft, file)
@@ -86,13 +137,16 @@ def make_database(file: Path) -> None:
 
 
 @contextlib.contextmanager
-def one_sentence(uri: str, file: Path | None) -> Iterator[None]:
-    """What MLflow says of a store that does not work as a ConfigError that says what to do."""
+def connected(uri: str, file: Path | None) -> Iterator:
+    """An MLflow client. What MLflow says, within the scope, of a store that does not work is raised as a ConfigError that says
+    what to do. `file`: that of a SQLite store."""
+    quiet_mlflow()
+    from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
     try:
-        yield
+        yield MlflowClient(uri)
     except (MlflowException, SQLAlchemyError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         remedy = (

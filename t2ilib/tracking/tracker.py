@@ -7,11 +7,13 @@ runs.
 """
 
 import contextlib
+import functools
 import json
 import logging
 import re
 import signal
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -19,8 +21,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from t2ilib.config import RunConfig
+from t2ilib.runfile import save_run
 from t2ilib.tracking.models import log_adapter
-from t2ilib.tracking.store import HEARTBEAT, open_client, tracking_uri
+from t2ilib.tracking.store import HEARTBEAT, check_store, open_client, tracking_uri
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -29,6 +32,42 @@ log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_FLUSHES = 5.0
 MAX_METRICS, MAX_PARAMS, MAX_VALUE = 1000, 100, 6000
+
+ALWAYS = (
+    "seed",
+    "model.base",
+    "model.quantization",
+    "adapter.kind",
+    "adapter.rank",
+    "adapter.targets",
+    "data.resolution",
+    "optimizer.name",
+    "optimizer.learning_rate",
+    "training.trains",
+    "training.steps",
+    "training.batch_size",
+)
+"""Parameters that are logged also where they are RunConfig's defaults: what runs are compared by."""
+
+FIRST = "A first look"
+FIRST_METRICS = (
+    "loss",
+    "held_out_loss",
+    "concept/learned",
+    "base_kept/all",
+    "clip_score/concept",
+    "clip_score/prompts",
+    "steps_per_second",
+    "peak_device_mib",
+    "peak_process_mib",
+    "adapter_mib",
+    "trainable_parameters",
+)
+"""Metrics that stand first in MLflow's charts, in a section that is called so.
+
+A section is what stands before the last slash of a name. The charts sort sections by name, whatever its letters' case, and put
+metrics without a slash behind them all (MLflow 3.17), so what should come first needs a name that does.
+"""
 
 
 class Tracker(Protocol):
@@ -69,18 +108,28 @@ class NullTracker:
 class MlflowTracker:
     """Logs to one MLflow run; metrics are sent in batches, and steps that an earlier attempt logged are not sent again.
 
-    The run is begun, or taken up again, by the first thing that is logged: a training that is refused before that leaves what
-    was logged to its folder's run as it is.
+    The store is opened, or made, and the run begun, or taken up again, by the first thing that is logged: a training that is
+    refused before that makes no store, and leaves what was logged to its folder's run as it is. `results`: where the artifacts of
+    a SQLite store lie.
     """
 
-    def __init__(self, client, experiment: str, run: RunConfig, uri: str):
-        self.client, self.experiment, self.run, self.uri = client, experiment, run, uri
+    def __init__(self, run: RunConfig, uri: str, results: Path):
+        self.run, self.uri, self.results = run, uri, results
         self.buffer: list = []
         self.flushed = time.monotonic()
         self.logged: dict[str, int] = {}
         self.known: str | None = None
         self.resumed = False
         self.watching = contextlib.ExitStack()
+
+    @functools.cached_property
+    def store(self) -> tuple[Any, str]:
+        """An MLflow client, and the id of the run's experiment."""
+        return open_client(self.uri, self.run.tracking.experiment, self.results)
+
+    @property
+    def client(self):
+        return self.store[0]
 
     @property
     def run_id(self) -> str:
@@ -96,8 +145,8 @@ class MlflowTracker:
         self.known = known_run(self.client, note, self.uri, digest)
         self.resumed = self.known is not None
         if not self.resumed:
-            self.known = self.client.create_run(self.experiment, tags=tags, run_name=self.run.name).info.run_id
-            log_params(self.client, self.known, self.run)
+            self.known = self.client.create_run(self.store[1], tags=tags, run_name=self.run.name).info.run_id
+            log_config(self.client, self.known, self.run)
         note.parent.mkdir(parents=True, exist_ok=True)
         note.write_text(json.dumps({"uri": self.uri, "run_id": self.known, "digest": digest}))
         self.client.update_run(self.known, status="RUNNING")
@@ -118,13 +167,14 @@ class MlflowTracker:
             self.begin()
         now = int(time.time() * 1000)
         for name, value in values.items():
+            name = shown_name(name)
             if step > self.last_step(name):
                 self.buffer.append(Metric(name, float(value), now, step))
         if len(self.buffer) >= MAX_METRICS // 2 or time.monotonic() - self.flushed > SECONDS_BETWEEN_FLUSHES:
             self.flush()
 
     def last_step(self, name: str) -> int:
-        """The last step of this metric that an earlier attempt logged; asked once a metric."""
+        """The last step of this metric, as MLflow has it, that an earlier attempt logged; asked once a metric."""
         if name not in self.logged:
             history = self.client.get_metric_history(self.run_id, name) if self.resumed else []
             self.logged[name] = max((metric.step for metric in history), default=-1)
@@ -192,15 +242,16 @@ class MlflowTracker:
 def open_tracker(run: RunConfig, results: Path | None = None) -> Iterator[Tracker]:
     """The tracker of a run for as long as the scope lasts; NullTracker where `run.tracking.experiment` is None.
 
-    `results`: where the default store lies; the output folder's parent without it.
+    `results`: where the default store lies; the output folder's parent without it. Raises ConfigError for a store that cannot be
+    used, before it is used.
     """
     if run.tracking.experiment is None:
         yield NullTracker()
         return
     results = results or run.output.absolute().parent
     uri = tracking_uri(run.tracking.uri, results)
-    client, experiment_id = open_client(uri, run.tracking.experiment, results)
-    tracker, status = MlflowTracker(client, experiment_id, run, uri), "FINISHED"
+    check_store(uri, run.tracking.experiment)
+    tracker, status = MlflowTracker(run, uri, results), "FINISHED"
     try:
         with terminated_as_exit():
             yield tracker
@@ -212,6 +263,11 @@ def open_tracker(run: RunConfig, results: Path | None = None) -> Iterator[Tracke
         raise
     finally:
         tracker.end(status)
+
+
+def shown_name(metric: str) -> str:
+    """A metric's name in MLflow, by which it has its place in the charts."""
+    return f"{FIRST}/{metric.replace('/', '_')}" if metric in FIRST_METRICS else metric
 
 
 @contextlib.contextmanager
@@ -257,12 +313,30 @@ def run_tags(run: RunConfig) -> dict[str, str]:
     return tags | parent | run.tracking.tags
 
 
-def log_params(client, run_id: str, run: RunConfig) -> None:
+def log_config(client, run_id: str, run: RunConfig) -> None:
+    """The whole config as the artifact run.yaml, and as parameters what sets this run apart."""
     from mlflow.entities import Param
 
-    params = [Param(name, str(value)[:MAX_VALUE]) for name, value in run.flat().items()]
+    params = [Param(name, str(value)[:MAX_VALUE]) for name, value in telling_fields(run).items()]
     for start in range(0, len(params), MAX_PARAMS):
         client.log_batch(run_id, params=params[start : start + MAX_PARAMS])
+    with tempfile.TemporaryDirectory(prefix="t2ilib-") as folder:
+        save_run(run, Path(folder) / "run.yaml")
+        client.log_artifact(run_id, str(Path(folder) / "run.yaml"))
+
+
+def telling_fields(run: RunConfig) -> dict[str, Any]:
+    """`section.field` -> value of those that are not RunConfig's default, and of ALWAYS; none of sections that the run has not."""
+    fields = {}
+    for name, value in run.flat().items():
+        section, _, field = name.partition(".")
+        part = getattr(run, section)
+        if part is None:
+            continue
+        default = type(part)().model_dump(mode="json")[field] if field else RunConfig.model_fields[section].default
+        if name in ALWAYS or value != default:
+            fields[name] = value
+    return fields
 
 
 @contextlib.contextmanager

@@ -83,7 +83,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         (draft / MANIFEST).write_text(json.dumps(sums, indent=1))
         for path in (*draft.iterdir(), draft):
             sync(path)
-        target = folder / f"step-{checkpoint.step:06d}"
+        target = folder / step_name(checkpoint.step)
         replaced = folder / f".saving-replaced-{os.getpid()}"
         if target.exists():  # the same step again: the old one is kept until the new one has its name
             target.rename(replaced)
@@ -127,6 +127,11 @@ def load_checkpoint(path: Path) -> Checkpoint:
     stems = {Path(name).stem: load_file(path / name) for name in sums if name.endswith(".safetensors")}
     tensors = {stem: {key: aligned(tensor) for key, tensor in stored.items()} for stem, stored in stems.items()}
     return Checkpoint(meta.pop("step"), tensors, meta)
+
+
+def step_name(step: int) -> str:
+    """What everything that a run keeps of a step is called."""
+    return f"step-{step:06d}"
 
 
 def load_latest(folder: Path) -> Checkpoint | None:

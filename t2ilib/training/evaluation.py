@@ -7,6 +7,7 @@ import torch
 from t2ilib.config import RunConfig
 from t2ilib.evaluation.sampling import load_pictures, make_grid, save_pictures
 from t2ilib.tracking.tracker import Tracker
+from t2ilib.training.checkpoint import step_name
 from t2ilib.training.history import History
 from t2ilib.training.setups import Setup
 from t2ilib.training.state import TrainState
@@ -31,22 +32,25 @@ class Evaluation:
 
     def __call__(self, step: int) -> dict[str, float]:
         """Measures and draws what is due at `step`; everything before the first and after the last step."""
-        self.history.pause()
+        peaks = self.history.peaks
         ends = step in (0, self.run.training.steps)
         every, draws_every = self.run.evaluation.validate_every, self.run.evaluation.sample_every
         metrics = {}
         with self.state.averaged(), torch.no_grad():
             if ends or (every and step % every == 0):
-                metrics = self.setup.validate(step)
+                with peaks.during("validating"):
+                    metrics = self.setup.validate(step)
                 self.history.add(step, metrics)
                 if "held_out_loss" in metrics:
                     log.info("step %d: held-out loss %.4f", step, metrics["held_out_loss"])
             if self.setup.draw is not None and (ends or (draws_every and step % draws_every == 0)):
-                self.show(step, self.setup.draw())
+                with peaks.during("drawing"):
+                    pictures = self.setup.draw()
+                self.show(step, pictures)
         return metrics
 
     def show(self, step: int, pictures: list) -> None:
-        save_pictures(pictures, self.folder / f"step-{step:06d}")
+        save_pictures(pictures, self.folder / step_name(step))
         if step == 0:
             self.base_pictures = pictures
         rows = [self.base_pictures, pictures] if step and self.base_pictures else [pictures]
@@ -57,4 +61,4 @@ class Evaluation:
 
     def restore(self) -> None:
         """After a resume: the base's pictures come from disk."""
-        self.base_pictures = load_pictures(self.folder / "step-000000")
+        self.base_pictures = load_pictures(self.folder / step_name(0))

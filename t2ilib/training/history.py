@@ -5,17 +5,20 @@ import time
 from pathlib import Path
 
 from t2ilib.evaluation.metrics import Metric
-from t2ilib.memory import Peak
+from t2ilib.memory import Peaks
 from t2ilib.tracking.tracker import Tracker
 
+PHASES = ("encoding", "training", "validating", "drawing")
 COSTS = {
     "peak_device_mib": Metric("peak GPU memory, MiB", "mib", "lower", False, "Cost", "memory", "Least GPU memory"),
     "trainable_parameters": Metric("trainable parameters", "count", "lower", True, "Cost", "size", "Fewest trainable parameters"),
     "adapter_mib": Metric("adapter, MiB", "mib", "lower", True, "Cost", "size"),
     "peak_process_mib": Metric("peak process memory, MiB", "mib", "lower", False, "Cost", "host"),
     "steps_per_second": Metric("steps per second", "rate", "higher", False, "Cost", "speed", "Fastest"),
+    **{f"memory/{phase}/peak_device_mib": Metric(f"GPU, {phase}", "mib", "lower", False, "Peak memory by phase, MiB") for phase in PHASES},
+    **{f"memory/{phase}/peak_process_mib": Metric(f"process, {phase}", "mib", "lower", False, "Peak memory by phase, MiB") for phase in PHASES},
 }  # fmt: skip
-"""What every run says of itself besides what it learned."""
+"""What every run says of itself besides what it learned. The peaks are those of the whole run, whichever phase they fall into."""
 
 
 class History:
@@ -24,9 +27,9 @@ class History:
     Seconds in steps and memory peaks are kept in timing.json beside it, so that a resumed run reports the whole run.
     """
 
-    def __init__(self, output: Path, start: int, tracker: Tracker, peak: Peak):
+    def __init__(self, output: Path, start: int, tracker: Tracker, peaks: Peaks):
         self.path, self.timing = output / "metrics.jsonl", output / "timing.json"
-        self.tracker, self.peak = tracker, peak
+        self.tracker, self.peaks = tracker, peaks
         self.seconds, self.timed, self.first, self.last, self.began = 0.0, 0, start + 1, {}, 0.0
         rows = [row for row in read_rows(self.path) if row["step"] <= start] if start else []
         for row in rows:
@@ -37,11 +40,11 @@ class History:
         if start and self.timing.exists():
             known = json.loads(self.timing.read_text())
             self.seconds, self.timed = known["seconds"], known["timed"]
-            peak.process_mib, peak.device_mib = known["peak_process_mib"], known["peak_device_mib"]
+            peaks.include(known["peaks"])
 
     def begin(self) -> None:
         """Before a step."""
-        self.peak.start()
+        self.peaks.enter("training")
         self.began = time.perf_counter()
 
     def step(self, step: int, values: dict[str, float]) -> None:
@@ -50,15 +53,10 @@ class History:
             self.seconds, self.timed = self.seconds + time.perf_counter() - self.began, self.timed + 1
         self.add(step, values)
 
-    def pause(self) -> None:
-        """Before something that is no step: the peak of training is that of its steps."""
-        self.peak.stop()
-
     def save_timing(self) -> None:
-        self.pause()
-        peaks = {"peak_process_mib": self.peak.process_mib, "peak_device_mib": self.peak.device_mib}
+        self.peaks.leave()
         draft = self.timing.with_suffix(".part")
-        draft.write_text(json.dumps({"seconds": self.seconds, "timed": self.timed, **peaks}))
+        draft.write_text(json.dumps({"seconds": self.seconds, "timed": self.timed, "peaks": self.peaks.found}))
         draft.replace(self.timing)
 
     def add(self, step: int, values: dict[str, float]) -> None:

@@ -6,6 +6,7 @@ dropout come from addresses, so a run that was killed and resumed is, bit for bi
 
 import contextlib
 import logging
+import os
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,22 +23,21 @@ from t2ilib.data.loader import sample_ids
 from t2ilib.data.manifest import Dataset, load_datasets
 from t2ilib.evaluation.measures import find_measures
 from t2ilib.evaluation.metrics import declare
-from t2ilib.memory import MemoryLog, Peak, require_disk
+from t2ilib.memory import MemoryLog, Peaks, require_disk
 from t2ilib.models.components import Components
 from t2ilib.models.files.locate import locate
 from t2ilib.models.load import choose_device, choose_dtype, load_base
 from t2ilib.runfile import save_run
-from t2ilib.seeds import seed_for
 from t2ilib.shapes.pretraining import setup_clip, setup_vae
 from t2ilib.text import shown
 from t2ilib.tracking.tracker import NullTracker, Tracker
-from t2ilib.training.checkpoint import owned
+from t2ilib.training.checkpoint import owned, step_name
 from t2ilib.training.evaluation import Evaluation
 from t2ilib.training.history import COSTS, History
-from t2ilib.training.objectives import addressed_noise
 from t2ilib.training.progress import Progress
 from t2ilib.training.setups import Setup, setup_diffusion, trained_precision
 from t2ilib.training.state import TrainState, require_same_run
+from t2ilib.training.step import take_gradients
 
 log = logging.getLogger(__name__)
 
@@ -77,8 +77,9 @@ def train(run: RunConfig, tracker: Tracker | None = None) -> TrainResult:
     train, and Interrupted after SIGTERM or Ctrl-C, with a checkpoint committed.
     """
     tracker = tracker or NullTracker()
+    choose_kernels(run)
     accelerator = build_accelerator(run)
-    memory = MemoryLog(run.output)
+    memory, peaks = MemoryLog(run.output), Peaks()
     memory.note("start")
     require_same_run(run)
     find_measures(run)  # told now, not after training
@@ -86,19 +87,21 @@ def train(run: RunConfig, tracker: Tracker | None = None) -> TrainResult:
     if run.training.steps:
         sample_ids(run.seed, 0, run.training.batch_size, len(training))  # likewise a batch that cannot be filled
     require_scaled_gradients(run, accelerator)
-    components = load_base(trained_precision(run), accelerator.device)
+    with peaks.during("loading"):
+        components = load_base(trained_precision(run), accelerator.device)
     if run.objective.name != "auto":
         components.predict(run.objective.name)
-    setup = SETUPS[run.trains](run, components, training, held_out, accelerator)
+    with peaks.during("encoding"):
+        setup = SETUPS[run.trains](run, components, training, held_out, accelerator)
     state = TrainState(run, setup, accelerator, training.digest)
     require_disk(run.output, state.checkpoint_bytes() * (run.training.keep_checkpoints + 1), "checkpoints")
 
     with owned(run.output):
         start, steps = state.resume(), run.training.steps
         save_run(run, run.output / "run.yaml")
-        memory.note("loaded", peak=True)
+        memory.note("loaded")
         tracker.log_datasets(training, held_out)
-        history = History(run.output, start, tracker, Peak())
+        history = History(run.output, start, tracker, peaks)
         evaluate = Evaluation(run, setup, state, history, tracker)
         evaluate(start) if start == 0 else evaluate.restore()
         progress = Progress(run, start)
@@ -107,25 +110,15 @@ def train(run: RunConfig, tracker: Tracker | None = None) -> TrainResult:
             for step in range(start, steps):
                 history.begin()
                 ids = sample_ids(run.seed, step, run.training.batch_size, setup.num_samples)
-                losses = []
-                for micro, share in enumerate(micro_batches(ids, run.training.accumulation)):
-                    torch.manual_seed(seed_for(run.seed, "dropout", step, micro))
-                    batch = setup.batch(share, step)
-                    noise, timesteps = addressed_noise(run.seed, step, share, setup.noise_shape, setup.num_timesteps)
-                    noise, timesteps = noise.to(accelerator.device), timesteps.to(accelerator.device)
-                    # weight(t) |model(x_t, t) - target|^2 of each sample; x_t is its latents with noise (`objectives`)
-                    per_sample = setup.objective(state.model, batch, noise, timesteps)
-                    accelerator.backward(per_sample.mean() / run.training.accumulation)
-                    losses.append(per_sample.detach())
-                    require_finite(per_sample, step, share, training)
-                norm = accelerator.clip_grad_norm_(state.parameters, run.optimizer.max_grad_norm)
+                losses, norm = take_gradients(run, setup, state.model, state.parameters, accelerator, step, ids)
+                require_finite(losses, step, ids, training)
                 if accelerator.scaler is None:  # with one, such a step is skipped and the scale lowered
                     require_finite(norm.expand(len(ids)), step, ids, training)
                 if setup.proof is not None:
                     setup.proof.observe(step - start + 1)
                 state.step()
 
-                done, loss = step + 1, float(torch.cat(losses).mean())
+                done, loss = step + 1, float(losses.mean())
                 history.step(done, {"loss": loss, "grad_norm": float(norm), **state.rates()})
                 progress(done, loss, history.seconds)
                 if step == start:
@@ -136,6 +129,8 @@ def train(run: RunConfig, tracker: Tracker | None = None) -> TrainResult:
                 if state.due(done) or stop:
                     history.save_timing()
                     state.save(done)
+                    if run.training.keep_adapters == "all":
+                        setup.save(run.output / "steps" / step_name(done))
                 if stop:
                     raise Interrupted(128 + interrupt[0])
 
@@ -148,7 +143,7 @@ def train(run: RunConfig, tracker: Tracker | None = None) -> TrainResult:
         else:
             metrics |= history.last
         memory.note("end")
-        history.add(steps, metrics | history.peak.metrics() | state.sizes(run.output) | memory.metrics())
+        history.add(steps, metrics | peaks.metrics() | state.sizes(run.output) | memory.metrics())
         declare(
             run.output, {name: metric for name, metric in {**setup.metrics, **COSTS}.items() if name in history.last}
         )
@@ -189,6 +184,14 @@ def build_accelerator(run: RunConfig) -> Accelerator:
     return accelerator
 
 
+def choose_kernels(run: RunConfig) -> None:
+    """With `training.deterministic`, for the rest of the process: kernels that give the same bits every time, or an error."""
+    if run.training.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # or cuBLAS may sum in another order
+        torch.backends.cudnn.benchmark = False
+        torch.use_deterministic_algorithms(True)
+
+
 def require_scaled_gradients(run: RunConfig, accelerator: Accelerator) -> None:
     """Raises ConfigError where gradients would pass through a float16 base without a loss scale: small ones become zeros."""
     dtype = choose_dtype(trained_precision(run).dtype, accelerator.device)
@@ -198,12 +201,6 @@ def require_scaled_gradients(run: RunConfig, accelerator: Accelerator) -> None:
             " float16 without a loss scale and vanish: set training.mixed_precision to fp16 (on a GPU), or model.dtype to"
             " bfloat16 or float32"
         )
-
-
-def micro_batches(ids: list[int], accumulation: int) -> list[list[int]]:
-    """A batch in `accumulation` equal parts; the config has made sure that it divides."""
-    size = len(ids) // accumulation
-    return [ids[i : i + size] for i in range(0, len(ids), size)]
 
 
 def require_finite(losses: Tensor, step: int, ids: list[int], training: Dataset) -> None:

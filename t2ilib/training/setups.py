@@ -4,8 +4,9 @@ Here: adapters, the whole UNet, and nothing (the base model measured as it is). 
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +20,31 @@ from t2ilib.adapters.attach import AdapterProof, attach_adapters
 from t2ilib.adapters.export import describe, save_adapter
 from t2ilib.adapters.weights import read_layers
 from t2ilib.config import ModelConfig, RunConfig
-from t2ilib.data.cache import encode_dataset
+from t2ilib.data.cache import EncodedDataset, encode_dataset
 from t2ilib.data.manifest import Dataset
 from t2ilib.evaluation.sampling import draw
 from t2ilib.models.components import Components
 from t2ilib.models.denoiser import Denoiser
+from t2ilib.models.families import cut_captions
 from t2ilib.models.pipeline import save_pipeline
-from t2ilib.seeds import generator_for
+from t2ilib.seeds import generator_for, numpy_generator_for
 from t2ilib.text import shown
+from t2ilib.training.checkpoint import step_name
 from t2ilib.training.objectives import Objective, build_objective
-from t2ilib.training.validation import HELD_OUT, held_out_loss
+from t2ilib.training.validation import GRID_SEED, HELD_OUT, held_out_loss
+
+log = logging.getLogger(__name__)
 
 GRID_PROMPTS = 8
 """Captions that make the prompts of the sample grids where `evaluation.prompts` is empty."""
+
+
+def nothing_measured(step: int) -> dict[str, float]:
+    return {}
+
+
+def nothing_saved(folder: Path) -> None:
+    pass
 
 
 @dataclass
@@ -50,8 +63,8 @@ class Setup:
     num_samples: int
     batch: Callable[[list[int], int], dict[str, Any]]
     objective: Objective
-    validate: Callable[[int], dict[str, float]]
-    save: Callable[[Path], None]
+    validate: Callable[[int], dict[str, float]] = nothing_measured
+    save: Callable[[Path], None] = nothing_saved
     noise_shape: tuple[int, ...] = ()
     num_timesteps: int = 1
     draw: Callable[[], list[Image.Image]] | None = None
@@ -69,35 +82,38 @@ def setup_diffusion(
     modules = trained_modules(run, components)
     proof = AdapterProof(components, run.adapter) if trains == "adapter" else None
 
-    trains_text = bool(run.adapter and run.adapter.text_encoder_targets)
-    encoded, encoded_held_out = (
-        encode_dataset(components, data, run.data.resolution, with_text=not trains_text) if len(data) else None
-        for data in (training, held_out)
+    held_out = measured_part(held_out, run.evaluation.validation_pictures)
+    prompts = (
+        run.evaluation.prompts or tuple(dict.fromkeys((*held_out.captions(), *training.captions())))[:GRID_PROMPTS]
     )
-    components.park(modules if trains_text else ())
+    tell_cut_captions(components, [*training.captions(), *held_out.captions(), *prompts])
+    with components.awake(
+        *encoders(run, components)
+    ):  # the UNet is not needed yet, and the VAE's activations are large
+        encoded, encoded_held_out = (
+            encode_dataset(components, data, run.data.resolution, with_text=not trains_text(run)) if len(data) else None
+            for data in (training, held_out)
+        )
+    components.park(modules if trains_text(run) else ())
     if run.training.gradient_checkpointing:
         checkpoint_gradients(components, modules)
 
-    schedule = noise_schedule(components)
-    plain = build_objective(run.objective.model_copy(update={"snr_gamma": None}), schedule)
-    denoiser = Denoiser(components, trains_text)
-
-    def batch(ids: list[int], step: int) -> dict[str, Any]:
-        return encoded.batch(ids, dropped_captions(run, ids, step), device)
+    setup = learn_to_denoise(run, components, modules, encoded, device)
+    plain = build_objective(run.objective.model_copy(update={"snr_gamma": None}), noise_schedule(components))
 
     def validate(step: int) -> dict[str, float]:
         if encoded_held_out is None:
             return {}
         with accelerator.autocast():
             result = held_out_loss(
-                denoiser, plain, encoded_held_out, schedule.config.num_train_timesteps, run.evaluation.validation_timesteps, device
-            )  # fmt: skip
+                setup.model, plain, encoded_held_out, setup.num_timesteps, run.evaluation.validation_timesteps, device
+            )
         by_picture = [
             {"picture": shown(record.path.name), "caption": record.caption, "loss": loss}
             for record, loss in zip(held_out.records, result.by_picture(), strict=True)
         ]
         (run.output / "held_out").mkdir(exist_ok=True)
-        (run.output / "held_out" / f"step-{step:06d}.json").write_text(json.dumps(by_picture, indent=1))
+        (run.output / "held_out" / f"{step_name(step)}.json").write_text(json.dumps(by_picture, indent=1))
         return result.metrics()
 
     def save(folder: Path) -> None:
@@ -108,25 +124,69 @@ def setup_diffusion(
         elif trains == "unet":
             save_pipeline(components, folder / "model")
 
-    prompts = (
-        run.evaluation.prompts or tuple(dict.fromkeys((*held_out.captions(), *training.captions())))[:GRID_PROMPTS]
-    )
-    return Setup(
-        components=components,
-        model=denoiser,
-        modules=modules,
-        num_samples=len(encoded),
-        batch=batch,
-        objective=build_objective(run.objective, schedule),
+    return replace(
+        setup,
         validate=validate,
         save=save,
-        noise_shape=tuple(encoded.latents.shape[1:]),
-        num_timesteps=schedule.config.num_train_timesteps,
         draw=lambda: draw(components, list(prompts), run.evaluation, resolution=run.data.resolution),
         prompts=prompts,
         proof=proof,
         metrics=HELD_OUT,
     )
+
+
+def learn_to_denoise(
+    run: RunConfig,
+    components: Components,
+    modules: dict[str, nn.Module],
+    encoded: EncodedDataset,
+    device: torch.device,
+) -> Setup:
+    """What `modules` learn of encoded pictures: the run's objective over its noise schedule. Neither measures nor saves."""
+    schedule = noise_schedule(components)
+    return Setup(
+        components=components,
+        model=Denoiser(components, trains_text(run)),
+        modules=modules,
+        num_samples=len(encoded),
+        batch=lambda ids, step: encoded.batch(ids, dropped_captions(run, ids, step), device),
+        objective=build_objective(run.objective, schedule),
+        noise_shape=tuple(encoded.latents.shape[1:]),
+        num_timesteps=schedule.config.num_train_timesteps,
+    )
+
+
+def trains_text(run: RunConfig) -> bool:
+    """Whether text encoders have adapters, so that captions must be encoded anew in every step."""
+    return bool(run.adapter and run.adapter.text_encoder_targets)
+
+
+def encoders(run: RunConfig, components: Components) -> tuple[str, ...]:
+    """The parts that encoding the data takes, by name."""
+    return ("vae",) if trains_text(run) else ("vae", *components.text_encoders)
+
+
+def measured_part(held_out: Dataset, most: int) -> Dataset:
+    """At most so many of the held-out pictures, the same ones in every run; says so where some are left out."""
+    if len(held_out) <= most:
+        return held_out
+    log.info("%d of %d held-out pictures are measured (evaluation.validation_pictures)", most, len(held_out))
+    chosen = numpy_generator_for(GRID_SEED, "held-out pictures").permutation(len(held_out))[:most]
+    return replace(held_out, records=tuple(held_out.records[i] for i in sorted(chosen.tolist())))
+
+
+def tell_cut_captions(components: Components, captions: Sequence[str]) -> None:
+    """Warns of captions and prompts of which the text encoders see the beginning only."""
+    cut = cut_captions(components.tokenizers, captions)
+    if cut:
+        log.warning(
+            "%d of %d captions and prompts are longer than the %d tokens that the text encoder takes: their ends are not seen. One of"
+            " them ends with %r",
+            len(cut),
+            len(set(captions)),
+            min(tokenizer.model_max_length for tokenizer in components.tokenizers.values()),
+            cut[0][-60:],
+        )
 
 
 def dropped_captions(run: RunConfig, ids: list[int], step: int) -> list[bool]:

@@ -101,8 +101,11 @@ class TrainState:
         return step % self.run.training.checkpoint_every == 0 or step == self.run.training.steps
 
     def rates(self) -> dict[str, float]:
-        """Learning rates as they are now, one for each group of parameters."""
-        return {f"learning_rate/{group['name']}": group["lr"] for group in self.raw_optimizer.param_groups}
+        """Learning rates as they are now, one for each group of parameters; of Prodigy also `d`, its estimate of the distance that
+        there is to go, by which it multiplies them."""
+        groups = self.raw_optimizer.param_groups
+        estimates = {"prodigy_d": float(groups[0]["d"])} if "d" in groups[0] else {}
+        return {f"learning_rate/{group['name']}": group["lr"] for group in groups} | estimates
 
     def save(self, step: int) -> None:
         tensors, optimizer = pack_optimizer(self.raw_optimizer)
@@ -171,6 +174,7 @@ class TrainState:
             (output / "run.yaml", None),
             (output / "held_out", "held_out"),
             (output / "adapter", "adapter"),
+            (output / "steps", "steps"),
             *((path, f"checkpoints/{path.name}") for path in last),
         ]
         return [(path, folder) for path, folder in kept if path.exists()]

@@ -21,6 +21,8 @@ HELD_OUT = {
 }
 GRID_SEED = 0
 """The grid does not depend on the run's seed: all runs are measured with the same ruler."""
+AT_ONCE = 32
+"""Rows of the grid, a picture at a timestep each, in one pass of the UNet; fewer where they are large."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +55,16 @@ def held_out_loss(
 ) -> HeldOutLoss:
     """Loss of every held-out picture at `num_timesteps` timesteps, the middles of equal strata of the schedule."""
     timesteps = ((torch.arange(num_timesteps) + 0.5) / num_timesteps * num_train_timesteps).long()
-    shape = held_out.latents.shape[1:]
-    rows = []
-    for i in range(len(held_out)):
-        noise = torch.randn((num_timesteps, *shape), generator=generator_for(GRID_SEED, "held-out noise", i))
-        parts = []
-        for part in torch.arange(num_timesteps).split(pictures_at_once(8 * shape[-1], num_timesteps)):
-            batch = held_out.batch([i] * len(part), [False] * len(part), device)
-            parts.append(objective(denoiser, batch, noise[part].to(device), timesteps[part].to(device)).cpu())
-        rows.append(torch.cat(parts))
-    return HeldOutLoss(torch.stack(rows), timesteps)
+    shape, count = held_out.latents.shape[1:], len(held_out) * num_timesteps
+    pictures, places = torch.arange(count) // num_timesteps, torch.arange(count) % num_timesteps
+    parts, noise = [], {}
+    for part in torch.arange(count).split(pictures_at_once(8 * shape[-1], AT_ONCE)):
+        ids = pictures[part].tolist()
+        noise = {
+            i: noise[i] if i in noise else torch.randn((num_timesteps, *shape), generator=generator_for(GRID_SEED, "held-out noise", i))
+            for i in dict.fromkeys(ids)
+        }  # fmt: skip
+        its_own = torch.stack([noise[i][k] for i, k in zip(ids, places[part].tolist(), strict=True)])
+        batch = held_out.batch(ids, [False] * len(ids), device)
+        parts.append(objective(denoiser, batch, its_own.to(device), timesteps[places[part]].to(device)).cpu())
+    return HeldOutLoss(torch.cat(parts).view(len(held_out), num_timesteps), timesteps)

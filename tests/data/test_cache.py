@@ -6,6 +6,7 @@ from t2ilib.data.cache import EncodedDataset, encode_dataset, load_pixels
 from t2ilib.data.manifest import Dataset
 from t2ilib.data.pictures import load_picture
 from t2ilib.data.sources.folder import Record
+from t2ilib.models.components import Components
 from t2ilib.models.families import time_ids
 
 
@@ -52,6 +53,7 @@ class ToyVae(torch.nn.Module):
 class ToyComponents:
     vae = ToyVae()
     asked: list
+    encode_pictures = Components.encode_pictures
 
     def encode_text(self, captions):
         self.asked += captions

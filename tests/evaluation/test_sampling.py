@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from t2ilib.config import EvaluationConfig, ModelConfig
@@ -38,6 +39,38 @@ def test_drawing_leaves_training_mode_as_it_was(components) -> None:
     draw(components, PROMPTS[:1], SETTINGS)
     assert components.unet.training
     components.unet.eval()
+
+
+def test_the_vae_takes_a_few_pictures_at_a_time_and_gives_the_same(components, monkeypatch) -> None:
+    noise = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    pixels = (127.5 + 40 * noise).clamp(0, 255).to(torch.uint8)
+    latents, pictures = components.encode_pictures(pixels), None
+    with torch.no_grad():
+        whole = components.vae.encode(pixels / 127.5 - 1).latent_dist.mode() * components.vae.config.scaling_factor
+        pictures = components.decode_latents(latents)
+        assert torch.allclose(latents, whole, atol=1e-5)
+        monkeypatch.setattr("t2ilib.models.components.VAE_PIXELS", 64 * 64)
+        sizes = []
+        hook = components.vae.decoder.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+        assert torch.allclose(components.encode_pictures(pixels), whole, atol=1e-5)
+        assert torch.allclose(components.decode_latents(latents), pictures, atol=1e-5)
+        hook.remove()
+    assert sizes == [1, 1, 1, 1]
+
+
+def test_tiles_are_what_was_asked_and_leave_nothing_behind(components) -> None:
+    vae, sides = components.vae, []
+    latents = torch.randn(1, 4, 40, 40, generator=torch.Generator().manual_seed(0))
+    hook = vae.decoder.register_forward_pre_hook(lambda module, inputs: sides.append(max(inputs[0].shape[-2:])))
+    with torch.no_grad():
+        tiled, whole = components.decode_latents(latents, tiled=True), components.decode_latents(latents)
+        small = components.decode_latents(latents[..., :8, :8], tiled=True)
+        same = components.decode_latents(latents[..., :8, :8])
+    hook.remove()
+    assert sides == [32, 32, 32, 16, 40, 8, 8]  # two by two, 24 apart: the last row and column are 16 high and wide
+    assert tiled.shape == whole.shape
+    assert torch.equal(small, same), "a picture that fits one tile is decoded whole"
+    assert not vae.use_tiling
 
 
 def test_grid_places_pictures_and_labels() -> None:

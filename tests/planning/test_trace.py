@@ -127,13 +127,34 @@ def test_activations_follow_the_settings() -> None:
     assert activations(*on_cuda, device="cuda") > 1.1 * activations(*on_cuda)  # norms in float32
 
 
-def test_on_a_gpu_parked_parts_are_not_counted_in_training() -> None:
+def test_on_a_gpu_a_phase_counts_only_what_it_works_with() -> None:
     run = run_of("model.dtype=float32")
     host, device = plan_memory(run, "cpu", 100).phases, plan_memory(run, "cuda", 100).phases
-    unet = 4 * sum(p.numel() for p in build_unloaded(run.model, torch.float32).unet.parameters())
-    assert device["training"]["weights"] == pytest.approx(unet, rel=0.05)
-    assert host["training"]["weights"] == pytest.approx(device["drawing"]["weights"], rel=0.05)
+    parts = build_unloaded(run.model, torch.float32)
+    size = {name: 4 * sum(p.numel() for p in part.parameters()) for name, part in parts.modules().items()}
+    size["vae"] = 4 * sum(p.numel() for p in parts.vae.parameters())
+    text = size["text_encoder"] + size["text_encoder_2"]
+    assert device["encoding"]["weights"] == pytest.approx(text + size["vae"], rel=0.05)  # the UNet waits on the host
+    assert device["training"]["weights"] == pytest.approx(size["unet"], rel=0.05)
+    assert device["drawing"]["weights"] == pytest.approx(size["unet"] + size["vae"], rel=0.05)
+    assert "adapters" not in {k for k, v in device["encoding"].items() if v}
+    assert device["training"]["adapters"] == device["drawing"]["adapters"] > 0
+    assert host["training"]["weights"] == host["encoding"]["weights"] == pytest.approx(sum(size.values()), rel=0.05)
     assert host["training"]["caches"] > 10 * device["training"]["caches"] > 0
+
+
+def test_tiles_lower_what_decoding_takes() -> None:
+    components, peaks = load_base(ModelConfig(), CPU), {}
+    for tiled in (False, True):
+        ledger = Ledger()
+        with ledger.measuring(), torch.no_grad():
+            components.decode_latents(torch.zeros(1, 4, 64, 64), tiled)
+        peaks[tiled] = ledger.most
+    assert peaks[True] < 0.5 * peaks[False]
+    plans = [plan_memory(run_of(f"evaluation.vae_tiling={on}", "data.resolution=512")) for on in ("false", "true")]
+    assert plans[0].phases["training"] == plans[1].phases["training"]
+    assert plans[0].phases["encoding"] == plans[1].phases["encoding"]
+    assert plans[0].bytes_of("drawing") > plans[1].bytes_of("drawing")
 
 
 def test_what_cuda_computes_in_float32_is_what_the_dispatcher_knows() -> None:

@@ -153,7 +153,7 @@ class Stop:
 
 
 def test_non_finite_loss_names_step_and_samples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from t2ilib.training import loop
+    from t2ilib.training import step as module
 
     def poisoned(*args, **kwargs):
         noise, timesteps = original(*args, **kwargs)
@@ -161,8 +161,8 @@ def test_non_finite_loss_names_step_and_samples(tmp_path: Path, monkeypatch: pyt
             noise[1] = float("nan")
         return noise, timesteps
 
-    original = loop.addressed_noise
-    monkeypatch.setattr(loop, "addressed_noise", poisoned)
+    original = module.addressed_noise
+    monkeypatch.setattr(module, "addressed_noise", poisoned)
     run = build_run(settings(tmp_path / "run"))
     with pytest.raises(NonFiniteLoss, match=r"1 sample\(s\) is not finite at step 2:\n  0000\d\d?\.png: .*heart"):
         train(run)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 from t2ilib.config import ConfigError, ModelConfig
@@ -36,10 +37,12 @@ def load_vae(config: ModelConfig, base: Path) -> nn.Module:
     own = json.loads((base / "vae" / "config.json").read_text())
     if path.is_file():
         header = read_header(path, f"model.vae {path}")
-        check_single_file(header, config, own)
-        require_memory_for(header, config.vae)
+        prefix = check_single_file(header, config, own)
+        require_memory_for({name: info for name, info in header.items() if name.startswith(prefix)}, config.vae)
+        stored = load_file(path)  # diffusers knows a prefix before original names only, so it gets none
+        tensors = {name.removeprefix(prefix): x for name, x in stored.items() if name.startswith(prefix)}
         return AutoencoderKL.from_single_file(
-            str(path), config=str(base), subfolder="vae", torch_dtype=torch.float32, local_files_only=True
+            tensors, config=str(base), subfolder="vae", torch_dtype=torch.float32, local_files_only=True
         )
     folder = path if (path / "config.json").exists() else path / "vae"
     lacking = [name for name in ("config.json", WEIGHTS) if not (folder / name).exists()]
@@ -74,8 +77,9 @@ def pixels_a_latent(config: dict[str, Any]) -> int:
     return 2 ** (len(config.get("block_out_channels", [64])) - 1)
 
 
-def check_single_file(header: dict[str, TensorInfo], config: ModelConfig, own: dict[str, Any]) -> None:
-    """Raises ConfigError where a file does not hold a VAE of the base's architecture, in original or diffusers' names."""
+def check_single_file(header: dict[str, TensorInfo], config: ModelConfig, own: dict[str, Any]) -> str:
+    """What comes before the names of a file's VAE; raises ConfigError where it does not hold one of the base's architecture, in
+    original or diffusers' names."""
     from diffusers import AutoencoderKL
 
     prefix = next((p for p in PREFIXES if f"{p}decoder.conv_in.weight" in header), None)
@@ -94,6 +98,7 @@ def check_single_file(header: dict[str, TensorInfo], config: ModelConfig, own: d
                 f"model.vae {config.vae} is not built as the VAE of model.base {config.base} ({name} is {found}, not"
                 f" {tuple(tensor.shape)}): a single file has no config, so give a VAE folder with its config.json"
             )
+    return prefix
 
 
 def squeezed(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -20,6 +20,8 @@ from t2ilib.models.files.headers import bytes_in_memory, read_header
 WEIGHTS = Path(__file__).parents[1] / "weights"
 SHIPPED = {name: WEIGHTS / name for name in ("tiny-sdxl", "tiny-sd15")}
 
+ENDING = ".safetensors"
+"""Of a file of weights, in small letters or capitals."""
 PICKLES = (".ckpt", ".pt", ".pth", ".bin")
 CONFIGS = ("*.json", "*/*.json", "*/*.txt")
 """What a pipeline on the Hub has besides weights: configs, vocabularies."""
@@ -34,7 +36,7 @@ def locate(name: str, field: str = "model.base") -> str:
     path = Path(name).expanduser()
     if path.is_dir():
         return str(path)
-    if path.is_file() or path.suffix in (".safetensors", *PICKLES):
+    if path.is_file() or path.suffix.lower() in (ENDING, *PICKLES):
         return str(check_file(path, field))
     if name.count("/") == 1 and not path.is_absolute() and not name.startswith("."):
         return name
@@ -46,16 +48,26 @@ def check_file(path: Path, field: str) -> Path:
     """`path` if it is a safetensors file; raises ConfigError otherwise, for a pickle with the way to convert it."""
     if not path.is_file():
         raise ConfigError(f"{field} {path}: there is no such file")
-    if path.suffix in PICKLES:
+    if path.suffix.lower() in PICKLES:
         raise ConfigError(
             f"{field} {path} is a pickle, which can run any code when it is opened. Take the .safetensors of the same model, or"
             f" convert it once, which runs none of it: {conversion(path)}"
         )
-    if path.suffix != ".safetensors":
+    if path.suffix.lower() != ENDING:
         raise ConfigError(
             f"{field} {path}: a single file must be .safetensors, not {path.suffix or 'one without ending'}"
         )
     return path
+
+
+def in_small_letters(path: Path, scratch: Path) -> Path:
+    """A safetensors file under a name that diffusers takes for one: its own, or where that ends in capitals a link in `scratch`."""
+    plain = path.with_suffix(ENDING)
+    if plain.exists() and plain.samefile(path):  # also where the file system does not tell capitals from small letters
+        return plain
+    link = scratch / plain.name
+    link.symlink_to(path.absolute())
+    return link
 
 
 def conversion(path: Path) -> str:
@@ -64,7 +76,7 @@ def conversion(path: Path) -> str:
         "import torch; from safetensors.torch import save_file; "
         f"d = torch.load({str(path)!r}, map_location='cpu', weights_only=True); d = d.get('state_dict', d); "
         "save_file({k: v.clone().contiguous() for k, v in d.items() if isinstance(v, torch.Tensor)}, "
-        f"{str(path.with_suffix('.safetensors'))!r})"
+        f"{str(path.with_suffix(ENDING))!r})"
     )
     return f'python -c "{script}"'
 

@@ -31,6 +31,8 @@ OPENCLIP_LAYER = {
     "mlp.fc1": "mlp.c_fc",
     "mlp.fc2": "mlp.c_proj",
 }
+CLIP = ("cond_stage_model.transformer.", "conditioner.embedders.0.transformer.")
+"""What comes before the names of SD1.x's text encoder, and of SDXL's first."""
 SD2_TEXT_WIDTH = 1024
 """Hidden size of OpenCLIP-H, by which SD2's text encoder is told from SD1.x's."""
 
@@ -144,6 +146,14 @@ def clip_tensors(encoder: nn.Module, prefix: str) -> dict[str, Tensor]:
     return {f"{prefix}text_model.{key.removeprefix('text_model.')}": x for key, x in state.items()}
 
 
+def with_text_model(name: str) -> str:
+    """A tensor of a checkpoint under its published name: some files leave `text_model.` out of those of CLIP, as transformers
+    has done since 5.6."""
+    prefix = next((prefix for prefix in CLIP if name.startswith(prefix)), None)
+    bare = prefix is not None and not name.startswith(f"{prefix}text_model.")
+    return f"{prefix}text_model.{name.removeprefix(prefix)}" if bare else name
+
+
 def openclip_tensors(encoder: nn.Module, prefix: str) -> dict[str, Tensor]:
     """A CLIP text encoder's weights as OpenCLIP names and shapes them.
 
@@ -173,7 +183,7 @@ def text_tensors(encoders: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     first = encoders["text_encoder"]
     if "text_encoder_2" in encoders:
         second = openclip_tensors(encoders["text_encoder_2"], "conditioner.embedders.1.model.")
-        return clip_tensors(first, "conditioner.embedders.0.transformer.") | second
+        return clip_tensors(first, CLIP[1]) | second
     if first.config.hidden_size == SD2_TEXT_WIDTH:
         return openclip_tensors(first, "cond_stage_model.model.")
-    return clip_tensors(first, "cond_stage_model.transformer.")
+    return clip_tensors(first, CLIP[0])

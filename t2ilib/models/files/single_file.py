@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from t2ilib.config import ConfigError, ModelConfig
@@ -25,8 +26,23 @@ from t2ilib.models.families import FAMILIES, Family
 from t2ilib.models.files.autoencoders import load_vae, squeezed
 from t2ilib.models.files.headers import TensorInfo, read_header
 from t2ilib.models.files.layouts import write_configs
-from t2ilib.models.files.locate import CONFIGS, fetch_files, lacking_configs, load_family, locate
-from t2ilib.models.files.original import original_unet_names, text_tensors, unet_tensors, vae_tensors
+from t2ilib.models.files.locate import (
+    CONFIGS,
+    ENDING,
+    fetch_files,
+    in_small_letters,
+    lacking_configs,
+    load_family,
+    locate,
+)
+from t2ilib.models.files.original import (
+    CLIP,
+    original_unet_names,
+    text_tensors,
+    unet_tensors,
+    vae_tensors,
+    with_text_model,
+)
 
 __all__ = ["load_single_file", "original_unet_names", "recognise", "save_single_file"]
 
@@ -83,7 +99,7 @@ def recognise(header: dict[str, TensorInfo], path: Path) -> str:
         prefixes = {
             "sdxl": "conditioner.embedders.1.model.",
             "sd2": "cond_stage_model.model.",
-            "sd15": "cond_stage_model.transformer.",
+            "sd15": CLIP[0],
         }
         for kind, prefix in prefixes.items():
             if any(name.startswith(prefix) for name in header):
@@ -93,6 +109,7 @@ def recognise(header: dict[str, TensorInfo], path: Path) -> str:
         ("down_blocks.0.resnets.0.conv1.weight", "a UNet in diffusers' layout: give the whole pipeline folder"),
         ("decoder.conv_in.weight", "a VAE: give it as model.vae, beside the model as model.base"),
         ("text_model.embeddings.token_embedding.weight", "a text encoder: give the whole model"),
+        ("embeddings.token_embedding.weight", "a text encoder: give the whole model"),
     )
     for name, what in parts:
         if name in header:
@@ -108,7 +125,8 @@ def load_single_file(path: Path, config: ModelConfig, dtype: torch.dtype) -> tup
     """
     import diffusers
 
-    header = read_header(path, f"model.base {path}")
+    stored = read_header(path, f"model.base {path}")
+    header = {with_text_model(name): tensor for name, tensor in stored.items()}
     kind = recognise(header, path)
     family = FAMILIES["sdxl" if kind == "sdxl" else "sd15"]
     with tempfile.TemporaryDirectory(prefix="t2ilib-") as scratch:
@@ -119,15 +137,25 @@ def load_single_file(path: Path, config: ModelConfig, dtype: torch.dtype) -> tup
         vae = None if config.vae is None else load_vae(config, configs)
         require_memory_of(parts, dtype, path, vae is None)
         options = {"config": str(configs), "local_files_only": True}
+        named = str(in_small_letters(path, Path(scratch)))
         if vae is None:
-            vae = diffusers.AutoencoderKL.from_single_file(
-                str(path), subfolder="vae", torch_dtype=torch.float32, **options
-            )
+            vae = diffusers.AutoencoderKL.from_single_file(named, subfolder="vae", torch_dtype=torch.float32, **options)
+        if header.keys() != stored.keys():
+            options["text_encoder"] = load_clip(path, parts["text_encoder"], dtype)
         pipeline = getattr(diffusers, family.pipeline_class).from_single_file(
-            str(path), vae=vae, torch_dtype=dtype, **options, **tokenizers, **family.left_out
+            named, vae=vae, torch_dtype=dtype, **options, **tokenizers, **family.left_out
         )
     pipeline.scheduler = marked_scheduler(pipeline.scheduler, header)
     return family, pipeline
+
+
+def load_clip(path: Path, empty: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """CLIP's text encoder from a file that leaves out `text_model.`: diffusers does not find it there. `empty`: see `empty_parts`."""
+    with safe_open(path, "pt") as file:
+        names = [name for name in file.keys() if name.startswith(CLIP)]  # noqa: SIM118, it is no dict
+        state = {with_text_model(name).partition(".text_model.")[2]: file.get_tensor(name) for name in names}
+    own = {key: state[key.removeprefix("text_model.")] for key in empty.state_dict()}
+    return type(empty).from_pretrained(None, config=empty.config, state_dict=own, dtype=dtype)
 
 
 def find_configs(path: Path, kind: str, family: Family, config: ModelConfig, scratch: Path) -> Path:
@@ -269,7 +297,7 @@ def save_single_file(components: Components, path: Path) -> None:
     from safetensors.torch import save_file
 
     path = Path(path)
-    if path.suffix != ".safetensors":
+    if path.suffix.lower() != ENDING:
         raise ConfigError(f"{path}: a single file is written as .safetensors")
     if components.quantization:
         raise ConfigError(f"{components.path} is quantized: load it with model.quantization none to write it")

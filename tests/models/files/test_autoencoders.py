@@ -74,6 +74,8 @@ def test_a_file_is_read_in_either_layout_and_keeps_the_bases_scale(other: Path, 
             k: x[:, :, 0, 0].contiguous() if ".attn_1." in k and x.ndim == 4 else x for k, x in original.items()
         },
         "diffusers": vae.state_dict(),
+        "diffusers_within": {f"vae.{name}": x for name, x in vae.state_dict().items()}
+        | {"unet.conv_in.bias": torch.ones(1)},
     }
     for name, tensors in layouts.items():
         save_file(tensors, tmp_path / f"{name}.safetensors")

@@ -9,6 +9,7 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
+from safetensors.torch import load as load_bytes
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from typer.testing import CliRunner
@@ -160,6 +161,48 @@ def test_the_file_is_the_folder_weights_and_pictures(models, name: str) -> None:
     pictures = [[p.tobytes() for p in draw(model, prompts, SETTINGS)] for model in (ours, theirs)]
     assert pictures[0] == pictures[1]
     assert pictures[0][0] != pictures[0][1]
+
+
+@pytest.mark.parametrize(("name", "prefix"), [("sd15", "cond_stage_model."), ("sdxl", "conditioner.embedders.0.")])
+def test_text_encoders_without_text_model_in_their_names_load(models, tmp_path: Path, name: str, prefix: str) -> None:
+    """As some converters write them: the same weights under shorter names, with the old buffer of positions among them."""
+    folder, file = models[name]
+    bare = {
+        key.replace(f"{prefix}transformer.text_model.", f"{prefix}transformer."): x
+        for key, x in load_file(file).items()
+    }
+    assert sum(key.startswith(f"{prefix}transformer.encoder.layers.") for key in bare) >= 32
+    bare[f"{prefix}transformer.embeddings.position_ids"] = torch.arange(32)[None]
+    save_file(bare, tmp_path / "bare.safetensors")
+    for dtype in ("float32", "bfloat16"):
+        ours, theirs = (
+            load_base(ModelConfig(base=str(base), config=str(folder), dtype=dtype), CPU)
+            for base in (tmp_path / "bare.safetensors", file)
+        )
+        assert same(states(ours), states(theirs))
+        with torch.no_grad():
+            encoded = [model.encode_text(["a red circle"]) for model in (ours, theirs)]
+        assert same(*encoded)
+
+
+def test_endings_in_capitals_are_endings(models, tmp_path: Path) -> None:
+    """Of a model, of a VAE, and of what is written; a pickle in capitals is a pickle."""
+    folder, file = models["sdxl"]
+    model, vae = tmp_path / "MODEL.SAFETENSORS", tmp_path / "vae.SafeTensors"
+    shutil.copyfile(file, model)
+    (tmp_path / "MODEL.safetensors").write_bytes(b"another file")
+    own = load_base(ModelConfig(base=str(folder)), CPU)
+    weights = {f"first_stage_model.{key}": x + 1 for key, x in own.vae.state_dict().items()}
+    save_file(weights, vae)
+    loaded = load_base(ModelConfig(base=str(model), config=str(folder)), CPU)
+    assert same(states(loaded), states(own))
+    chosen = load_base(ModelConfig(base=str(folder), vae=str(vae)), CPU)
+    assert same(chosen.vae.state_dict(), {key.removeprefix("first_stage_model."): x for key, x in weights.items()})
+    save_single_file(own, tmp_path / "written.SAFETENSORS")
+    assert same(load_bytes((tmp_path / "written.SAFETENSORS").read_bytes()), load_file(file))
+    assert refused(tmp_path / "none.SAFETENSORS").endswith("none.SAFETENSORS: there is no such file")
+    torch.save({}, tmp_path / "model.CKPT")
+    assert "model.CKPT is a pickle" in refused(tmp_path / "model.CKPT")
 
 
 def test_training_from_the_file_gives_the_losses_of_the_folder(models, tmp_path: Path) -> None:
@@ -324,6 +367,7 @@ def test_the_commands_take_a_file(models, tmp_path: Path) -> None:
         ({"model.diffusion_model.input_blocks.0.0.weight": (32, 4, 3, 3)}, "a UNet without its text encoders"),
         ({"down_blocks.0.resnets.0.conv1.weight": (4, 8)}, "is only a UNet in diffusers' layout"),
         ({"decoder.conv_in.weight": (4, 8)}, "is only a VAE: give it as model.vae"),
+        ({"embeddings.token_embedding.weight": (4, 8)}, "is only a text encoder: give the whole model"),
         ({"blocks.0.weight": (4, 8)}, "is no Stable Diffusion checkpoint (its tensors: blocks.0.weight, ...)"),
     ],
 )
