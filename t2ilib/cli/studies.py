@@ -56,7 +56,7 @@ def study_run(
         except ValueError:
             raise ConfigError(f"--seeds {seeds!r}: write whole numbers with commas, e.g. 0,1,2") from None
         begun = time.monotonic()
-        runs = run_study(file, preset, only, numbers, jobs, results, say=lambda line: print(line, flush=True))
+        runs = run_study(file, preset, only, numbers, jobs, results, say=say)
         failed = [run.label for run in runs if run.state != "finished"]
         if any(run.state == "finished" for run in runs):
             page = write_report(file, preset, results)
@@ -101,6 +101,11 @@ def study_show(
 
         seeds = [] if seed is None else [seed]
         print(write_out(plan_runs(load_study(file), file, preset, Path("results"), [variant], seeds)[0]), end="")
+
+
+def say(line: str) -> None:
+    """A line at once and in one piece: several threads tell of their notebooks."""
+    print(f"{line}\n", end="", flush=True)
 
 
 def tracked(results: Path) -> str:

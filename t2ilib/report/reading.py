@@ -14,7 +14,9 @@ from typing import Any
 
 from t2ilib.config import ConfigError, check_choice
 from t2ilib.evaluation.metrics import Metric
+from t2ilib.runfile import merge
 from t2ilib.studies.file import Variant
+from t2ilib.studies.runs import changes, is_measured_again
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,8 @@ class FinishedRun:
 class StudyReport:
     """A study as far as it has run. `seeds`: those of the study file, then those that were run beyond it; `missing`: (variant,
     seed) that did not finish; `not_finite`: metrics that were dropped, as text; `metrics`: what its runs declared of theirs;
-    `held_out`: names of the held-out pictures, where the runs' folders have them."""
+    `held_out`: names of the held-out pictures, where the runs' folders have them; `outdated`: (variant, seed) of runs that were
+    measured before the study's prompts or measures changed."""
 
     folder: Path
     name: str
@@ -52,6 +55,7 @@ class StudyReport:
     not_finite: tuple[str, ...]
     metrics: Mapping[str, Metric]
     held_out: tuple[str, ...]
+    outdated: tuple[tuple[str, int], ...]
 
     @property
     def trained(self) -> list[str]:
@@ -133,6 +137,7 @@ def load_report(folder: Path | str) -> StudyReport:
         tuple(not_finite),
         declarations(runs.values()),
         next(filter(None, (held_out_names(run.folder) for run in runs.values())), ()),
+        tuple(place for place, run in runs.items() if is_outdated(study, run)),
     )
 
 
@@ -142,6 +147,14 @@ def declarations(runs: Iterable[FinishedRun]) -> dict[str, Metric]:
     for run in sorted(runs, key=lambda run: -len(run.declared)):
         found |= {name: metric for name, metric in run.declared.items() if name not in found}
     return found
+
+
+def is_outdated(study: Mapping[str, Any], run: FinishedRun) -> bool:
+    """Whether the study now says that a run is to be measured otherwise than it was."""
+    if not run.settings or "run" not in study:  # reports of before runs were recorded
+        return False
+    now = merge(study["run"], study["variants"][run.variant].get("run") or {})
+    return any(is_measured_again(address) for address in changes(run.settings, now))
 
 
 def held_out_names(folder: Path) -> tuple[str, ...]:

@@ -171,6 +171,11 @@ def caveats(report: StudyReport) -> list[str]:
     notes = [
         f"{titles[name]}, seed {seed}: **did not finish**, so it is in no number here." for name, seed in report.missing
     ]
+    if report.outdated:
+        notes.append(
+            f"Measured before the study's prompts or measures changed, so **not comparable with the others** until the study is run"
+            f" again: {told_runs(report, report.outdated)}."
+        )
     notes += [f"Not finite, so counted as not measured: {text}." for text in report.not_finite]
     least = smallest_p(len(report.seeds))
     if least is None:
@@ -196,6 +201,18 @@ def caveats(report: StudyReport) -> list[str]:
             " can be drawn here."
         )
     return notes
+
+
+def told_runs(report: StudyReport, places: Sequence[tuple[str, int]]) -> str:
+    """Runs by variant: its title alone where all its seeds are meant."""
+    seeds: dict[str, list[int]] = {}
+    for name, seed in places:
+        seeds.setdefault(name, []).append(seed)
+    return "; ".join(
+        report.variants[name].title
+        + ("" if set(own) >= set(report.seeds) else f", seed{'s' * (len(own) > 1)} {', '.join(map(str, own))}")
+        for name, own in seeds.items()
+    )
 
 
 def held_out_caveat(report: StudyReport) -> str:

@@ -44,7 +44,7 @@ def find_lead(runs: Sequence[StudyRun]) -> Lead | None:
 
     `runs`: finished runs, of which the untouched base does not compete.
     """
-    trained = [run for run in runs if trains_something(run)]
+    trained = [run for run in runs if run.trains]
     results = {run: run.result() for run in trained}
     deciding = criteria(list(results.values()))
     if not deciding:
@@ -65,10 +65,6 @@ def find_lead(runs: Sequence[StudyRun]) -> Lead | None:
     key, metric = next(iter(deciding.items()))
     by_seed = {variant: {seed: metrics[key] for seed, metrics in own.items()} for variant, own in values.items()}
     return Lead(run, metric, doubt_of(by_seed, best, metric))
-
-
-def trains_something(run: StudyRun) -> bool:
-    return (run.settings.get("training") or {}).get("trains") != "nothing"
 
 
 def doubt_of(values: Mapping[str, Mapping[int, float]], leader: str, metric: Metric) -> str:

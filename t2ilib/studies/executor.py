@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import threading
 import time
@@ -15,6 +16,7 @@ from t2ilib.evaluation.metrics import DECLARATIONS
 from t2ilib.memory import usable_cores
 from t2ilib.studies.notebooks import end_notebook, error_text, execute_notebook, export_html
 from t2ilib.studies.runs import StudyRun
+from t2ilib.tracking.tracker import shown_name
 
 PROGRESS = re.compile(r"step (\d+)/(\d+)")
 SECONDS_BETWEEN_LINES = 10.0
@@ -87,8 +89,11 @@ class Executor:
             end_notebook(pid)
 
     def execute(self, run: StudyRun) -> None:
-        resumed = " (resuming)" if (run.folder / "checkpoints").exists() else ""
+        outdated = run.state == "outdated"
+        resumed = " (measuring again)" if outdated else " (resuming)" if (run.folder / "checkpoints").exists() else ""
         self.say(f"[{self.position(run)}] {run.label}: starting{resumed}")
+        if outdated:  # grids of other prompts, perhaps; the result stays until there is another
+            shutil.rmtree(run.folder / "samples", ignore_errors=True)
         run.folder.mkdir(parents=True, exist_ok=True)
         (run.folder / "failed.txt").unlink(missing_ok=True)
         (run.folder / "parameters.yaml").write_text(yaml.safe_dump(run.parameters(self.parent), sort_keys=False))
@@ -110,7 +115,7 @@ class Executor:
             self.done += 1
             self.parts.pop(run.label, None)
         if code == 0 and (run.folder / "metrics.json").exists():
-            self.finish(run, seconds)
+            self.finish(run, seconds, outdated)
             self.say(f"[{self.position(run)}] {run.label}: finished in {seconds:.0f} s{self.left()}")
         else:
             reason = error_text(output) or f"the notebook process ended with exit code {code}"
@@ -151,14 +156,17 @@ class Executor:
         left = round((time.monotonic() - self.began) * (1 - share) / share)
         return f"  |  study {share:.0%}, ETA {left // 60}:{left % 60:02d}"
 
-    def finish(self, run: StudyRun, seconds: float) -> None:
+    def finish(self, run: StudyRun, seconds: float, measured_again: bool = False) -> None:
         """Commits result.json, and hangs the executed notebook and its HTML on the MLflow run."""
+        metrics = json.loads((run.folder / "metrics.json").read_text())
         note = run.folder / "tracking.json"
         run_id = json.loads(note.read_text())["run_id"] if note.exists() else None
         page = export_html(run.folder / "notebook.ipynb", hide_code=False)
         if run_id is not None:
             for path in (run.folder / "notebook.ipynb", page):
                 self.client.log_artifact(run_id, str(path))
+            if measured_again:
+                self.correct(run_id, metrics, run.config().training.steps)
         result = {
             "variant": run.variant,
             "seed": run.seed,
@@ -167,9 +175,16 @@ class Executor:
             "mlflow_run_id": run_id,
             "digest": run.digest,
             "run": run.settings,
-            "metrics": json.loads((run.folder / "metrics.json").read_text()),
+            "metrics": metrics,
             "measures": json.loads(about.read_text()) if (about := run.folder / DECLARATIONS).exists() else {},
         }
         draft = run.folder / "result.json.part"
         draft.write_text(json.dumps(result, indent=1))
         draft.rename(run.folder / "result.json")
+
+    def correct(self, run_id: str, metrics: dict[str, float], step: int) -> None:
+        """Logs what MLflow has otherwise: a run that goes on logs nothing again at a step that it has logged."""
+        known = self.client.get_run(run_id).data.metrics
+        for name, value in metrics.items():
+            if known.get(shown_name(name)) != value:
+                self.client.log_metric(run_id, shown_name(name), value, step=step)

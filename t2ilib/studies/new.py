@@ -184,7 +184,7 @@ def study_text(
     model = [f"    {field}: {scalar(value)}\n" for field, value in ({"base": base.name} | settings.model).items()]
     return f"""\
 # {question}
-# Written by `t2ilib study new`; all of it may be changed, until its runs have begun.
+# Written by `t2ilib study new`; all of it may be changed until its runs have begun, prompts and measures at any time.
 #   t2ilib study run {out.name}                  one seed, few steps: does it run, does it learn?
 #   t2ilib study run {out.name} --preset full    {SEEDS_OF_FULL} seeds: what is more than seed noise?
 # `run` holds sections and fields of a run config: the study's, over it the preset's, over both the variant's.

@@ -2,9 +2,9 @@
 
     study file -> variants x seeds -> checked by RunConfig -> papermill -> results/<study>-<preset>/...
 
-A run that finished is not run again; one that failed or was interrupted resumes from its last checkpoint. A finished
-variant that was edited since is an error, because its results would silently mean something else. No torch is
-imported: models live in the notebooks' kernels.
+A run that finished is not run again; one that failed or was interrupted resumes from its last checkpoint. A finished run
+whose prompts or measures were changed since is measured again, without a step; a finished variant that was otherwise edited
+is an error, because its results would silently mean something else. No torch is imported: models live in the notebooks' kernels.
 """
 
 import json
@@ -103,8 +103,10 @@ def run_study(
     tell_misfits(pending, jobs, say)
     folder = runs[0].folder.parents[1]
     write_study(study, preset, folder)
+    again = sum(run.state == "outdated" for run in pending)
     say(
-        f"study {study.name}, preset {preset}: {len(runs)} runs, {len(runs) - len(pending)} finished before, {len(pending)} to do, {jobs} at a time"
+        f"study {study.name}, preset {preset}: {len(runs)} runs, {len(runs) - len(pending)} finished before, {len(pending)} to do"
+        f"{f' ({again} of them only to measure again)' * bool(again)}, {jobs} at a time"
     )
     if pending:
         from t2ilib.tracking.store import open_client, reap_stale_runs, tracking_uri

@@ -285,6 +285,18 @@ def test_how_many_pictures_are_held_out_is_a_caveat(tmp_path):
     assert "few" not in hold_out(48)
 
 
+def test_runs_measured_before_the_prompts_changed_are_told_apart(tmp_path):
+    now, before = {"evaluation": {"prompts": ["a cat"]}, "optimizer": {}}, {"evaluation": {"prompts": ["a dog"]}}
+    folder = write_study(tmp_path / "study", [0, 1], run=now)
+    for path in folder.glob("*/seed*/result.json"):
+        changed = path.parts[-3] == "qlora" or path.parts[-3:-1] == ("dora", "seed1")
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"run": before if changed else now}))
+    report = load_report(folder)
+    assert report.outdated == (("dora", 1), ("qlora", 0), ("qlora", 1))
+    note = next(note for note in caveats(report) if "not comparable with the others" in note)
+    assert note.endswith("until the study is run again: DORA, seed 1; QLORA.")
+
+
 def test_what_has_nothing_to_show_is_left_out(tmp_path):
     """No empty frame, no heading over nothing: a study on a base without CLIP, validated on nothing, that drew nothing."""
     folder = write_own_study(tmp_path / "study", [0], scores=False)

@@ -59,6 +59,12 @@ def test_what_is_written_runs_as_it_is_from_any_folder(pictures: Path, tmp_path:
     run = build_run(merge(plan_runs(study, file, "quick", tmp_path, ["prodigy"])[0].values(), few, {"tracking": {}}))
     result = train(run)
     assert {"held_out_loss", "clip_score/prompts"} <= measure(run, result.components, metrics=result.metrics).keys()
+    history = (run.output / "metrics.jsonl").read_text()
+    asked = merge(run.model_dump(mode="json"), {"evaluation": {"prompts": ["a circle"], "measures": []}})
+    again = train(build_run(asked))
+    assert (again.resumed_from, again.prompts) == (2, ("a circle",)), "other prompts are drawn by what was trained"
+    lines = (run.output / "metrics.jsonl").read_text().splitlines()
+    assert sum('"grad_norm"' in line for line in lines) == history.count('"grad_norm"') == 2, "a step was taken again"
 
 
 def test_prompts_are_captions_from_all_over_and_the_split_is_told(pictures: Path, tmp_path: Path) -> None:
