@@ -56,7 +56,8 @@ def differences_markdown(report: StudyReport) -> str:
         for metric in report.speaking(*QUALITY)
         if compare(report, metric)
     ]
-    return "\n\n".join(tables) or "Nothing was measured yet that could be compared."
+    absent = "" if report.reference in report.present else f" {reference}, the reference, was not run."
+    return "\n\n".join(tables) or f"Nothing was measured yet that could be compared.{absent}"
 
 
 def write_markdown(report: StudyReport, folder: Path | str) -> Path:
@@ -80,7 +81,7 @@ def write_markdown(report: StudyReport, folder: Path | str) -> Path:
         "## Differences\n\n" + differences_markdown(report),
         "## How to read this\n\n" + "\n".join(filter(None, (explain_reading(), explain_metrics(report)))),
         figures and f"## Figures\n\n{figures}",
-        "## Variants\n\n" + "\n\n".join(describe_variant(report, name) for name in report.variants),
+        "## Variants\n\n" + "\n\n".join(describe_variant(report, name) for name in report.present),
     ]
     path = folder / "report.md"
     path.write_text("\n\n".join(section for section in sections if section) + "\n")

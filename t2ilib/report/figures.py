@@ -246,15 +246,15 @@ def area(box: Bbox | None) -> float:
 def plot_pictures(report: StudyReport, max_prompts: int = MAX_PROMPTS) -> Figure | None:
     """Variants (rows) by prompts (columns), of the first seed that drew: the same prompts and starting noise in every row. None
     where nothing was drawn."""
-    drawn = {name: pictures for name in report.variants if (pictures := pictures_of(report, name))}
+    drawn = {name: pictures for name in report.present if (pictures := pictures_of(report, name))}
     if not drawn:
         return None
     asked = Counter(prompt for pictures in drawn.values() for prompt in pictures)
     prompts = [prompt for prompt, _ in asked.most_common(max_prompts)]  # of all variants first
-    rows, columns = len(report.variants), len(prompts)
+    rows, columns = len(report.present), len(prompts)
     figure = Figure(figsize=(1.7 + 1.25 * columns, 0.75 + 1.25 * rows), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
-    for row, (name, variant) in zip(grid, report.variants.items(), strict=True):
+    for row, name in zip(grid, report.present, strict=True):
         for axes, prompt in zip(row, prompts, strict=True):
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_visible(False)
@@ -266,7 +266,9 @@ def plot_pictures(report: StudyReport, max_prompts: int = MAX_PROMPTS) -> Figure
                 axes.text(
                     0.5, 0.5, "not drawn", ha="center", va="center", fontsize=7, color="0.5", transform=axes.transAxes
                 )
-        row[0].set_ylabel(textwrap.fill(variant.title, 20), rotation=0, ha="right", va="center", fontsize=8)
+        row[0].set_ylabel(
+            textwrap.fill(report.variants[name].title, 20), rotation=0, ha="right", va="center", fontsize=8
+        )
     for axes, prompt in zip(grid[0], prompts, strict=True):
         title = prompt if len(prompt) <= LONGEST_TITLE else f"{prompt[:LONGEST_TITLE].rstrip()} …"
         axes.set_title(textwrap.fill(title, 19), fontsize=7, va="bottom")

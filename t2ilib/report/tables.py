@@ -77,10 +77,10 @@ def summary_table(report: StudyReport, metrics: Sequence[str] = ()) -> list[Row]
     is what figures call the variant."""
     columns = report.measured(*metrics)
     rows = []
-    for name, variant in report.variants.items():
+    for name in report.present:
         role = {report.reference: " (reference)", report.base: " (untouched)"}.get(name, "")
         row = {
-            "variant": variant.title + role,
+            "variant": report.variants[name].title + role,
             "name": name,
             "runs": f"{len(report.runs_of(name))}/{len(report.seeds)}",
         }
@@ -141,7 +141,7 @@ def difference_table(report: StudyReport, metric: str, against: str | None = Non
     """A row a variant: its paired difference to what it is compared with, 95% interval, p-values plain and adjusted, verdict."""
     known, compared = report.metrics[metric], compare(report, metric, against)
     rows = []
-    for name in report.variants:
+    for name in report.present:
         if name == (against or report.against(name)):
             continue
         row = {"variant": report.variants[name].title}
@@ -171,6 +171,10 @@ def caveats(report: StudyReport) -> list[str]:
     notes = [
         f"{titles[name]}, seed {seed}: **did not finish**, so it is in no number here." for name, seed in report.missing
     ]
+    if report.not_run:
+        notes.append(
+            f"Not run (left out by `--only` or `--seeds`, or not reached yet), so in no number here: {told_left_out(report)}."
+        )
     if report.outdated:
         notes.append(
             f"Measured before the study's prompts or measures changed, so **not comparable with the others** until the study is run"
@@ -212,6 +216,19 @@ def told_runs(report: StudyReport, places: Sequence[tuple[str, int]]) -> str:
         report.variants[name].title
         + ("" if set(own) >= set(report.seeds) else f", seed{'s' * (len(own) > 1)} {', '.join(map(str, own))}")
         for name, own in seeds.items()
+    )
+
+
+def told_left_out(report: StudyReport) -> str:
+    """What never began, in one line: whole variants, whole seeds, then single runs."""
+    variants = [name for name in report.variants if name not in report.present]
+    titles = [report.variants[name].title for name in variants]
+    more = [f"{len(titles) - NAMED} other variants"] * (len(titles) > NAMED + 1)
+    seeds = [seed for seed in dict.fromkeys(seed for _, seed in report.not_run) if seed not in report.seeds]
+    whole = [f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))} of all variants"] * bool(seeds)
+    single = [(name, seed) for name, seed in report.not_run if name not in variants and seed not in seeds]
+    return "; ".join(
+        [*titles[: NAMED if more else None], *more, *whole, *([told_runs(report, single)] if single else [])]
     )
 
 

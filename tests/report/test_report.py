@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import asdict
 
 import numpy as np
@@ -283,6 +284,44 @@ def test_how_many_pictures_are_held_out_is_a_caveat(tmp_path):
     assert "on 3 pictures (0.png, 1.png, 2.png)" in hold_out(3)
     assert "on 48 pictures, the same for every seed" in hold_out(48)
     assert "few" not in hold_out(48)
+
+
+def test_what_never_began_is_one_line_and_no_rows(tmp_path):
+    """Variants left out by --only and seeds left out by --seeds; what began and did not finish is told run by run, as before."""
+    folder = write_study(tmp_path / "study", range(6))
+    for name in ("dora", "qlora"):
+        shutil.rmtree(folder / name)
+    for seed in (3, 4, 5):
+        shutil.rmtree(folder / "lora" / f"seed{seed}")
+        shutil.rmtree(folder / "base" / f"seed{seed}")
+    shutil.rmtree(folder / "base" / "seed2")
+    (folder / "lora" / "seed1" / "result.json").unlink()
+    report = load_report(folder)
+    assert (report.present, report.trained, report.seeds) == (["base", "lora"], ["lora"], (0, 1, 2))
+    assert report.missing == (("lora", 1),)
+    assert [row["name"] for row in summary_table(report)] == ["base", "lora"]
+    assert [row["runs"] for row in summary_table(report)] == ["2/3", "2/3"]
+    notes = [note for note in caveats(report) if "did not finish" in note or note.startswith("Not run")]
+    assert notes == [
+        "LORA, seed 1: **did not finish**, so it is in no number here.",
+        "Not run (left out by `--only` or `--seeds`, or not reached yet), so in no number here: DORA; QLORA; seeds 3, 4, 5 of all"
+        " variants; BASE, seed 2.",
+    ]
+    text = write_markdown(report, tmp_path / "out").read_text()
+    assert text.count("DORA") == 1
+    assert len(plot_pictures(report).axes) == 2 * 3
+    assert any("With 3 seeds no p-value" in note for note in caveats(report)), "of six seeds three were run"
+    shutil.rmtree(folder / "lora")
+    assert "LORA, the reference, was not run." in write_markdown(load_report(folder), tmp_path / "out").read_text()
+
+
+def test_many_variants_that_never_began_are_counted(tmp_path):
+    folder = write_study(tmp_path / "study", [0], {"lora": TRUTH["lora"], "base": TRUTH["base"]})
+    study = json.loads((folder / "study.json").read_text())
+    study["variants"] |= {f"v{number}": {"title": f"V{number}"} for number in range(12)}
+    (folder / "study.json").write_text(json.dumps(study))
+    note = next(note for note in caveats(load_report(folder)) if note.startswith("Not run"))
+    assert note.endswith("here: V0; V1; V2; V3; V4; V5; V6; V7; 4 other variants.")
 
 
 def test_runs_measured_before_the_prompts_changed_are_told_apart(tmp_path):
