@@ -1,19 +1,21 @@
 """Running the notebooks of a study side by side, one process each, and telling how far they are."""
 
 import json
+import queue
 import re
 import shutil
 import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import yaml
 
 from t2ilib.evaluation.metrics import DECLARATIONS
 from t2ilib.memory import usable_cores
+from t2ilib.studies.cards import variables_of
 from t2ilib.studies.notebooks import end_notebook, error_text, execute_notebook, export_html
 from t2ilib.studies.runs import StudyRun
 from t2ilib.tracking.tracker import shown_name
@@ -25,7 +27,7 @@ TRAINING_SHARE = 0.7
 
 
 class Executor:
-    """Runs notebooks side by side, one process each, and tells how far they are."""
+    """Runs notebooks side by side, one process each, and tells how far they are. `cards`: GPUs that they have by turns."""
 
     def __init__(
         self,
@@ -35,8 +37,12 @@ class Executor:
         parent: str,
         uri: str,
         say: Callable[[str], None],
+        cards: Sequence[str] = (),
     ):
-        self.runs, self.jobs = runs, jobs
+        self.runs, self.jobs, self.cards = runs, jobs, cards
+        self.slots: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for slot in range(jobs):
+            self.slots.put(slot)
         self.client, self.parent, self.uri, self.say = client, parent, uri, say
         self.lock, self.over, self.processes, self.stopping = threading.Lock(), threading.Event(), {}, False
         self.began, self.done, self.parts, self.shown = time.monotonic(), 0, {}, {}
@@ -74,10 +80,13 @@ class Executor:
         """Executes one run; whatever goes wrong in it is its own failure, and the others go on."""
         if self.stopping:
             return
+        slot = self.slots.get()
         try:
-            self.execute(run)
+            self.execute(run, slot)
         except Exception as error:
             self.fail(run, f"{type(error).__name__}: {error}", traceback.format_exc())
+        finally:
+            self.slots.put(slot)
 
     def fail(self, run: StudyRun, reason: str, text: str) -> None:
         (run.folder / "failed.txt").write_text(text[-20000:])
@@ -88,7 +97,8 @@ class Executor:
         if self.stopping:
             end_notebook(pid)
 
-    def execute(self, run: StudyRun) -> None:
+    def execute(self, run: StudyRun, slot: int = 0) -> None:
+        """`slot`: its place among those that run at a time."""
         outdated = run.state == "outdated"
         resumed = " (measuring again)" if outdated else " (resuming)" if (run.folder / "checkpoints").exists() else ""
         self.say(f"[{self.position(run)}] {run.label}: starting{resumed}")
@@ -102,7 +112,7 @@ class Executor:
             run.notebook,
             run.folder / "notebook.ipynb",
             run.folder / "parameters.yaml",
-            self.variables(),
+            self.variables(slot),
             lambda line: self.follow(run, line),
             lambda pid: self.started(run, pid),
             lambda: bool(self.stopping),
@@ -121,9 +131,9 @@ class Executor:
             reason = error_text(output) or f"the notebook process ended with exit code {code}"
             self.fail(run, reason, f"exit code {code}\n{output}")
 
-    def variables(self) -> dict[str, str]:
-        """Environment of the kernels: their share of the cores, plain progress, and the study's store."""
-        return {
+    def variables(self, slot: int = 0) -> dict[str, str]:
+        """Environment of a kernel: its share of the cores, its GPU, plain progress, and the study's store."""
+        return variables_of(slot, self.cards) | {
             "OMP_NUM_THREADS": str(max(1, usable_cores() // self.jobs)),
             "OMP_WAIT_POLICY": "passive",
             "T2ILIB_BATCH": "1",

@@ -8,6 +8,7 @@ is an error, because its results would silently mean something else. No torch is
 """
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -22,6 +23,7 @@ from t2ilib.evaluation.metrics import check_measures
 from t2ilib.memory import GIB, available_memory
 from t2ilib.planning.bound import surely_fits
 from t2ilib.runfile import merge
+from t2ilib.studies.cards import VISIBLE, sharing, tell_sharing, visible_cards
 from t2ilib.studies.champion import find_lead, name_champion
 from t2ilib.studies.executor import Executor
 from t2ilib.studies.file import Study, load_study
@@ -34,21 +36,21 @@ SMALLEST_CARD = 8 * GIB
 """What a variant surely fits into needs no look at the device, for which torch would have to be loaded."""
 
 
-def tell_misfits(runs: Sequence[StudyRun], jobs: int, say: Callable[[str], None]) -> None:
-    """Says of every variant that will probably not fit the device while `jobs` of them run, with the cheapest change; those with
-    `training.require_fit` are a ConfigError.
+def tell_misfits(runs: Sequence[StudyRun], jobs: int, say: Callable[[str], None], cards: Sequence[str] = ()) -> None:
+    """Says of every variant that will probably not fit its device beside those that share it while `jobs` of them run, with the
+    cheapest change; those with `training.require_fit` are a ConfigError.
 
     Asked once a variant, and in a process of its own: tracing takes torch, and a GPU's context stays as long as its process.
     Variants of small models, and those that have begun, are not asked about.
     """
-    smallest = min(available_memory(), SMALLEST_CARD) / jobs
+    smallest = min(available_memory() / jobs, SMALLEST_CARD / sharing(jobs, cards))
     begun = {run.variant for run in runs if (run.folder / "checkpoints").exists()}
     configs = {run.variant: run.config() for run in runs if run.variant not in begun}
     asked = [(variant, config) for variant, config in configs.items() if not surely_fits(config, smallest)]
     if not asked:
         return
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        found = pool.submit(misfits_of, asked, jobs).result()
+        found = pool.submit(misfits_of, asked, jobs, list(cards)).result()
     refused = [line for strict, line in found if strict]
     if refused:
         raise ConfigError(f"{len(refused)} variant(s) do not fit this machine:\n  " + "\n  ".join(refused))
@@ -56,9 +58,17 @@ def tell_misfits(runs: Sequence[StudyRun], jobs: int, say: Callable[[str], None]
         say(f"{line}. It is tried all the same")
 
 
-def misfits_of(runs: list, jobs: int) -> list[tuple[bool, str]]:
+def misfits_of(runs: list, jobs: int, cards: list[str]) -> list[tuple[bool, str]]:
+    """What `planning.fit.misfits` says, of the GPU among `cards` that has the least memory free."""
+    if cards:
+        os.environ[VISIBLE] = ",".join(cards[:jobs])  # before torch looks
+    import torch
+
     from t2ilib.planning.fit import misfits
 
+    if cards and torch.cuda.is_available():
+        torch.cuda.set_device(min(range(torch.cuda.device_count()), key=lambda card: torch.cuda.mem_get_info(card)[0]))
+        return misfits(runs, sharing(jobs, cards))
     return misfits(runs, jobs)
 
 
@@ -100,7 +110,8 @@ def run_study(
     require_unedited(runs)
     pending = [run for run in runs if run.state != "finished"]
     check_data(pending)
-    tell_misfits(pending, jobs, say)
+    cards = visible_cards() if pending else []
+    tell_misfits(pending, jobs, say, cards)
     folder = runs[0].folder.parents[1]
     write_study(study, preset, folder)
     again = sum(run.state == "outdated" for run in pending)
@@ -109,6 +120,8 @@ def run_study(
         f"{f' ({again} of them only to measure again)' * bool(again)}, {jobs} at a time"
     )
     if pending:
+        if about := tell_sharing(min(jobs, len(pending)), cards):
+            say(about)
         from t2ilib.tracking.store import open_client, reap_stale_runs, tracking_uri
 
         uri = tracking_uri(None, results)
@@ -116,7 +129,7 @@ def run_study(
         reap_stale_runs(client, experiment)
         parent = parent_run(client, experiment, study, preset, folder)
         try:
-            Executor(pending, jobs, client, parent, uri, say).run()
+            Executor(pending, jobs, client, parent, uri, say, cards).run()
         finally:
             client.set_terminated(parent, "FINISHED" if all(run.state == "finished" for run in runs) else "FAILED")
     return runs
