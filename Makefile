@@ -19,27 +19,31 @@ $(BIN)/t2ilib: pyproject.toml constraints.txt
 	@touch $@
 
 install: $(BIN)/t2ilib  ## Make .venv and install the project with the tested versions
+	@echo "installed. Next:"
+	@echo "  source $(VENV)/bin/activate     enter the environment; then t2ilib, jupyter and mlflow are found"
+	@echo "  t2ilib --help                   what it can do"
+	@echo "  make demo                       a study on drawn pictures, a few minutes"
 
-demo: install  ## Run the adapters study in its quick preset and write its report
+demo: $(BIN)/t2ilib  ## Run the adapters study in its quick preset and write its report
 	$(BIN)/t2ilib -q study run experiments/adapters.yaml --preset quick --jobs $(JOBS)
 
-test: install  ## Run the test suite
+test: $(BIN)/t2ilib  ## Run the test suite
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 	@if command -v nvidia-smi >/dev/null && nvidia-smi -L | grep -q GPU; then $(BIN)/python -m pytest -m gpu; fi
 
-lint: install  ## Check style, and that notebooks are committed without outputs
+lint: $(BIN)/t2ilib  ## Check style, and that notebooks are committed without outputs
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/nbstripout --verify experiments/*.ipynb inference/*.ipynb
 
-ui: install  ## Open the MLflow UI on what was logged (loopback only)
+ui: $(BIN)/t2ilib  ## Open the MLflow UI on what was logged (loopback only)
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///results/mlflow.db --host 127.0.0.1
 
-tiny-sdxl: install  ## Train the tiny SDXL anew, all stages (about two hours on 2 cores)
+tiny-sdxl: $(BIN)/t2ilib  ## Train the tiny SDXL anew, all stages (about two hours on 2 cores)
 	$(BIN)/t2ilib tiny build work/tiny-sdxl/start
 	for stage in vae vae-whole clip unet clip-again unet-again; do $(BIN)/t2ilib train experiments/tiny-sdxl/$$stage.yaml || exit 1; done
 	$(BIN)/t2ilib tiny pack work/tiny-sdxl t2ilib/models/weights/tiny-sdxl
 
-tiny-sd15: install  ## Train the tiny SD1.5 anew (about an hour on 2 cores)
+tiny-sd15: $(BIN)/t2ilib  ## Train the tiny SD1.5 anew (about an hour on 2 cores)
 	$(BIN)/t2ilib tiny build work/tiny-sd15/start --model tiny-sd15
 	$(BIN)/t2ilib train experiments/tiny-sd15/unet.yaml
 	$(BIN)/t2ilib tiny pack work/tiny-sd15 t2ilib/models/weights/tiny-sd15 --model tiny-sd15

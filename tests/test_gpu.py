@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from t2ilib.config import ModelConfig
+from t2ilib.models.load import load_base
 from t2ilib.runfile import build_run
 from t2ilib.training.loop import train
 
@@ -34,3 +36,30 @@ def test_a_run_on_the_gpu_is_the_run_on_the_cpu(quantization: str, tmp_path: Pat
         rows = [json.loads(line) for line in (tmp_path / device / "metrics.jsonl").read_text().splitlines()]
         losses[device] = [row["loss"] for row in rows if "grad_norm" in row]
     assert losses["cuda"] == pytest.approx(losses["cpu"], rel=2e-2)
+
+
+def devices_of(model: torch.nn.Module) -> set[str]:
+    """Where a model's weights are, with what bitsandbytes keeps beside them."""
+    tensors = [*model.parameters(), *model.buffers()]
+    for layer in model.modules():
+        if (state := getattr(getattr(layer, "weight", None), "quant_state", None)) is not None:
+            tensors += [state.absmax, state.code, *([state.state2.absmax, state.state2.code] if state.nested else ())]
+        if (state := getattr(layer, "state", None)) is not None:
+            tensors += [tensor for tensor in (state.CB, state.SCB) if tensor is not None]
+    return {tensor.device.type for tensor in tensors}
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
+def test_what_is_parked_leaves_the_gpu_and_comes_back(quantization: str) -> None:
+    components = load_base(ModelConfig(dtype="float32", quantization=quantization))
+    with torch.no_grad():
+        before = components.encode_text(["a red heart"])
+        components.park(())
+        assert {device for part in components.parked for device in devices_of(part)} == {"cpu"}
+        assert devices_of(components.unet) == {"cuda"}
+        with components.awake():
+            assert {device for part in components.parked for device in devices_of(part)} == {"cuda"}
+            after = components.encode_text(["a red heart"])
+    assert {device for part in components.parked for device in devices_of(part)} == {"cpu"}
+    for name, value in before.items():
+        assert torch.equal(value, after[name]), name

@@ -11,9 +11,10 @@ from pathlib import Path
 
 from torch import Tensor
 
+from t2ilib.adapters.dora import SAID, check_options, for_program
 from t2ilib.adapters.formats import by_component, write_diffusers, write_kohya, write_peft
-from t2ilib.adapters.load import FILE_NAME, adapter_file, load_adapter, read_metadata, recorded_run
-from t2ilib.adapters.weights import AdapterLayer, read_layers
+from t2ilib.adapters.load import FILE_NAME, adapter_file, holds_dora, load_adapter, read_metadata, recorded_run
+from t2ilib.adapters.weights import AdapterLayer, WeightDifference, read_layers
 from t2ilib.config import ConfigError, ModelConfig, RunConfig, check_choice
 from t2ilib.models.components import Components
 from t2ilib.models.load import load_base
@@ -77,12 +78,22 @@ FORMATS: dict[str, Callable[[Sequence[AdapterLayer], Components, Path, Mapping[s
 
 
 def export_adapter(
-    source: Path, target: Path, format: str, model: ModelConfig | None = None, dtype: str = "auto"
+    source: Path,
+    target: Path,
+    format: str,
+    model: ModelConfig | None = None,
+    dtype: str = "auto",
+    *,
+    program: str | None = None,
+    form: str | None = None,
+    rank: int | None = None,
 ) -> Path:
     """Writes the adapter of a run's folder, or of a diffusers file, in another format; returns the file or folder.
 
-    `model`: the base it goes with; without it that of the run, in full precision, loaded in `dtype`. Raises ConfigError for a
-    format that does not exist, a target that does, and what the format cannot hold.
+    `model`: the base it goes with; without it that of the run, in full precision, loaded in `dtype`. A DoRA in kohya's layout
+    says for whose arithmetic it is, `program` (one of `dora.PROGRAMS`), or what is written in its place, `form` (one of
+    `dora.FORMS`; a LoRA of `rank`); a LoRA is the same for all. Raises ConfigError for a format that does not exist, a target that
+    does, and what the format or the program cannot hold.
     """
     writer = FORMATS[check_choice(format, FORMATS, "--format")]
     file = adapter_file(source)
@@ -91,6 +102,10 @@ def export_adapter(
         raise ConfigError(f"{format} is one file: name it {target}.safetensors")
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise ConfigError(f"{target} exists already: name another one, or delete it first")
+    metadata = {
+        key: value for key, value in read_metadata(file).items() if key.startswith(("modelspec.", "ss_", "t2ilib."))
+    }
+    check_options(source, holds_dora(file), format, program, form, rank)
     recorded = recorded_run(file)
     if model is None and recorded is None:
         raise ConfigError(f"{source} is not a run's folder, so nothing says which base it goes with: give --model")
@@ -98,14 +113,36 @@ def export_adapter(
     components = load_base(model.in_full().model_copy(update={"dtype": dtype}))
     load_adapter(components, file)
     target.parent.mkdir(parents=True, exist_ok=True)
-    metadata = {
-        key: value for key, value in read_metadata(file).items() if key.startswith(("modelspec.", "ss_", "t2ilib."))
-    }
     layers = read_layers(components)
+    if any(layer.magnitude is not None for layer in layers):  # which are the plain ones again, whatever the file had
+        metadata = {key: value for key, value in metadata.items() if not key.startswith(SAID)}
+        if format == "kohya":
+            layers, told = for_program(layers, components, target, program, form, rank)
+            metadata = (metadata if form is None else in_another_form(layers, metadata)) | told
     if format == "diffusers":
         warn_of_lost_magnitudes(layers)
     writer(layers, components, target, metadata)
     return target
+
+
+def in_another_form(
+    layers: Sequence[AdapterLayer | WeightDifference], metadata: Mapping[str, str]
+) -> Mapping[str, str]:
+    """What a DoRA's file said of itself, without what is not true of what stands in its place."""
+    kept = {key: value for key, value in metadata.items() if not key.startswith("ss_network_")}
+    if "modelspec.architecture" in kept:
+        kept["modelspec.architecture"] = kept["modelspec.architecture"].removesuffix("/dora") + "/lora"
+    loras = [layer for layer in layers if isinstance(layer, AdapterLayer)]
+    return kept | (about_network(loras) if len(loras) == len(layers) else {})
+
+
+def about_network(layers: Sequence[AdapterLayer]) -> dict[str, str]:
+    ranks, alphas = {layer.rank for layer in layers}, {layer.alpha for layer in layers}
+    return {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(next(iter(ranks))) if len(ranks) == 1 else "Dynamic",
+        "ss_network_alpha": f"{next(iter(alphas)):g}" if len(alphas) == 1 else "Dynamic",
+    }
 
 
 def describe(
@@ -113,7 +150,6 @@ def describe(
 ) -> dict[str, str]:
     """modelspec (github.com/Stability-AI/ModelSpec) and `ss_` metadata of a run's adapter; what is not known is not there."""
     spec, side = run.adapter, run.data.resolution
-    ranks, alphas = {layer.rank for layer in layers}, {layer.alpha for layer in layers}
     values = {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": f"{components.family.architecture}/{spec.kind}",
@@ -124,9 +160,7 @@ def describe(
         "modelspec.trigger_phrase": ", ".join(spec.trigger_words),
         "ss_sd_model_name": components.path,
         "ss_base_model_version": components.family.version,
-        "ss_network_module": "networks.lora",
-        "ss_network_dim": str(next(iter(ranks))) if len(ranks) == 1 else "Dynamic",
-        "ss_network_alpha": f"{next(iter(alphas)):g}" if len(alphas) == 1 else "Dynamic",
+        **about_network(layers),
         "ss_network_dropout": f"{spec.dropout:g}",
         "ss_steps": str(run.training.steps),
         "ss_seed": str(run.seed),

@@ -7,14 +7,15 @@ files are read here, by the names that this model's modules have in them: every 
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
-from t2ilib.adapters.weights import AdapterLayer
+from t2ilib.adapters.dora import AS, FOR, PROGRAMS, SAID, with_magnitudes
+from t2ilib.adapters.weights import AdapterLayer, WeightDifference
 from t2ilib.config import ConfigError
 from t2ilib.models.components import Components
 from t2ilib.models.files.original import original_unet_names
@@ -54,15 +55,15 @@ def write_peft(
 
 
 def write_kohya(
-    layers: Sequence[AdapterLayer], components: Components, file: Path, metadata: Mapping[str, str]
+    layers: Sequence[AdapterLayer | WeightDifference], components: Components, file: Path, metadata: Mapping[str, str]
 ) -> None:
     """One file in the layout of kohya's sd-scripts, as A1111 and ComfyUI read it.
 
     `lora_unet_`, `lora_te_` (SD1.x) or `lora_te1_`, `lora_te2_` (SDXL); `.alpha` is the real alpha of each layer. SDXL's UNet goes
-    by its original block names. DoRA's magnitude is `.dora_scale`, (out, 1) or (out, 1, 1, 1): one a row, the norm over
-    all else. Raises ConfigError naming the modules that have no name there.
+    by its original block names. DoRA's magnitude is `.dora_scale`, (out, 1) or (out, 1, 1, 1), one a row: as LyCORIS takes it, or
+    what `dora.for_program` made of it. Raises ConfigError naming the modules that have no name there.
     """
-    tensors = {}
+    tensors, late = {}, {}
     names = kohya_names(components)
     lacking = [f"{layer.component}.{layer.module}" for layer in layers if (layer.component, layer.module) not in names]
     if lacking:
@@ -71,12 +72,16 @@ def write_kohya(
         )
     for layer in layers:
         name = names[layer.component, layer.module]
+        if isinstance(layer, WeightDifference):
+            tensors[f"{name}.diff"] = torch.empty(layer.shape, dtype=layer.dtype, device="meta")
+            late[f"{name}.diff"] = layer.compute
+            continue
         tensors[f"{name}.lora_down.weight"], tensors[f"{name}.lora_up.weight"] = layer.down, layer.up
         tensors[f"{name}.alpha"] = torch.tensor(layer.alpha)
         if layer.magnitude is not None:
             tensors[f"{name}.dora_scale"] = layer.magnitude.reshape(-1, *[1] * (layer.down.ndim - 1))
     implementation = {"modelspec.implementation": IMPLEMENTATION} if components.family.original_names else {}
-    write(file, tensors, {**metadata, **implementation})
+    write(file, tensors, {**metadata, **implementation}, late)
 
 
 def kohya_names(components: Components) -> dict[tuple[str, str], str]:
@@ -134,12 +139,25 @@ def is_kohya(names: Iterable[str]) -> bool:
     return any(KOHYA.fullmatch(name) for name in names)
 
 
-def read_kohya(components: Components, tensors: Mapping[str, Tensor], file: Path) -> list[AdapterLayer]:
+def read_kohya(
+    components: Components, tensors: Mapping[str, Tensor], file: Path, metadata: Mapping[str, str]
+) -> list[AdapterLayer]:
     """The layers of a kohya file, each with its own alpha (its rank where there is none, as sd-scripts has it) and scale.
 
-    An SDXL's UNet may go by its original block names or by diffusers'. Raises ConfigError for what is no LoRA or DoRA, what belongs to
+    An SDXL's UNet may go by its original block names or by diffusers'. The scale of a DoRA that says for which program it was written
+    is made a magnitude again; one that says nothing is LyCORIS's. Raises ConfigError for what is no LoRA or DoRA, what belongs to
     another model, and for a scale along the input axis, as LyCORIS once wrote it.
     """
+    if metadata.get(AS) == "diff":
+        raise ConfigError(
+            f"{file} holds {metadata.get(SAID)}. It is for A1111, ComfyUI and LyCORIS, and t2ilib draws LoRA and DoRA: load the"
+            " adapter it was exported from"
+        )
+    program = metadata.get(FOR, "") if metadata.get(AS) == "dora" else "lycoris"
+    if program not in PROGRAMS or not PROGRAMS[program].exact:
+        raise ConfigError(
+            f"{file} is a DoRA written for {program!r}, which is unknown here: load the adapter it was exported from"
+        )
     places = {name: place for place, name in kohya_names(components).items()}
     prefix = components.family.kohya_prefixes["unet"]
     places |= {
@@ -172,7 +190,7 @@ def read_kohya(components: Components, tensors: Mapping[str, Tensor], file: Path
                 )
             scale = scale.float().reshape(1, -1, 1, 1) if down.ndim == 4 else scale.float().reshape(-1)
         layers.append(AdapterLayer(component, module, down, up, alpha, scale))
-    return layers
+    return with_magnitudes(layers, components, program)
 
 
 def by_component(layers: Sequence[AdapterLayer]) -> dict[str, list[AdapterLayer]]:
@@ -216,18 +234,37 @@ def in_text_model(components: Components, component: str) -> bool:
     return component == "unet" or hasattr(components.modules()[component], "text_model")
 
 
-def write(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """A safetensors file whose bytes follow from its content alone, readable as other new files are.
+DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+"""As safetensors calls them."""
 
-    safetensors writes metadata in an order that differs from process to process, and files that only their owner may read.
+
+def write(
+    file: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    late: Mapping[str, Callable[[], Tensor]] | None = None,
+) -> None:
+    """A safetensors file whose bytes follow from its content alone, readable as other new files are, and written tensor by tensor.
+
+    `late`: what computes those that `tensors` has on the meta device. The library writes metadata in an order that differs from
+    process to process, files that only their owner may read, and from copies of all tensors at once. The format: 8 bytes with the
+    length of a JSON header, padded to 8 bytes, then the numbers.
     """
-    data = save({name: tensor.contiguous() for name, tensor in tensors.items()}, dict(metadata))
-    length = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + length])
-    if "__metadata__" in header:
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # wide ones first: all lie aligned
+    ends = [0, *accumulate(tensors[name].nbytes for name in names)]
+    header: dict[str, dict] = {"__metadata__": dict(sorted(metadata.items()))}
+    for name, start, end in zip(names, ends, ends[1:], strict=False):
+        dtype, shape = DTYPES[tensors[name].dtype], list(tensors[name].shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     draft = file.with_name(f".{file.name}.part")
-    draft.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
-    draft.replace(file)
+    try:
+        with draft.open("wb") as stream:
+            stream.write(len(text).to_bytes(8, "little") + text)
+            for name in names:
+                tensor = late[name]() if late and name in late else tensors[name]
+                stream.write(tensor.contiguous().flatten().view(torch.uint8).numpy())
+        draft.replace(file)
+    finally:
+        draft.unlink(missing_ok=True)

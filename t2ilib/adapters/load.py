@@ -59,6 +59,12 @@ def read_metadata(file: Path) -> dict[str, str]:
         raise ConfigError(f"{file} is not a whole safetensors file: {error}") from None
 
 
+def holds_dora(file: Path) -> bool:
+    """Whether an adapter's file, in any layout, has magnitudes."""
+    with safe_open(file, "pt") as stored:
+        return any(re.search(r"\.lora_magnitude_vector|\.dora_scale$", key) for key in list(stored.keys()))
+
+
 def load_adapter(components: Components, path: Path, name: str = "default") -> None:
     """Attaches a saved adapter, frozen, to `components`. `path`: the file, or a run's or adapter's folder.
 
@@ -73,7 +79,7 @@ def load_adapter(components: Components, path: Path, name: str = "default") -> N
     if is_kohya(tensors) and not any(key.startswith(PARTS) for key in tensors):
         with tempfile.TemporaryDirectory(prefix="t2ilib-") as folder:
             converted = Path(folder) / FILE_NAME
-            write_diffusers(read_kohya(components, tensors, file), components, converted, metadata)
+            write_diffusers(read_kohya(components, tensors, file, metadata), components, converted, metadata)
             attach_file(components, converted, name, file)
     else:
         refuse_others([key for key in tensors if not DIFFUSERS.search(key)], file)

@@ -5,7 +5,7 @@ base itself was changed at the start (PiSSA, OLoRA: W - s B0 A0), what was taken
 the rank, s (B A - B0 A0), which fits the untouched base.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -34,6 +34,25 @@ class AdapterLayer:
         """alpha / rank times B A, in the shape of the layer's weight; of DoRA the part that is added before it is rescaled."""
         product = self.up.flatten(1) @ self.down.flatten(1)
         return self.alpha / self.rank * product.view(len(self.up), *self.down.shape[1:])
+
+
+@dataclass(frozen=True)
+class WeightDifference:
+    """What one layer's weight is changed by, W' - W, computed when it is written: those of all layers are as large as a model."""
+
+    component: str
+    module: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    compute: Callable[[], Tensor]
+
+
+def base_weight(components: Components, component: str, module: str) -> Tensor:
+    """W of one layer under whatever is attached to it, in float32, where it lies: that of a quantized layer as it multiplies."""
+    from peft.utils.integrations import dequantize_module_weight
+
+    layer = components.modules()[component].get_submodule(module)
+    return dequantize_module_weight(getattr(layer, "base_layer", layer)).detach().float()
 
 
 def read_layers(

@@ -101,7 +101,20 @@ def export(
     target: Annotated[Path, typer.Argument(help="The file (diffusers, kohya) or folder (peft, merged) to write.")],
     format: Annotated[str, typer.Option(help="diffusers, peft, kohya (A1111, ComfyUI), or merged.")] = "diffusers",
     model: Annotated[str | None, typer.Option(help="The base it goes with; without it that of the run.")] = None,
-    dtype: Annotated[str, typer.Option(help="Precision of merged weights: auto, float32, bfloat16, float16.")] = "auto",
+    dtype: Annotated[
+        str, typer.Option(help="Precision of the base and of merged weights: auto, float32, bfloat16, float16.")
+    ] = "auto",
+    program: Annotated[
+        str | None,
+        typer.Option("--for", help="Whose arithmetic a kohya DoRA is for: comfyui (and Forge), lycoris or a1111."),
+    ] = None,
+    form: Annotated[
+        str | None,
+        typer.Option(
+            "--as", help="What to write in a DoRA's place: diff (exact, large), or lora (near, of --rank); any program."
+        ),
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="Of the LoRA that --as lora approximates a DoRA by.")] = None,
 ) -> None:
     """Write an adapter in the format of another program."""
     with readable_errors():
@@ -109,7 +122,27 @@ def export(
         from t2ilib.runfile import build_run
 
         base = None if model is None else build_run({"adapter": {}, "model": {"base": model}}, "the command").model
-        print(f"{format}: {export_adapter(source, target, format, base, dtype)}")
+        written = export_adapter(source, target, format, base, dtype, program=program, form=form, rank=rank)
+        if written.is_file():
+            tell_of(written)
+        print(f"{format}: {written}")
+
+
+def tell_of(file: Path) -> None:
+    """Prints an exported file's size, and where it approximates a DoRA, how near every layer of it is."""
+    import json
+
+    from t2ilib.adapters.dora import ERROR, ERRORS, SAID, megabytes
+    from t2ilib.adapters.load import read_metadata
+    from t2ilib.report import format_table
+
+    told = read_metadata(file)
+    if ERRORS in told:
+        print(format_table([{"layer": n, "error": f"{e:.4f}"} for n, e in json.loads(told[ERRORS]).items()]))
+        print(f"\nrelative error of all layers together: {told[ERROR]}")
+    if SAID in told:
+        print(told[SAID])
+    print(megabytes(file.stat().st_size))
 
 
 def one_or_more(values: list[str]) -> str | list[str] | None:

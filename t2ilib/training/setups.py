@@ -214,7 +214,9 @@ def checkpoint_gradients(components: Components, modules: Iterable[str], **optio
     components.unet.enable_gradient_checkpointing(lambda module, *inputs: checkpoint(module, *inputs, **options))
     for name in modules:
         if name != "unet":
-            components.text_encoders[name].gradient_checkpointing_enable(options)
+            encoder = components.text_encoders[name]
+            enable = getattr(encoder, "activation_checkpointing_enable", None)  # its older name is deprecated
+            (enable or encoder.gradient_checkpointing_enable)(options)
 
 
 def trained_precision(run: RunConfig) -> ModelConfig:

@@ -1,17 +1,26 @@
-"""Loading a base: what is not a model of ours, or not whole, is refused in one sentence that names it."""
+"""Loading a base: what is not a model of ours, or not whole, is refused in one sentence that names it; and where its parts are
+while it is trained and drawn with."""
 
 import json
 import shutil
 from pathlib import Path
 
+import bitsandbytes as bnb
 import httpx
 import pytest
 import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from huggingface_hub import constants, errors
+from transformers import CLIPTextModel
 
 from t2ilib.config import ConfigError, ModelConfig
+from t2ilib.models import components as module
+from t2ilib.models.components import Components
 from t2ilib.models.files.locate import SHIPPED, download
 from t2ilib.models.load import load_base
+from t2ilib.models.quantize import move
+from t2ilib.runfile import build_run
+from t2ilib.training.loop import train
 
 
 @pytest.fixture
@@ -141,3 +150,118 @@ def test_models_of_another_noise_or_scale_are_refused(tmp_path, part, change, me
         (folder / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(ConfigError, match=message):
         load_base(ModelConfig(base=str(folder)))
+
+
+CARD = "cpu:7"
+"""A device of another name, on which everything can be computed."""
+
+
+@pytest.fixture
+def places(monkeypatch: pytest.MonkeyPatch) -> dict:
+    """Part -> where it was last moved to; CARD is the device that the UNet is on, and that nothing has left at first."""
+    moved: dict[torch.nn.Module, str] = {}
+    monkeypatch.setattr(Components, "device", torch.device(CARD))
+    monkeypatch.setattr(module, "move", lambda part, device: moved.__setitem__(part, str(device)))
+    return moved
+
+
+def test_what_a_step_does_without_is_parked(make, places: dict) -> None:
+    components = make("sdxl")
+    first, second = components.text_encoders.values()
+    assert components.parkable(()) == [components.vae, first, second]
+    assert components.parkable(("unet", "text_encoder")) == [components.vae, second]
+    assert components.parkable(("unet", "text_encoder", "text_encoder_2")) == [components.vae]
+    with components.awake():  # nothing is parked, so nothing is moved
+        pass
+    assert places == {}
+    components.park(("unet", "text_encoder"))
+    assert places == {components.vae: "cpu", second: "cpu"}
+
+
+def test_what_is_parked_is_awake_for_the_scope_alone(make, places: dict) -> None:
+    components = make("sd15")
+    components.park(())
+    parked = [components.vae, components.text_encoders["text_encoder"]]
+    with components.awake():
+        assert places == dict.fromkeys(parked, CARD)
+    assert places == dict.fromkeys(parked, "cpu")
+    with pytest.raises(ZeroDivisionError), components.awake():
+        raise ZeroDivisionError
+    assert places == dict.fromkeys(parked, "cpu")
+
+
+@pytest.mark.parametrize("trains_text", [False, True])
+def test_every_part_is_on_the_device_whenever_it_is_used(
+    tmp_path, monkeypatch, places: dict, trains_text: bool
+) -> None:
+    """Over a whole run: encoding, steps, held-out loss, pictures; and what is not trained is away in every step."""
+    used: dict[str, set[str]] = {}
+
+    def watched(kind: type, method: str):
+        original = getattr(kind, method)
+
+        def watch(part, *args, **options):
+            used.setdefault(kind.__name__, set()).add(places.get(part, CARD))
+            if kind is UNet2DConditionModel and part.training:
+                away = sum(place == "cpu" for place in places.values())
+                used.setdefault("away in a step", set()).add(away)
+            return original(part, *args, **options)
+
+        monkeypatch.setattr(kind, method, watch)
+
+    for kind, method in (
+        (AutoencoderKL, "encode"),
+        (AutoencoderKL, "decode"),
+        (CLIPTextModel, "forward"),
+        (UNet2DConditionModel, "forward"),
+    ):
+        watched(kind, method)
+    train(
+        build_run(
+            {
+                "output": str(tmp_path),
+                "model": {"base": "tiny-sd15"},
+                "adapter": {"rank": 2, "text_encoder_targets": "attention" if trains_text else None},
+                "data": {"source": "shapes"},
+                "shapes": {"num_pictures": 4},
+                "training": {"steps": 2, "batch_size": 2},
+                "evaluation": {
+                    "validate_every": 1,
+                    "sample_every": 1,
+                    "validation_timesteps": 1,
+                    "prompts": ["a red circle"],
+                    "num_inference_steps": 1,
+                },
+            }
+        )
+    )
+    parts = ("AutoencoderKL", "CLIPTextModel", "UNet2DConditionModel")
+    assert used == {part: {CARD} for part in parts} | {"away in a step": {1 if trains_text else 2}}
+
+
+@pytest.mark.parametrize(("method", "of"), [("nf4", bnb.nn.Params4bit), ("int8", bnb.nn.Linear8bitLt)])
+def test_moving_takes_what_quantized_layers_hold_beside_their_parameters(
+    make, monkeypatch, method: str, of: type
+) -> None:
+    """bitsandbytes moves scales and codes with the weight (NF4) or with the layer (int8), so each of these must be asked: an int8
+    layer's own `to` is not called where a model is moved as a whole."""
+    encoder = load_base(ModelConfig(quantization=method), torch.device("cpu")).text_encoders["text_encoder"]
+    ids = torch.arange(8)[None]
+    with torch.no_grad():
+        before = encoder(ids).last_hidden_state
+    asked, original = [], of.to
+
+    def watch(self, *args, **options):
+        asked.append((self, torch.device(next(x for x in (*args, *options.values()) if x is not None))))
+        return original(self, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(of, "to", watch)
+        move(encoder, "cpu")
+    layers = [layer for layer in encoder.modules() if isinstance(layer, bnb.nn.Linear4bit | bnb.nn.Linear8bitLt)]
+    holders = [layer.weight if of is bnb.nn.Params4bit else layer for layer in layers]
+    assert len(layers) >= 12
+    assert {id(held) for held, _ in asked} == {id(held) for held in holders}
+    assert {device for _, device in asked} == {torch.device("cpu")}
+    with torch.no_grad():
+        assert torch.equal(encoder(ids).last_hidden_state, before)
