@@ -22,6 +22,7 @@ from t2ilib.config import ConfigError, RunConfig, check_choice
 from t2ilib.evaluation import clip
 from t2ilib.evaluation.metrics import ENTRY_POINTS, Metric, check_measures, declare
 from t2ilib.evaluation.sampling import draw, save_pictures
+from t2ilib.memory import Peaks
 from t2ilib.models.components import Components
 from t2ilib.shapes import checker
 from t2ilib.shapes.world import Scene, caption
@@ -144,25 +145,28 @@ def measure(
     measures = find_measures(run)
     found: dict[str, float] = {}
     shown: list[tuple[str, Image.Image]] = []
-    shared, known = {}, {}
+    shared, known, peaks = {}, {}, Peaks()
     groups = prompt_groups(run, prompts)
     for group, (asked, scenes) in groups.items():
-        pictures = draw(components, asked, run.evaluation, resolution=run.data.resolution)
-        few = SHOWN // len(groups)
-        shown += list(zip(asked, pictures, strict=True))[:: max(1, len(asked) // few)][:few]
-        context = Context(group, run, components, scenes, shared)
-        for name, chosen in measures.items():
-            values, declared = chosen.function(pictures, asked, context), chosen.declared(group)
-            if unknown := sorted(values.keys() - declared.keys()):
-                raise ConfigError(f"the measure {name} does not declare what it returned: {', '.join(unknown)}")
-            found |= values
-            known |= {key: metric for key, metric in declared.items() if key in values}
+        with peaks.during("measuring"):
+            pictures = draw(components, asked, run.evaluation, resolution=run.data.resolution)
+            few = SHOWN // len(groups)
+            shown += list(zip(asked, pictures, strict=True))[:: max(1, len(asked) // few)][:few]
+            context = Context(group, run, components, scenes, shared)
+            for name, chosen in measures.items():
+                values, declared = chosen.function(pictures, asked, context), chosen.declared(group)
+                if unknown := sorted(values.keys() - declared.keys()):
+                    raise ConfigError(f"the measure {name} does not declare what it returned: {', '.join(unknown)}")
+                found |= values
+                known |= {key: metric for key, metric in declared.items() if key in values}
     declare(run.output, known)
     shutil.rmtree(run.output / "pictures", ignore_errors=True)  # of other prompts, perhaps
     if shown:
         save_pictures([picture for _, picture in shown], run.output / "pictures")
         (run.output / "pictures" / "prompts.json").write_text(json.dumps([text for text, _ in shown], indent=1))
+    metrics = dict(metrics or {})
+    found |= {name: max(value, metrics.get(name, 0.0)) for name, value in peaks.metrics().items()}
     (tracker or NullTracker()).log_metrics(found, run.training.steps)
-    metrics = dict(metrics or {}) | found
+    metrics |= found
     (run.output / "metrics.json").write_text(json.dumps(metrics, indent=1))
     return metrics

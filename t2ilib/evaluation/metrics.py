@@ -16,6 +16,8 @@ from t2ilib.config import ConfigError, check_choice
 
 UNITS = ("share", "loss", "score", "count", "mib", "rate")
 ROLES = ("learned", "kept", "loss", "followed", "memory", "host", "size", "speed")
+PHASES = ("loading", "encoding", "training", "validating", "drawing", "measuring")
+"""Of a run, each with its own peak of memory: `memory.Peaks`."""
 DECLARATIONS = "metrics.about.json"
 """Beside a run's metrics.json: metric -> the fields of its `Metric`."""
 
@@ -44,6 +46,13 @@ class Metric:
         """Raises ConfigError for a unit, direction or role that does not exist."""
         for name, allowed in {"unit": UNITS, "better": ("higher", "lower", None), "role": (*ROLES, None)}.items():
             check_choice(getattr(self, name), allowed, f"metric {self.title!r}: {name}")
+
+
+PEAKS = {
+    f"memory/{phase}/peak_{kind}_mib": Metric(f"{title}, {phase}", "mib", "lower", table="Peak memory by phase, MiB")
+    for kind, title in (("device", "GPU"), ("process", "process"))
+    for phase in PHASES
+}
 
 
 def as_written(metric: Metric) -> dict[str, Any]:
