@@ -29,6 +29,7 @@ from t2ilib.studies.executor import Executor
 from t2ilib.studies.file import Study, load_study
 from t2ilib.studies.notebooks import error_text, execute_notebook, export_html, find_notebook, notebook_parameters
 from t2ilib.studies.runs import StudyRun, check_notebooks, plan_runs, require_unedited
+from t2ilib.tracking.store import check_store, open_client, reap_stale_runs, tracking_uri
 
 REPORT = "compare.ipynb"
 """The notebook that a study's report is made with."""
@@ -110,6 +111,9 @@ def run_study(
     require_unedited(runs)
     pending = [run for run in runs if run.state != "finished"]
     check_data(pending)
+    uri = tracking_uri(None, results)
+    if pending:
+        check_store(uri, study.name)
     cards = visible_cards() if pending else []
     tell_misfits(pending, jobs, say, cards)
     folder = runs[0].folder.parents[1]
@@ -122,9 +126,6 @@ def run_study(
     if pending:
         if about := tell_sharing(min(jobs, len(pending)), cards):
             say(about)
-        from t2ilib.tracking.store import open_client, reap_stale_runs, tracking_uri
-
-        uri = tracking_uri(None, results)
         client, experiment = open_client(uri, study.name, results)
         reap_stale_runs(client, experiment)
         parent = parent_run(client, experiment, study, preset, folder)
@@ -201,8 +202,6 @@ def champion_line(path: Path, preset: str, results: Path) -> str:
     runs = plan_runs(study, path, preset, results.absolute())
     if lacking := sum(run.state != "finished" for run in runs):
         return f"none yet: {lacking} of the preset's {len(runs)} runs are not finished"
-    from t2ilib.tracking.store import open_client, tracking_uri
-
     client, _ = open_client(tracking_uri(None, results), study.name, results)
     return name_champion(client, f"{study.name}-{preset}", find_lead(runs))
 

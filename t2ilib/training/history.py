@@ -38,7 +38,7 @@ class History:
         if start and self.timing.exists():
             known = json.loads(self.timing.read_text())
             self.seconds, self.timed = known["seconds"], known["timed"]
-            peaks.include(known["peaks"])
+            peaks.include(known.get("peaks", {}))
 
     def begin(self) -> None:
         """Before a step."""

@@ -211,7 +211,8 @@ def require_finite(losses: Tensor, step: int, ids: list[int], training: Dataset)
         named = "\n  ".join(f"{shown(training.records[i].path.name)}: {training.records[i].caption}" for i in bad[:5])
         raise NonFiniteLoss(
             f"the loss of {len(bad)} sample(s) is not finite at step {step}:\n  {named}\n"
-            "Lower optimizer.learning_rate, set training.mixed_precision to no, or look at these pictures."
+            + ("The base itself may not be finite, or not in this precision: " if step == 0 else "")
+            + "Lower optimizer.learning_rate, set training.mixed_precision to no, or look at these pictures."
             " The last checkpoint is from before this step"
         )
 
