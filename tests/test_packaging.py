@@ -82,3 +82,21 @@ def test_bare_make_lists_the_targets() -> None:
     listed = subprocess.run(["make", "-s"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for target in ("demo", "test", "install"):
         assert f"make {target} " in listed
+
+
+def test_the_numbers_at_the_top_of_the_readme_are_the_reports() -> None:
+    report = (ROOT / "results" / "concepts-full" / "report.md").read_text()
+    told = re.findall(
+        r"^\| (\w[\w ]+) \| ([\d.]+ %) \| ([\d.± ]+%) \|$", (ROOT / "README.md").read_text(), re.MULTILINE
+    )
+    assert [name for name, *_ in told] == ["heart", "striped", "blueprint", "base kept"]
+    for name, base, lora in told:
+        table = next(
+            part
+            for part in report.split("###")
+            if re.search(rf"\| {name} \|", part.splitlines()[2:3][0] if len(part.splitlines()) > 2 else "")
+        )
+        header, _, *rows = [line for line in table.splitlines() if line.startswith("|")]
+        column = [cell.strip() for cell in header.split("|")].index(name)
+        values = [[cell.strip() for cell in row.split("|")] for row in rows]
+        assert [row[column] for row in values if row[2] in ("base", "lora")] == [base, lora], name
