@@ -121,7 +121,13 @@ def test_the_report_of_a_study_is_made_of_what_its_runs_declare(results: Path) -
     page = write_report(results / "study.yaml", "quick", results)
     html, text = page.read_text(), page.with_suffix(".md").read_text()
     report = load_report(page.parent)
-    assert list(report.tables()) == ["Learned and kept", "By concept", "CLIP scores", "Cost"]
+    assert list(report.tables()) == [
+        "Learned and kept",
+        "By concept",
+        "CLIP scores",
+        "Cost",
+        "Peak memory by phase, MiB",
+    ]
     assert report.speaking("learned", "kept", "loss") == ["concept/learned", "base_kept/all", "held_out_loss"]
     for title in report.tables():
         assert f"### {title}" in text

@@ -10,10 +10,12 @@ import yaml
 from typer.testing import CliRunner
 
 from t2ilib.cli import app
+from t2ilib.studies.notebooks import SHIPPED
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
 
 
 def name_of(requirement: str) -> str:
@@ -38,6 +40,16 @@ def test_every_dependency_is_pinned_in_constraints() -> None:
     assert wanted <= {name_of(pin) for pin in pins}
 
 
+def test_the_notebooks_of_studies_are_in_the_wheel_and_in_the_source_archive() -> None:
+    targets = PYPROJECT["tool"]["hatch"]["build"]["targets"]
+    packed = targets["wheel"]["force-include"]
+    assert {target: source for source, target in packed.items()} == {
+        f"t2ilib/notebooks/{name}": f"experiments/{name}" for name in SHIPPED
+    }
+    assert all((ROOT / source).is_file() for source in packed)
+    assert "experiments" in targets["sdist"]["include"], "a wheel is built from there too"
+
+
 def test_ci_calls_the_readme_test_command() -> None:
     assert "make test" in README
     assert "make test" in (ROOT / ".ci" / "run").read_text()
@@ -54,6 +66,9 @@ def test_readme_command_exists_with_its_options(command: str) -> None:
     if words[0] == "make":
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
         return
+    if words[0] == "source":
+        assert words[1] in (ROOT / "Makefile").read_text().replace("$(VENV)", ".venv"), "as the install says"
+        return
     assert words[0] == "t2ilib"
     depth = 3 if words[1] in ("study", "data", "tiny") else 2
     text = CliRunner().invoke(app, [*words[1:depth], "--help"], env={"COLUMNS": "400"}).output
@@ -67,3 +82,21 @@ def test_bare_make_lists_the_targets() -> None:
     listed = subprocess.run(["make", "-s"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for target in ("demo", "test", "install"):
         assert f"make {target} " in listed
+
+
+def test_the_numbers_at_the_top_of_the_readme_are_the_reports() -> None:
+    report = (ROOT / "results" / "concepts-full" / "report.md").read_text()
+    told = re.findall(
+        r"^\| (\w[\w ]+) \| ([\d.]+ %) \| ([\d.± ]+%) \|$", (ROOT / "README.md").read_text(), re.MULTILINE
+    )
+    assert [name for name, *_ in told] == ["heart", "striped", "blueprint", "base kept"]
+    for name, base, lora in told:
+        table = next(
+            part
+            for part in report.split("###")
+            if re.search(rf"\| {name} \|", part.splitlines()[2:3][0] if len(part.splitlines()) > 2 else "")
+        )
+        header, _, *rows = [line for line in table.splitlines() if line.startswith("|")]
+        column = [cell.strip() for cell in header.split("|")].index(name)
+        values = [[cell.strip() for cell in row.split("|")] for row in rows]
+        assert [row[column] for row in values if row[2] in ("base", "lora")] == [base, lora], name

@@ -98,7 +98,7 @@ def export_adapter(
     writer = FORMATS[check_choice(format, FORMATS, "--format")]
     file = adapter_file(source)
     target = Path(target)
-    if format in ("diffusers", "kohya") and target.suffix != ".safetensors":
+    if format in ("diffusers", "kohya") and target.suffix.lower() != ".safetensors":
         raise ConfigError(f"{format} is one file: name it {target}.safetensors")
     if target.is_file() or (target.is_dir() and any(target.iterdir())):
         raise ConfigError(f"{target} exists already: name another one, or delete it first")

@@ -7,12 +7,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from t2ilib.adapters.formats import is_kohya, read_kohya, refuse_others, write_diffusers
 from t2ilib.config import ConfigError
 from t2ilib.memory import align
 from t2ilib.models.components import Components
+from t2ilib.models.files.locate import in_small_letters
 from t2ilib.models.pipeline import build_pipeline, quiet_libraries
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
@@ -23,6 +25,9 @@ DIFFUSERS = re.compile(
     r"\.(lora_[AB]|lora\.(down|up)|lora_linear_layer\.(down|up)|processor\.\w+_lora\.(down|up))\.weight$|\.lora_magnitude_vector(\.weight)?$|\.alpha$"
 )
 """The tensors of an adapter under diffusers' and peft's names."""
+ALPHA = re.compile(r"(\.lora(_A|_B|_linear_layer)?)?\.alpha$")
+UP = re.compile(r"(\.lora_B|\.lora\.up|\.lora_linear_layer\.up|(?<=_lora)\.up)\.weight$")
+"""What stands behind a module's name in that of its alpha, and in that of the second of its two matrices."""
 PARTS = ("unet.", "text_encoder.", "text_encoder_2.")
 PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction", "sample": "sample"}
 """`modelspec.prediction_type` of an adapter -> diffusers' name."""
@@ -83,13 +88,32 @@ def load_adapter(components: Components, path: Path, name: str = "default") -> N
             attach_file(components, converted, name, file)
     else:
         refuse_others([key for key in tensors if not DIFFUSERS.search(key)], file)
-        attach_file(components, file, name, file)
+        with tempfile.TemporaryDirectory(prefix="t2ilib-") as folder:
+            attach_file(components, readable(file, tensors, metadata, Path(folder)), name, file)
     if told := PREDICTIONS.get(metadata.get("modelspec.prediction_type", "")):
         if told != components.scheduler.config.prediction_type:
             log.info("%s was trained for %s: pictures are drawn so", file, told)
         components.predict(told)
     for module in components.modules().values():
         align(module.requires_grad_(False))
+
+
+def readable(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], scratch: Path) -> Path:
+    """A file in diffusers' layout as diffusers reads the whole of it: itself, under a name that ends in small letters, or, where it has
+    tensors of alphas, which diffusers refuses or passes over, a copy in `scratch` with alpha / rank in its weights."""
+    alphas = {ALPHA.sub("", key): float(x) for key, x in tensors.items() if key.endswith(".alpha")}
+    if not alphas:
+        return in_small_letters(file, scratch)
+    if "lora_adapter_metadata" in metadata:
+        raise ConfigError(f"{file} says its alphas twice, in tensors and in its metadata: take out one of them")
+    folded = {key: x for key, x in tensors.items() if not key.endswith(".alpha")}
+    for key, x in folded.items():
+        if UP.search(key) and (alpha := alphas.pop(UP.sub("", key), None)) is not None:
+            folded[key] = x * (alpha / x.shape[1])
+    if alphas:
+        raise ConfigError(f"{file} has an alpha for {next(iter(alphas))}, and no weights")
+    save_file(folded, scratch / FILE_NAME, dict(metadata))
+    return scratch / FILE_NAME
 
 
 def attach_file(components: Components, file: Path, name: str, told: Path) -> None:

@@ -14,7 +14,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Which way of fine-tuning Stable Diffusion suits your pictures and your GPU?",
 )
-study_app = typer.Typer(no_args_is_help=True, help="Run a study of variants, and see how far it is.")
+study_app = typer.Typer(no_args_is_help=True, help="Write a study of variants, run it, and see how far it is.")
 data_app = typer.Typer(no_args_is_help=True, help="Make data sets.")
 tiny_app = typer.Typer(no_args_is_help=True, help="Rebuild the tiny models that ship with the package.")
 
@@ -34,6 +34,7 @@ for command in (
     adapters.export,
 ):
     app.command()(command)
+study_app.command("new")(studies.study_new)
 study_app.command("run")(studies.study_run)
 study_app.command("status")(studies.study_status)
 study_app.command("show")(studies.study_show)

@@ -1,5 +1,6 @@
-"""`t2ilib study ...`: run a study of variants, see how far it is, write a variant out."""
+"""`t2ilib study ...`: write a study of one's own, run it, see how far it is, write a variant out."""
 
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -13,6 +14,30 @@ from t2ilib.cli.errors import readable_errors
 Results = Annotated[Path, typer.Option(help="Where results and the default MLflow store lie.")]
 
 
+def study_new(
+    folder: Annotated[Path, typer.Argument(help="An image folder: captioned pictures.")],
+    base: Annotated[
+        str, typer.Option(help="tiny-sdxl, tiny-sd15, a diffusers folder, a single .safetensors file or a Hub id.")
+    ] = "tiny-sdxl",
+    compare: Annotated[
+        str, typer.Option(help="What to compare, with commas, the reference first; a wrong name shows the right ones.")
+    ] = "lora,dora",
+    out: Annotated[
+        Path | None, typer.Option(help="The file to write; without it FOLDER's name with .yaml, here.")
+    ] = None,
+) -> None:
+    """Write a study file about your own pictures, ready to run: which way of fine-tuning suits them?"""
+    with readable_errors():
+        from t2ilib.studies.new import new_study
+
+        path, study = new_study(folder, base, [name.strip() for name in compare.split(",") if name.strip()], out)
+        command = f"t2ilib study run {shlex.quote(str(path))}"
+        print(f"{path}: {', '.join(study.variants)}, compared with {study.reference}. Look it over, then")
+        for preset, about in study.presets.items():
+            steps, seeds = about.run["training"]["steps"], len(about.seeds)
+            print(f"  {command} --preset {preset:5s}  # {seeds} seed{'s' * (seeds > 1)}, {steps} steps each")
+
+
 def study_run(
     file: Annotated[Path, typer.Argument(help="A study file in YAML.")],
     preset: Annotated[str, typer.Option(help="A preset of the study file.")] = "quick",
@@ -24,26 +49,24 @@ def study_run(
     """Run every variant and seed that is not finished, then write the report."""
     with readable_errors():
         from t2ilib.config import ConfigError
-        from t2ilib.studies.study import name_champion, run_study, write_report
+        from t2ilib.studies.study import champion_line, run_study, write_report
 
         try:
             numbers = [int(seed) for seed in seeds.split(",") if seed.strip()]
         except ValueError:
             raise ConfigError(f"--seeds {seeds!r}: write whole numbers with commas, e.g. 0,1,2") from None
         begun = time.monotonic()
-        runs = run_study(file, preset, only, numbers, jobs, results, say=lambda line: print(line, flush=True))
+        runs = run_study(file, preset, only, numbers, jobs, results, say=say)
         failed = [run.label for run in runs if run.state != "finished"]
         if any(run.state == "finished" for run in runs):
             page = write_report(file, preset, results)
             from t2ilib.report import format_table, load_report, summary_table
 
             report = load_report(page.parent)
-            rows = summary_table(report, report.speaking("learned", "kept", "loss", "size", "speed"))
+            rows = summary_table(report, report.speaking("learned", "kept", "loss", "followed", "size", "speed"))
             print("\n" + format_table([{name: row[name] for name in row if name != "variant"} for row in rows]))
             print(f"\nreport:     {page}\n            {page.with_suffix('.md')}")
-        champion = name_champion(file, preset, results)
-        if champion:
-            print(f"champion:   {champion}")
+        print(f"champion:   {champion_line(file, preset, results)}")
         mlflow = Path(sys.executable).parent / "mlflow"
         print(f"MLflow UI:  {quote(str(mlflow))} ui --backend-store-uri {quote(tracked(results))} --host 127.0.0.1")
         print(f"{len(runs) - len(failed)} of {len(runs)} runs finished, {time.monotonic() - begun:.0f} s")
@@ -78,6 +101,11 @@ def study_show(
 
         seeds = [] if seed is None else [seed]
         print(write_out(plan_runs(load_study(file), file, preset, Path("results"), [variant], seeds)[0]), end="")
+
+
+def say(line: str) -> None:
+    """A line at once and in one piece: several threads tell of their notebooks."""
+    print(f"{line}\n", end="", flush=True)
 
 
 def tracked(results: Path) -> str:

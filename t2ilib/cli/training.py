@@ -37,7 +37,7 @@ def train(
             result = train(run, tracker)
             metrics = result.metrics
             if run.trains not in ("vae", "clip"):
-                metrics = measure(run, result.components, tracker, metrics)
+                metrics = measure(run, result.components, tracker, metrics, result.prompts)
         for name, value in sorted(metrics.items()):
             if not name.startswith(("memory/", "learning_rate/", "held_out_loss/")):
                 print(f"{name:32s} {value:14.4f}")

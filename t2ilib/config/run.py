@@ -116,7 +116,7 @@ class RunConfig(Section):
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
 
     def flat(self) -> dict[str, Any]:
-        """`section.field` -> JSON-like value, for logging; the same keys for every run, whatever it trains."""
+        """`section.field` -> JSON-like value; the same keys for every run, whatever it trains."""
         values = self.model_dump(mode="json", exclude={"output", "name", "tracking"})
         values["training"]["trains"] = self.trains
         for section, kind in (("adapter", AdapterSpec), ("shapes", ShapesConfig)):

@@ -256,7 +256,8 @@ class EvaluationConfig(Section):
     """How many of the held-out pictures are measured at most: always the same ones."""
     sample_every: Annotated[int, Field(ge=0)] = 100
     prompts: tuple[str, ...] = ()
-    """Fixed prompts of the sample grids; empty takes the first validation captions."""
+    """Fixed prompts of the sample grids; empty takes captions, held-out ones first. On pictures of one's own they are also what is drawn
+    and measured at the end."""
     num_inference_steps: Positive = 20
     guidance_scale: Annotated[float, Field(ge=1)] = 3.0
     vae_tiling: bool = False

@@ -15,7 +15,12 @@ from t2ilib.memory import align
 from t2ilib.models.families import tokenize
 from t2ilib.models.pipeline import clip_folder, quiet_libraries
 
-METRICS = {"clip_score/{group}": Metric("CLIP score, {group}", "score", "higher", table="CLIP scores")}
+METRICS = {
+    "clip_score/{group}": Metric("CLIP score, {group}", "score", "higher", table="CLIP scores"),
+    "clip_score/prompts": Metric("CLIP score", "score", "higher", table="Learned and kept", role="followed"),
+}
+"""Of the drawn world's groups it is shown and decides nothing, for there the checker counts; of a run's own prompts, the second
+entry, nothing else judges the pictures."""
 
 
 def lacks(run: RunConfig) -> str | None:

@@ -7,6 +7,7 @@ measure about it. A metric that was not measured is missing, never zero.
 
 import importlib.util
 import json
+import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,13 +22,14 @@ from t2ilib.config import ConfigError, RunConfig, check_choice
 from t2ilib.evaluation import clip
 from t2ilib.evaluation.metrics import ENTRY_POINTS, Metric, check_measures, declare
 from t2ilib.evaluation.sampling import draw, save_pictures
+from t2ilib.memory import Peaks
 from t2ilib.models.components import Components
 from t2ilib.shapes import checker
 from t2ilib.shapes.world import Scene, caption
 from t2ilib.tracking.tracker import NullTracker, Tracker
 
-SHOWN = 4
-"""Pictures of each group that are kept for the report's grid."""
+SHOWN = 8
+"""Pictures that are kept for the report's grid, of each group as many."""
 
 
 @dataclass(frozen=True)
@@ -115,41 +117,56 @@ def module_at(file: Path) -> ModuleType:
     return module
 
 
-def prompt_groups(run: RunConfig) -> dict[str, tuple[list[str], tuple[Scene, ...] | None]]:
-    """Group -> prompts, and their scenes where they are known: the drawn world's test scenes, or the run's own prompts."""
+def prompt_groups(run: RunConfig, prompts: Sequence[str] = ()) -> dict[str, tuple[list[str], tuple[Scene, ...] | None]]:
+    """Group -> prompts, and their scenes where they are known: the drawn world's test scenes, or the run's own prompts.
+
+    `prompts`: for a run on pictures of one's own that names none.
+    """
     scenes = checker.checked_scenes(run)
     if scenes:
         return {group: ([caption(scene) for scene in own], tuple(own)) for group, own in scenes.items()}
-    return {"prompts": (list(run.evaluation.prompts), None)} if run.evaluation.prompts else {}
+    asked = run.evaluation.prompts or (prompts if run.data.source != "shapes" else ())
+    return {"prompts": (list(asked), None)} if asked else {}
 
 
 def measure(
-    run: RunConfig, components: Components, tracker: Tracker | None = None, metrics: Mapping[str, float] | None = None
+    run: RunConfig,
+    components: Components,
+    tracker: Tracker | None = None,
+    metrics: Mapping[str, float] | None = None,
+    prompts: Sequence[str] = (),
 ) -> dict[str, float]:
     """Draws test prompts, measures the pictures, and writes all of a run's final numbers to `metrics.json` in its output.
 
-    `metrics`: what training gave (`TrainResult.metrics`), written along. Also keeps some pictures for the report. Raises
-    ConfigError as `find_measures` does, and for a metric that its measure does not declare.
+    `metrics`: what training gave (`TrainResult.metrics`), written along. `prompts` (`TrainResult.prompts`): what is drawn where
+    `evaluation.prompts` names nothing; the drawn world has test prompts of its own. Also keeps some pictures for the report.
+    Raises ConfigError as `find_measures` does, and for a metric that its measure does not declare.
     """
     measures = find_measures(run)
     found: dict[str, float] = {}
     shown: list[tuple[str, Image.Image]] = []
-    shared, known = {}, {}
-    for group, (prompts, scenes) in prompt_groups(run).items():
-        pictures = draw(components, prompts, run.evaluation, resolution=run.data.resolution)
-        shown += list(zip(prompts, pictures, strict=True))[:: max(1, len(prompts) // SHOWN)][:SHOWN]
-        context = Context(group, run, components, scenes, shared)
-        for name, chosen in measures.items():
-            values, declared = chosen.function(pictures, prompts, context), chosen.declared(group)
-            if unknown := sorted(values.keys() - declared.keys()):
-                raise ConfigError(f"the measure {name} does not declare what it returned: {', '.join(unknown)}")
-            found |= values
-            known |= {key: metric for key, metric in declared.items() if key in values}
+    shared, known, peaks = {}, {}, Peaks()
+    groups = prompt_groups(run, prompts)
+    for group, (asked, scenes) in groups.items():
+        with peaks.during("measuring"):
+            pictures = draw(components, asked, run.evaluation, resolution=run.data.resolution)
+            few = SHOWN // len(groups)
+            shown += list(zip(asked, pictures, strict=True))[:: max(1, len(asked) // few)][:few]
+            context = Context(group, run, components, scenes, shared)
+            for name, chosen in measures.items():
+                values, declared = chosen.function(pictures, asked, context), chosen.declared(group)
+                if unknown := sorted(values.keys() - declared.keys()):
+                    raise ConfigError(f"the measure {name} does not declare what it returned: {', '.join(unknown)}")
+                found |= values
+                known |= {key: metric for key, metric in declared.items() if key in values}
     declare(run.output, known)
+    shutil.rmtree(run.output / "pictures", ignore_errors=True)  # of other prompts, perhaps
     if shown:
         save_pictures([picture for _, picture in shown], run.output / "pictures")
         (run.output / "pictures" / "prompts.json").write_text(json.dumps([text for text, _ in shown], indent=1))
+    metrics = dict(metrics or {})
+    found |= {name: max(value, metrics.get(name, 0.0)) for name, value in peaks.metrics().items()}
     (tracker or NullTracker()).log_metrics(found, run.training.steps)
-    metrics = dict(metrics or {}) | found
+    metrics |= found
     (run.output / "metrics.json").write_text(json.dumps(metrics, indent=1))
     return metrics

@@ -15,7 +15,9 @@ from typing import Any
 from t2ilib.config import ConfigError, check_choice
 
 UNITS = ("share", "loss", "score", "count", "mib", "rate")
-ROLES = ("learned", "kept", "loss", "memory", "host", "size", "speed")
+ROLES = ("learned", "kept", "loss", "followed", "memory", "host", "size", "speed")
+PHASES = ("loading", "encoding", "training", "validating", "drawing", "measuring")
+"""Of a run, each with its own peak of memory: `memory.Peaks`."""
 DECLARATIONS = "metrics.about.json"
 """Beside a run's metrics.json: metric -> the fields of its `Metric`."""
 
@@ -27,8 +29,8 @@ class Metric:
     `unit`: share (0 to 1, written in percent), loss, score, count, mib, or rate (1/s). `better`: higher, lower, or None where
     neither is.
     `exact`: decided by the settings, not by the seed: two values differ or they do not, and there is nothing to test.
-    `table`: the report's table that shows it; None keeps it out of the report. `role`: what it says about a variant (`memory` is the
-    device's, `host` that of the process); of the metrics of one role the first that was measured speaks for it. `headline`: how
+    `table`: the report's table that shows it; None keeps it out of the report. `role`: what it says about a variant (`followed` its
+    prompts; `memory` is the device's, `host` that of the process); of the metrics of one role the first that was measured speaks for it. `headline`: how
     the report's first lines name the leader.
     """
 
@@ -44,6 +46,13 @@ class Metric:
         """Raises ConfigError for a unit, direction or role that does not exist."""
         for name, allowed in {"unit": UNITS, "better": ("higher", "lower", None), "role": (*ROLES, None)}.items():
             check_choice(getattr(self, name), allowed, f"metric {self.title!r}: {name}")
+
+
+PEAKS = {
+    f"memory/{phase}/peak_{kind}_mib": Metric(f"{title}, {phase}", "mib", "lower", table="Peak memory by phase, MiB")
+    for kind, title in (("device", "GPU"), ("process", "process"))
+    for phase in PHASES
+}
 
 
 def as_written(metric: Metric) -> dict[str, Any]:

@@ -1,12 +1,15 @@
 """A study's pictures: learning curves, what quality costs, and what each variant draws for the same prompts and noise.
 
 Figures are plain `matplotlib.figure.Figure` objects without pyplot's global state; notebooks show them with `display`.
-A variant has one colour in every figure. Leaves out interactivity: a report must read the same on paper.
+A variant has one colour in every figure. One for which nothing was measured is None rather than an empty frame; `plots` are
+those there are. Leaves out interactivity: a report must read the same on paper.
 """
 
 import json
 import textwrap
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +31,51 @@ RADII = (7, 14, 22, 32, 44, 58, 74, 92, 112)
 """Pixels (at 100 dpi) between a point and its name, tried in this order."""
 MAX_PROMPTS = 8
 PICTURE_PIXELS = 256
+LONGEST_TITLE = 100
+"""Characters of a prompt above its column."""
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure with its heading, how it is to be read, its caption, and the name of its file."""
+
+    heading: str
+    text: str
+    caption: str
+    file: str
+    figure: Figure
+
+
+def plots(report: StudyReport) -> list[Plot]:
+    """The figures of a study for which something was measured or drawn."""
+    told = (
+        (
+            "Learning",
+            "Held-out loss by step; figures use the short names of the tables. Lower is better; a line that turns upwards has begun"
+            " to memorise its training pictures. Where bands overlap, a lead of one line over another may be noise.",
+            "Held-out loss by step",
+            "curves.png",
+            plot_learning_curves,
+        ),
+        (
+            "What it costs",
+            "Each measure of quality against each cost; bars are 95% intervals, and up is better. Good places are top left for memory"
+            " and parameters, top right for speed. The dashed line is the model before fine-tuning.",
+            "Quality against cost",
+            "cost_quality.png",
+            plot_cost_quality,
+        ),
+        (
+            "What it looks like",
+            "The same prompts and the same starting noise in every row, first seed. Look for what was to be learned, and for what else"
+            " changed. One picture proves nothing: numbers count more of them, over all seeds.",
+            "The same prompts and noise, drawn by every variant",
+            "pictures.png",
+            plot_pictures,
+        ),
+    )
+    drawn = [(*words, draw(report)) for *words, draw in told]
+    return [Plot(*words, figure) for *words, figure in drawn if figure is not None]
 
 
 def style_of(report: StudyReport, name: str) -> tuple[str, str]:
@@ -36,8 +84,9 @@ def style_of(report: StudyReport, name: str) -> tuple[str, str]:
     return COLORS[index % len(COLORS)], LINE_STYLES[index // len(COLORS) % len(LINE_STYLES)]
 
 
-def plot_learning_curves(report: StudyReport, metric: str = "held_out_loss") -> Figure:
-    """`metric` by step: the mean over seeds, and from the lowest to the highest seed as a band; named at the right end.
+def plot_learning_curves(report: StudyReport, metric: str = "held_out_loss") -> Figure | None:
+    """`metric` by step: the mean over seeds, and from the lowest to the highest seed as a band; named at the right end. None where
+    no trained variant logged it.
 
     Only steps that all of a variant's runs logged are drawn, or the mean would jump where a seed joins or leaves.
     """
@@ -61,10 +110,9 @@ def plot_learning_curves(report: StudyReport, metric: str = "held_out_loss") -> 
         ends.append((steps[-1], float(values.mean(0)[-1]), name, color))
     axes.set_title("mean over seeds; band: lowest to highest seed", fontsize=9, color="0.35", loc="left")
     axes.spines[["top", "right"]].set_visible(False)
-    if ends:
-        label_ends(axes, ends)
-    else:
-        axes.text(0.5, 0.5, "not measured", ha="center", va="center", transform=axes.transAxes, color="0.5")
+    if not ends:
+        return None
+    label_ends(axes, ends)
     return figure
 
 
@@ -85,8 +133,9 @@ def label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]], gap: f
         axes.annotate(text, color=color, arrowprops=line, **place, **style)
 
 
-def plot_cost_quality(report: StudyReport, costs: Sequence[str] = ()) -> Figure:
-    """What was learned and kept (rows) against costs (columns): means with 95% intervals; the untouched base is a line.
+def plot_cost_quality(report: StudyReport, costs: Sequence[str] = ()) -> Figure | None:
+    """What was learned and kept, or where neither was measured held-out loss and CLIP score (rows), against costs (columns): means
+    with 95% intervals, up is better; the untouched base is a line. None where no quality or no cost was measured.
 
     Costs default to what speaks for memory, size and speed.
     """
@@ -98,16 +147,18 @@ def plot_cost_quality(report: StudyReport, costs: Sequence[str] = ()) -> Figure:
             *report.speaking("size", "speed"),
         )
     )
-    qualities = report.speaking("learned", "kept")
-    figure = Figure(figsize=(5.2 * max(1, len(costs)), 4.0 * max(1, len(qualities))), layout="constrained")
+    qualities = report.speaking("learned", "kept") or report.speaking("loss", "followed")
     if not costs or not qualities:
-        figure.text(0.5, 0.5, "cost or quality was not measured", ha="center", color="0.5")
-        return figure
+        return None
+    figure = Figure(figsize=(5.2 * len(costs), 4.0 * len(qualities)), layout="constrained")
     grid = figure.subplots(len(qualities), len(costs), squeeze=False, sharex="col", sharey="row")
     panels = []
     for row, quality in zip(grid, qualities, strict=True):
-        row[0].set_ylabel(report.metrics[quality].title)
+        falls = report.metrics[quality].better == "lower"
+        row[0].set_ylabel(report.metrics[quality].title + " (lower is better)" * falls)
         panels += [(axes, draw_panel(axes, report, cost, quality)) for axes, cost in zip(row, costs, strict=True)]
+        if falls:
+            row[0].invert_yaxis()  # and with it those that share it
     for axes, cost in zip(grid[-1], costs, strict=True):
         axes.set_xlabel(report.metrics[cost].title)
     figure.draw_without_rendering()  # axes have their final places only now, and labels are placed in pixels
@@ -141,10 +192,10 @@ def draw_panel(axes: Axes, report: StudyReport, cost: str, quality: str) -> list
     if report.metrics[cost].unit == "count" and counts and min(counts) > 0 and max(counts) > 8 * min(counts):
         axes.set_xscale("log")
     axes.margins(0.16, 0.14)
-    axes.set_ylim(
-        max(axes.get_ylim()[0], -0.05), min(axes.get_ylim()[1], 1.06)
-    )  # a t-interval may leave 0..1, a share may not
-    axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
+    if report.metrics[quality].unit == "share":
+        low, high = axes.get_ylim()
+        axes.set_ylim(max(low, -0.05), min(high, 1.06))  # a t-interval may leave 0..1, a share may not
+        axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8)
     return points
@@ -192,17 +243,18 @@ def area(box: Bbox | None) -> float:
     return 0.0 if box is None else box.width * box.height
 
 
-def plot_pictures(report: StudyReport, max_prompts: int = MAX_PROMPTS) -> Figure:
-    """Variants (rows) by prompts (columns), of the first seed that drew: the same prompts and starting noise in every row."""
-    drawn = {name: pictures for name in report.variants if (pictures := pictures_of(report, name))}
-    prompts = list(next(iter(drawn.values())))[:max_prompts] if drawn else []
-    rows, columns = max(1, len(report.variants)), max(1, len(prompts))
-    figure = Figure(figsize=(1.7 + 1.25 * columns, 0.75 + 1.25 * rows), layout="constrained")
+def plot_pictures(report: StudyReport, max_prompts: int = MAX_PROMPTS) -> Figure | None:
+    """Variants (rows) by prompts (columns), of the first seed that drew: the same prompts and starting noise in every row. None
+    where nothing was drawn."""
+    drawn = {name: pictures for name in report.present if (pictures := pictures_of(report, name))}
     if not drawn:
-        figure.text(0.5, 0.5, "no pictures were drawn", ha="center", color="0.5")
-        return figure
+        return None
+    asked = Counter(prompt for pictures in drawn.values() for prompt in pictures)
+    prompts = [prompt for prompt, _ in asked.most_common(max_prompts)]  # of all variants first
+    rows, columns = len(report.present), len(prompts)
+    figure = Figure(figsize=(1.7 + 1.25 * columns, 0.75 + 1.25 * rows), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False)
-    for row, (name, variant) in zip(grid, report.variants.items(), strict=True):
+    for row, name in zip(grid, report.present, strict=True):
         for axes, prompt in zip(row, prompts, strict=True):
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_visible(False)
@@ -214,9 +266,12 @@ def plot_pictures(report: StudyReport, max_prompts: int = MAX_PROMPTS) -> Figure
                 axes.text(
                     0.5, 0.5, "not drawn", ha="center", va="center", fontsize=7, color="0.5", transform=axes.transAxes
                 )
-        row[0].set_ylabel(textwrap.fill(variant.title, 20), rotation=0, ha="right", va="center", fontsize=8)
+        row[0].set_ylabel(
+            textwrap.fill(report.variants[name].title, 20), rotation=0, ha="right", va="center", fontsize=8
+        )
     for axes, prompt in zip(grid[0], prompts, strict=True):
-        axes.set_title(textwrap.fill(prompt, 19), fontsize=7, va="bottom")
+        title = prompt if len(prompt) <= LONGEST_TITLE else f"{prompt[:LONGEST_TITLE].rstrip()} …"
+        axes.set_title(textwrap.fill(title, 19), fontsize=7, va="bottom")
     return figure
 
 

@@ -14,7 +14,9 @@ from typing import Any
 
 from t2ilib.config import ConfigError, check_choice
 from t2ilib.evaluation.metrics import Metric
+from t2ilib.runfile import merge
 from t2ilib.studies.file import Variant
+from t2ilib.studies.runs import changes, is_measured_again
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,10 @@ class FinishedRun:
 
 @dataclass(frozen=True)
 class StudyReport:
-    """A study as far as it has run. `seeds`: those of the study file, then those that were run beyond it; `missing`: (variant,
-    seed) that did not finish; `not_finite`: metrics that were dropped, as text; `metrics`: what its runs declared of theirs."""
+    """A study as far as it has run. `seeds`: those that any variant has begun, the study file's first; `missing`: (variant, seed)
+    that began and did not finish; `not_run`: those of the study file that never began; `not_finite`: metrics that were dropped, as text; `metrics`: what its runs declared of theirs;
+    `held_out`: names of the held-out pictures, where the runs' folders have them; `outdated`: (variant, seed) of runs that were
+    measured before the study's prompts or measures changed."""
 
     folder: Path
     name: str
@@ -48,13 +52,22 @@ class StudyReport:
     variants: Mapping[str, Variant]
     runs: Mapping[tuple[str, int], FinishedRun]
     missing: tuple[tuple[str, int], ...]
+    not_run: tuple[tuple[str, int], ...]
     not_finite: tuple[str, ...]
     metrics: Mapping[str, Metric]
+    held_out: tuple[str, ...]
+    outdated: tuple[tuple[str, int], ...]
+
+    @property
+    def present(self) -> list[str]:
+        """The variants of which a run has begun."""
+        begun = {name for name, _ in (*self.runs, *self.missing)}
+        return [name for name in self.variants if name in begun]
 
     @property
     def trained(self) -> list[str]:
-        """The variants that compete: all but the untouched base."""
-        return [name for name in self.variants if name != self.base]
+        """The variants that compete: all that are present but the untouched base."""
+        return [name for name in self.present if name != self.base]
 
     def runs_of(self, variant: str) -> list[FinishedRun]:
         check_choice(variant, self.variants, "variant")
@@ -103,17 +116,20 @@ def load_report(folder: Path | str) -> StudyReport:
             raise ConfigError(
                 f"{folder / 'study.json'}: {role} {study[role]!r} is not among {', '.join(study['variants'])}"
             )
-    runs, missing, not_finite = {}, [], []
-    extra = {int(found.parent.name.removeprefix("seed")) for found in folder.glob("*/seed*/result.json")} - {
-        *study["seeds"]
+    runs, missing, not_run, not_finite = {}, [], [], []
+    begun = {
+        int(place.name.removeprefix("seed")) for name in study["variants"] for place in (folder / name).glob("seed*")
     }
-    seeds = (*study["seeds"], *sorted(extra))
+    extra = sorted(begun - {*study["seeds"]})
     for name in study["variants"]:
-        for seed in seeds:
+        for seed in (*study["seeds"], *extra):
             path = folder / name / f"seed{seed}"
+            if not path.exists():
+                not_run += [(name, seed)] if seed in study["seeds"] else []
+                continue
             result = read_json(path / "result.json") if (path / "result.json").exists() else {}
             if result.get("status") != "finished":
-                missing += [(name, seed)] if seed in study["seeds"] or path.exists() else []
+                missing.append((name, seed))
                 continue
             runs[name, seed], dropped = read_run(path, name, seed, result)
             not_finite += dropped
@@ -124,12 +140,15 @@ def load_report(folder: Path | str) -> StudyReport:
         study.get("preset", ""),
         study["reference"],
         study.get("base"),
-        seeds,
+        tuple(seed for seed in (*study["seeds"], *extra) if seed in begun) or tuple(study["seeds"]),
         {name: read_variant(name, told) for name, told in study["variants"].items()},
         runs,
         tuple(missing),
+        tuple(not_run),
         tuple(not_finite),
         declarations(runs.values()),
+        next(filter(None, (held_out_names(run.folder) for run in runs.values())), ()),
+        tuple(place for place, run in runs.items() if is_outdated(study, run)),
     )
 
 
@@ -139,6 +158,20 @@ def declarations(runs: Iterable[FinishedRun]) -> dict[str, Metric]:
     for run in sorted(runs, key=lambda run: -len(run.declared)):
         found |= {name: metric for name, metric in run.declared.items() if name not in found}
     return found
+
+
+def is_outdated(study: Mapping[str, Any], run: FinishedRun) -> bool:
+    """Whether the study now says that a run is to be measured otherwise than it was."""
+    if not run.settings or "run" not in study:  # reports of before runs were recorded
+        return False
+    now = merge(study["run"], study["variants"][run.variant].get("run") or {})
+    return any(is_measured_again(address) for address in changes(run.settings, now))
+
+
+def held_out_names(folder: Path) -> tuple[str, ...]:
+    """Names of the pictures that a run measured its held-out loss on; () where its folder does not have them."""
+    listing = next(iter(sorted(folder.glob("held_out/step-*.json"))), None)
+    return tuple(row["picture"] for row in json.loads(listing.read_text())) if listing else ()
 
 
 def read_variant(name: str, told: Mapping[str, Any]) -> Variant:

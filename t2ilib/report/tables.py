@@ -7,6 +7,7 @@ A row is a dict of plain strings, so one table serves a terminal (`format_table`
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from t2ilib.data.manifest import FEW_HELD_OUT, NAMED
 from t2ilib.evaluation.metrics import Metric
 from t2ilib.evaluation.statistics import (
     PairedDifference,
@@ -76,10 +77,10 @@ def summary_table(report: StudyReport, metrics: Sequence[str] = ()) -> list[Row]
     is what figures call the variant."""
     columns = report.measured(*metrics)
     rows = []
-    for name, variant in report.variants.items():
+    for name in report.present:
         role = {report.reference: " (reference)", report.base: " (untouched)"}.get(name, "")
         row = {
-            "variant": variant.title + role,
+            "variant": report.variants[name].title + role,
             "name": name,
             "runs": f"{len(report.runs_of(name))}/{len(report.seeds)}",
         }
@@ -140,7 +141,7 @@ def difference_table(report: StudyReport, metric: str, against: str | None = Non
     """A row a variant: its paired difference to what it is compared with, 95% interval, p-values plain and adjusted, verdict."""
     known, compared = report.metrics[metric], compare(report, metric, against)
     rows = []
-    for name in report.variants:
+    for name in report.present:
         if name == (against or report.against(name)):
             continue
         row = {"variant": report.variants[name].title}
@@ -164,11 +165,21 @@ def difference_table(report: StudyReport, metric: str, against: str | None = Non
 
 
 def caveats(report: StudyReport) -> list[str]:
-    """What a reader must know before believing the tables: missing runs, too few seeds, what a CPU cannot measure."""
+    """What a reader must know before believing the tables: missing runs, too few seeds, what few pictures and a CPU cannot
+    tell."""
     titles = {name: variant.title for name, variant in report.variants.items()}
     notes = [
         f"{titles[name]}, seed {seed}: **did not finish**, so it is in no number here." for name, seed in report.missing
     ]
+    if report.not_run:
+        notes.append(
+            f"Not run (left out by `--only` or `--seeds`, or not reached yet), so in no number here: {told_left_out(report)}."
+        )
+    if report.outdated:
+        notes.append(
+            f"Measured before the study's prompts or measures changed, so **not comparable with the others** until the study is run"
+            f" again: {told_runs(report, report.outdated)}."
+        )
     notes += [f"Not finite, so counted as not measured: {text}." for text in report.not_finite]
     least = smallest_p(len(report.seeds))
     if least is None:
@@ -179,6 +190,7 @@ def caveats(report: StudyReport) -> list[str]:
             " verdict that this study can give: it estimates, it does not decide. Read the intervals; to decide, run at least"
             f" {SEEDS_TO_DECIDE} seeds."
         )
+    notes += [held_out_caveat(report)] if report.measured("held_out_pictures") else []
     if "peak_process_mib" in report.measured() and "peak_device_mib" not in report.measured():
         notes.append(
             "Measured on a CPU: process memory is mostly libraries, and says little about what a GPU would need."
@@ -193,6 +205,45 @@ def caveats(report: StudyReport) -> list[str]:
             " can be drawn here."
         )
     return notes
+
+
+def told_runs(report: StudyReport, places: Sequence[tuple[str, int]]) -> str:
+    """Runs by variant: its title alone where all its seeds are meant."""
+    seeds: dict[str, list[int]] = {}
+    for name, seed in places:
+        seeds.setdefault(name, []).append(seed)
+    return "; ".join(
+        report.variants[name].title
+        + ("" if set(own) >= set(report.seeds) else f", seed{'s' * (len(own) > 1)} {', '.join(map(str, own))}")
+        for name, own in seeds.items()
+    )
+
+
+def told_left_out(report: StudyReport) -> str:
+    """What never began, in one line: whole variants, whole seeds, then single runs."""
+    variants = [name for name in report.variants if name not in report.present]
+    titles = [report.variants[name].title for name in variants]
+    more = [f"{len(titles) - NAMED} other variants"] * (len(titles) > NAMED + 1)
+    seeds = [seed for seed in dict.fromkeys(seed for _, seed in report.not_run) if seed not in report.seeds]
+    whole = [f"seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))} of all variants"] * bool(seeds)
+    single = [(name, seed) for name, seed in report.not_run if name not in variants and seed not in seeds]
+    return "; ".join(
+        [*titles[: NAMED if more else None], *more, *whole, *([told_runs(report, single)] if single else [])]
+    )
+
+
+def held_out_caveat(report: StudyReport) -> str:
+    """What the held-out loss is measured on, and what its intervals do not say; a warning where that is few pictures."""
+    counts = {int(n) for name in report.variants for n in report.values(name, "held_out_pictures").values()}
+    least, most = min(counts), max(counts)
+    number = f"{least} picture{'s' * (least != 1)}" if least == most else f"{least} to {most} pictures"
+    names = f" ({', '.join(report.held_out)})" if 0 < len(report.held_out) <= NAMED else ""
+    told = (
+        f"Held-out loss is measured on {number}{names}, the same for every seed, so that all runs"
+        " are measured alike: its intervals tell seed noise, not what other pictures would say."
+    )
+    few = f" **That is few**: below {FEW_HELD_OUT}, single pictures often say the opposite of many, however sure the seeds are."
+    return told + few * (least < FEW_HELD_OUT)
 
 
 def optimizer_of(report: StudyReport, name: str) -> str | None:

@@ -11,17 +11,28 @@ from t2ilib.evaluation.statistics import PairedDifference, mean_interval, paired
 from t2ilib.report.reading import StudyReport
 from t2ilib.report.tables import Comparison, compare, write_interval, write_mean, write_number, write_p
 
-QUALITY, COST = ("learned", "kept", "loss"), ("memory", "size", "speed")
+QUALITY, COST = ("learned", "kept", "loss", "followed"), ("memory", "size", "speed")
 """Roles of metrics."""
 LAST_SHARE = 0.2
 """Of the steps: what "the loss at the end" averages over, because the loss of one step is mostly its timesteps and noise."""
 
 
 def headline(report: StudyReport) -> str:
-    """Markdown: which variant learned most, forgot least and cost least, and whether each lead can be told from seed noise."""
-    told = {name: report.metrics[name].headline for name in report.measured()}
-    lines = [lead(report, name, claim) for name, claim in told.items() if claim]
+    """Markdown: which variant learned most, forgot least and cost least, and whether each lead can be told from seed noise.
+
+    Where nothing counts what was learned, the other measures of quality stand in for it.
+    """
+    stand_in = [] if report.with_role("learned") else report.speaking(*QUALITY)
+    told = {name: report.metrics[name].headline or claim(report, name) for name in stand_in}
+    told |= {name: said for name in report.measured() if (said := report.metrics[name].headline)}
+    lines = [lead(report, name, said) for name, said in told.items() if said]
     return "\n".join(f"- {line}" for line in lines if line) or "- Nothing was measured yet."
+
+
+def claim(report: StudyReport, metric: str) -> str:
+    """What the leader on a metric without words of its own is said to have, such as "Lowest held-out loss"; "" where nothing leads."""
+    known = report.metrics[metric]
+    return {"lower": f"Lowest {known.title}", "higher": f"Highest {known.title}"}.get(known.better, "")
 
 
 def lead(report: StudyReport, metric: str, claim: str) -> str:
@@ -260,6 +271,24 @@ def power(report: StudyReport) -> str:
     """A reminder where the number of seeds alone ruled out any other verdict."""
     least = smallest_p(len(report.seeds))
     return "" if least is not None and least < 0.05 else " With so few seeds, no other verdict was possible."
+
+
+MEANINGS = {
+    "concept/learned": "**concept learned**: share of prompts with a new concept in whose picture the checker really finds it;"
+    " **concept prompt all right** asks for every other attribute too.",
+    "base_kept/all": "**base kept**: share of prompts from the world the base model knew whose picture is still right in every"
+    " attribute. The untouched base is the level to keep.",
+    "concept/chance": "**by chance**: what guessing would reach.",
+    "held_out_loss": "**held-out loss**: on pictures that were not trained on, at fixed timesteps and noise; lower is better.",
+    "clip_score/prompts": "**CLIP score**: how well pictures agree with their prompts according to a contrastive model, 100 at the"
+    " most. It knows common things, and hardly your own.",
+}
+"""What metrics mean that need a word, for those of them that a study measured."""
+
+
+def explain_metrics(report: StudyReport) -> str:
+    """Markdown: what the measured metrics mean, a line each; "" where they speak for themselves."""
+    return "\n".join(f"- {MEANINGS[name]}" for name in MEANINGS if name in report.measured())
 
 
 def explain_reading() -> str:

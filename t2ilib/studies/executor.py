@@ -1,20 +1,24 @@
 """Running the notebooks of a study side by side, one process each, and telling how far they are."""
 
 import json
+import queue
 import re
+import shutil
 import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import yaml
 
 from t2ilib.evaluation.metrics import DECLARATIONS
 from t2ilib.memory import usable_cores
+from t2ilib.studies.cards import variables_of
 from t2ilib.studies.notebooks import end_notebook, error_text, execute_notebook, export_html
 from t2ilib.studies.runs import StudyRun
+from t2ilib.tracking.tracker import shown_name
 
 PROGRESS = re.compile(r"step (\d+)/(\d+)")
 SECONDS_BETWEEN_LINES = 10.0
@@ -23,7 +27,7 @@ TRAINING_SHARE = 0.7
 
 
 class Executor:
-    """Runs notebooks side by side, one process each, and tells how far they are."""
+    """Runs notebooks side by side, one process each, and tells how far they are. `cards`: GPUs that they have by turns."""
 
     def __init__(
         self,
@@ -33,8 +37,12 @@ class Executor:
         parent: str,
         uri: str,
         say: Callable[[str], None],
+        cards: Sequence[str] = (),
     ):
-        self.runs, self.jobs = runs, jobs
+        self.runs, self.jobs, self.cards = runs, jobs, cards
+        self.slots: queue.SimpleQueue[int] = queue.SimpleQueue()
+        for slot in range(jobs):
+            self.slots.put(slot)
         self.client, self.parent, self.uri, self.say = client, parent, uri, say
         self.lock, self.over, self.processes, self.stopping = threading.Lock(), threading.Event(), {}, False
         self.began, self.done, self.parts, self.shown = time.monotonic(), 0, {}, {}
@@ -72,10 +80,13 @@ class Executor:
         """Executes one run; whatever goes wrong in it is its own failure, and the others go on."""
         if self.stopping:
             return
+        slot = self.slots.get()
         try:
-            self.execute(run)
+            self.execute(run, slot)
         except Exception as error:
             self.fail(run, f"{type(error).__name__}: {error}", traceback.format_exc())
+        finally:
+            self.slots.put(slot)
 
     def fail(self, run: StudyRun, reason: str, text: str) -> None:
         (run.folder / "failed.txt").write_text(text[-20000:])
@@ -86,9 +97,13 @@ class Executor:
         if self.stopping:
             end_notebook(pid)
 
-    def execute(self, run: StudyRun) -> None:
-        resumed = " (resuming)" if (run.folder / "checkpoints").exists() else ""
+    def execute(self, run: StudyRun, slot: int = 0) -> None:
+        """`slot`: its place among those that run at a time."""
+        outdated = run.state == "outdated"
+        resumed = " (measuring again)" if outdated else " (resuming)" if (run.folder / "checkpoints").exists() else ""
         self.say(f"[{self.position(run)}] {run.label}: starting{resumed}")
+        if outdated:  # grids of other prompts, perhaps; the result stays until there is another
+            shutil.rmtree(run.folder / "samples", ignore_errors=True)
         run.folder.mkdir(parents=True, exist_ok=True)
         (run.folder / "failed.txt").unlink(missing_ok=True)
         (run.folder / "parameters.yaml").write_text(yaml.safe_dump(run.parameters(self.parent), sort_keys=False))
@@ -97,7 +112,7 @@ class Executor:
             run.notebook,
             run.folder / "notebook.ipynb",
             run.folder / "parameters.yaml",
-            self.variables(),
+            self.variables(slot),
             lambda line: self.follow(run, line),
             lambda pid: self.started(run, pid),
             lambda: bool(self.stopping),
@@ -110,15 +125,15 @@ class Executor:
             self.done += 1
             self.parts.pop(run.label, None)
         if code == 0 and (run.folder / "metrics.json").exists():
-            self.finish(run, seconds)
+            self.finish(run, seconds, outdated)
             self.say(f"[{self.position(run)}] {run.label}: finished in {seconds:.0f} s{self.left()}")
         else:
             reason = error_text(output) or f"the notebook process ended with exit code {code}"
             self.fail(run, reason, f"exit code {code}\n{output}")
 
-    def variables(self) -> dict[str, str]:
-        """Environment of the kernels: their share of the cores, plain progress, and the study's store."""
-        return {
+    def variables(self, slot: int = 0) -> dict[str, str]:
+        """Environment of a kernel: its share of the cores, its GPU, plain progress, and the study's store."""
+        return variables_of(slot, self.cards) | {
             "OMP_NUM_THREADS": str(max(1, usable_cores() // self.jobs)),
             "OMP_WAIT_POLICY": "passive",
             "T2ILIB_BATCH": "1",
@@ -151,14 +166,17 @@ class Executor:
         left = round((time.monotonic() - self.began) * (1 - share) / share)
         return f"  |  study {share:.0%}, ETA {left // 60}:{left % 60:02d}"
 
-    def finish(self, run: StudyRun, seconds: float) -> None:
+    def finish(self, run: StudyRun, seconds: float, measured_again: bool = False) -> None:
         """Commits result.json, and hangs the executed notebook and its HTML on the MLflow run."""
+        metrics = json.loads((run.folder / "metrics.json").read_text())
         note = run.folder / "tracking.json"
         run_id = json.loads(note.read_text())["run_id"] if note.exists() else None
         page = export_html(run.folder / "notebook.ipynb", hide_code=False)
         if run_id is not None:
             for path in (run.folder / "notebook.ipynb", page):
                 self.client.log_artifact(run_id, str(path))
+            if measured_again:
+                self.correct(run_id, metrics, run.config().training.steps)
         result = {
             "variant": run.variant,
             "seed": run.seed,
@@ -167,9 +185,16 @@ class Executor:
             "mlflow_run_id": run_id,
             "digest": run.digest,
             "run": run.settings,
-            "metrics": json.loads((run.folder / "metrics.json").read_text()),
+            "metrics": metrics,
             "measures": json.loads(about.read_text()) if (about := run.folder / DECLARATIONS).exists() else {},
         }
         draft = run.folder / "result.json.part"
         draft.write_text(json.dumps(result, indent=1))
         draft.rename(run.folder / "result.json")
+
+    def correct(self, run_id: str, metrics: dict[str, float], step: int) -> None:
+        """Logs what MLflow has otherwise: a run that goes on logs nothing again at a step that it has logged."""
+        known = self.client.get_run(run_id).data.metrics
+        for name, value in metrics.items():
+            if known.get(shown_name(name)) != value:
+                self.client.log_metric(run_id, shown_name(name), value, step=step)

@@ -1,4 +1,4 @@
-"""Executing one notebook: papermill in a process of its own, its kernel ended with it, its errors in one line.
+"""Finding and executing one notebook: papermill in a process of its own, its kernel ended with it, its errors in one line.
 
 papermill marks the cells of a dead or timed-out kernel "completed" and only warns about parameters that a notebook does not
 declare; so parameters are read from the `parameters` cell beforehand, and only the exit code says whether it worked.
@@ -22,8 +22,28 @@ import psutil
 from t2ilib.config import ConfigError
 
 KERNEL = "python3"
+SHIPPED = ("train.ipynb", "compare.ipynb")
+"""Notebooks that come with t2ilib: what a study runs, and what its report is made with."""
+PACKAGE = Path(__file__).parents[1]
 RETRIED = ("Kernel died before replying", "ddress already in use")
 """Kernels that start at the same moment may take the same port; such a start is tried again."""
+
+
+def find_notebook(name: str, study: Path) -> Path:
+    """The notebook that a study file names: beside the file, else the one that comes with t2ilib. Raises ConfigError where there is
+    neither.
+
+    An installed package has its notebooks inside; a checkout has them in experiments/, where people open them.
+    """
+    beside = Path(study).parent / name
+    shipped = [folder / name for folder in (PACKAGE / "notebooks", PACKAGE.parent / "experiments") if name in SHIPPED]
+    found = next((path for path in (beside, *shipped) if path.is_file()), None)
+    if found is None:
+        raise ConfigError(
+            f"the notebook {beside} does not exist: put it beside the study file, or name one that comes with t2ilib"
+            f" ({' and '.join(SHIPPED)})"
+        )
+    return found
 
 
 def notebook_parameters(path: Path) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,20 @@ import yaml
 from t2ilib.config import ConfigError, RunConfig, check_choice
 from t2ilib.runfile import build_run
 from t2ilib.studies.file import Study
-from t2ilib.studies.notebooks import notebook_parameters
+from t2ilib.studies.notebooks import find_notebook, notebook_parameters
+
+AFTERWARDS = ("evaluation.", "shapes.checked_prompts")
+"""Beginnings of the fields that say how a finished training is judged. It takes no step to judge it otherwise."""
+RULERS = ("evaluation.validation_timesteps", "evaluation.validation_pictures")
+"""Those of them that the losses during training were measured by already, which nothing can measure again."""
 
 
 @dataclass(frozen=True, eq=False)
 class StudyRun:
     """One notebook execution. `settings`: the sections and fields that the study says of it; all else is RunConfig's default.
 
-    `state`: finished, failed, interrupted (has started, says nothing more) or new.
+    `state`: finished, outdated (finished, and to be measured again as the study says now), edited (finished, and the study now
+    says another run), failed, interrupted (has started, says nothing more) or new.
     """
 
     variant: str
@@ -41,13 +47,30 @@ class StudyRun:
     @property
     def state(self) -> str:
         if (self.folder / "result.json").exists():
-            return "finished"
+            changed = self.changed()
+            again = all(map(is_measured_again, changed)) and not self.lost
+            return "finished" if not changed else "outdated" if again else "edited"
         if (self.folder / "failed.txt").exists():
             return "failed"
         return "interrupted" if (self.folder / "parameters.yaml").exists() else "new"
 
     def result(self) -> dict[str, Any]:
         return json.loads((self.folder / "result.json").read_text())
+
+    @property
+    def trains(self) -> bool:
+        """Whether it takes steps; the untouched base does not."""
+        return (self.settings.get("training") or {}).get("trains") != "nothing"
+
+    @property
+    def lost(self) -> bool:
+        """Whether its training is nowhere but in its results, so that measuring it again would mean training it again."""
+        return self.trains and not any((self.folder / "checkpoints").glob("step-*"))
+
+    def changed(self) -> dict[str, tuple[Any, Any]]:
+        """What the study says otherwise now than when this run finished: see `changes`."""
+        result = self.result()
+        return {} if result["digest"] == self.digest else changes(result.get("run") or {}, self.settings)
 
     def values(self, parent_run_id: str | None = None) -> dict[str, Any]:
         """What `build_run` makes the run's config of."""
@@ -69,21 +92,23 @@ class StudyRun:
 def plan_runs(
     study: Study, file: Path, preset: str, results: Path, only: Sequence[str] = (), seeds: Sequence[int] = ()
 ) -> list[StudyRun]:
-    """The runs of a preset, seed by seed, so that an interrupted study has whole comparisons; raises ConfigError for unknown names.
+    """The runs of a preset, seed by seed, so that an interrupted study has whole comparisons; raises ConfigError for unknown names
+    and for a notebook that is nowhere.
 
-    `file`: the study file, beside which its notebooks lie.
+    `file`: the study file, beside which notebooks of its own lie.
     """
     check_choice(preset, study.presets, "preset")
     for name in only:
         check_choice(name, study.variants, "variant")
-    folder, notebooks = results / f"{study.name}-{preset}", study.notebooks()
+    folder = results / f"{study.name}-{preset}"
+    notebooks = {name: find_notebook(notebook, file) for name, notebook in study.notebooks().items()}
     return [
         StudyRun(
             variant=name,
             seed=seed,
             settings=study.settings(preset, name),
             folder=folder / name / f"seed{seed}",
-            notebook=Path(file).parent / notebooks[name],
+            notebook=notebooks[name],
             tags={"study": study.name, "preset": preset, "variant": name},
         )
         for seed in dict.fromkeys(seeds or study.presets[preset].seeds)
@@ -93,8 +118,8 @@ def plan_runs(
 
 
 def check_notebooks(runs: Sequence[StudyRun]) -> None:
-    """Raises ConfigError for a notebook that does not exist, or does not declare what the study says: papermill would only warn,
-    and every run would be the same."""
+    """Raises ConfigError for a notebook that does not declare what the study says: papermill would only warn, and every run would
+    be the same."""
     said: dict[Path, set[str]] = {}
     for run in runs:
         said.setdefault(run.notebook, {"seed", "output"}).update(run.settings)
@@ -108,18 +133,14 @@ def check_notebooks(runs: Sequence[StudyRun]) -> None:
 
 
 def require_unedited(runs: Sequence[StudyRun]) -> None:
-    """Raises ConfigError for finished runs of which the study now says something else."""
+    """Raises ConfigError for finished runs that the study now says to be other runs, not only to be measured otherwise."""
     edited = []
     for run in runs:
-        if run.state != "finished" or (result := run.result())["digest"] == run.digest:
-            continue
-        before, now = addressed(result.get("run") or {}), addressed(run.settings)
-        changed = [
-            f"{key} {before.get(key)!r} -> {now.get(key)!r}"
-            for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key)
-        ]
-        edited.append(f"{run.label}: {', '.join(changed)}")
+        if run.state == "edited":
+            changed = run.changed()
+            lost = " (to be measured again, but its checkpoints are gone)" * all(map(is_measured_again, changed))
+            told = ", ".join(f"{key} {before!r} -> {now!r}" for key, (before, now) in changed.items())
+            edited.append(f"{run.label}: {told}{lost}")
     if edited:
         raise ConfigError(
             f"{len(edited)} finished run(s) had other settings than the study now says:\n  "
@@ -128,7 +149,20 @@ def require_unedited(runs: Sequence[StudyRun]) -> None:
         )
 
 
-def addressed(settings: dict[str, Any]) -> dict[str, Any]:
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """`section.field` -> (value before, value now), None for none, where two partial configs differ."""
+    old, new = addressed(before), addressed(now)
+    return {
+        key: (old.get(key), new.get(key)) for key in sorted(old.keys() | new.keys()) if old.get(key) != new.get(key)
+    }
+
+
+def is_measured_again(address: str) -> bool:
+    """Whether a changed field of a finished run is about judging it, so that it need not be trained again."""
+    return address.startswith(AFTERWARDS) and address not in RULERS
+
+
+def addressed(settings: Mapping[str, Any]) -> dict[str, Any]:
     """`section.field` -> value."""
     return {
         f"{section}.{field}" if isinstance(content, dict) else section: value

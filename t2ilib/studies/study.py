@@ -2,12 +2,13 @@
 
     study file -> variants x seeds -> checked by RunConfig -> papermill -> results/<study>-<preset>/...
 
-A run that finished is not run again; one that failed or was interrupted resumes from its last checkpoint. A finished
-variant that was edited since is an error, because its results would silently mean something else. No torch is
-imported: models live in the notebooks' kernels.
+A run that finished is not run again; one that failed or was interrupted resumes from its last checkpoint. A finished run
+whose prompts or measures were changed since is measured again, without a step; a finished variant that was otherwise edited
+is an error, because its results would silently mean something else. No torch is imported: models live in the notebooks' kernels.
 """
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -16,35 +17,41 @@ from pathlib import Path
 import yaml
 
 from t2ilib.config import ConfigError
+from t2ilib.data.loader import sample_ids
+from t2ilib.data.manifest import load_datasets
 from t2ilib.evaluation.metrics import check_measures
 from t2ilib.memory import GIB, available_memory
 from t2ilib.planning.bound import surely_fits
 from t2ilib.runfile import merge
-from t2ilib.studies.champion import register_champion
+from t2ilib.studies.cards import VISIBLE, sharing, tell_sharing, visible_cards
+from t2ilib.studies.champion import find_lead, name_champion
 from t2ilib.studies.executor import Executor
 from t2ilib.studies.file import Study, load_study
-from t2ilib.studies.notebooks import error_text, execute_notebook, export_html
+from t2ilib.studies.notebooks import error_text, execute_notebook, export_html, find_notebook, notebook_parameters
 from t2ilib.studies.runs import StudyRun, check_notebooks, plan_runs, require_unedited
+from t2ilib.tracking.store import check_store, open_client, reap_stale_runs, tracking_uri
 
+REPORT = "compare.ipynb"
+"""The notebook that a study's report is made with."""
 SMALLEST_CARD = 8 * GIB
 """What a variant surely fits into needs no look at the device, for which torch would have to be loaded."""
 
 
-def tell_misfits(runs: Sequence[StudyRun], jobs: int, say: Callable[[str], None]) -> None:
-    """Says of every variant that will probably not fit the device while `jobs` of them run, with the cheapest change; those with
-    `training.require_fit` are a ConfigError.
+def tell_misfits(runs: Sequence[StudyRun], jobs: int, say: Callable[[str], None], cards: Sequence[str] = ()) -> None:
+    """Says of every variant that will probably not fit its device beside those that share it while `jobs` of them run, with the
+    cheapest change; those with `training.require_fit` are a ConfigError.
 
     Asked once a variant, and in a process of its own: tracing takes torch, and a GPU's context stays as long as its process.
     Variants of small models, and those that have begun, are not asked about.
     """
-    smallest = min(available_memory(), SMALLEST_CARD) / jobs
+    smallest = min(available_memory() / jobs, SMALLEST_CARD / sharing(jobs, cards))
     begun = {run.variant for run in runs if (run.folder / "checkpoints").exists()}
     configs = {run.variant: run.config() for run in runs if run.variant not in begun}
     asked = [(variant, config) for variant, config in configs.items() if not surely_fits(config, smallest)]
     if not asked:
         return
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        found = pool.submit(misfits_of, asked, jobs).result()
+        found = pool.submit(misfits_of, asked, jobs, list(cards)).result()
     refused = [line for strict, line in found if strict]
     if refused:
         raise ConfigError(f"{len(refused)} variant(s) do not fit this machine:\n  " + "\n  ".join(refused))
@@ -52,10 +59,33 @@ def tell_misfits(runs: Sequence[StudyRun], jobs: int, say: Callable[[str], None]
         say(f"{line}. It is tried all the same")
 
 
-def misfits_of(runs: list, jobs: int) -> list[tuple[bool, str]]:
+def misfits_of(runs: list, jobs: int, cards: list[str]) -> list[tuple[bool, str]]:
+    """What `planning.fit.misfits` says, of the GPU among `cards` that has the least memory free."""
+    if cards:
+        os.environ[VISIBLE] = ",".join(cards[:jobs])  # before torch looks
+    import torch
+
     from t2ilib.planning.fit import misfits
 
+    if cards and torch.cuda.is_available():
+        torch.cuda.set_device(min(range(torch.cuda.device_count()), key=lambda card: torch.cuda.mem_get_info(card)[0]))
+        return misfits(runs, sharing(jobs, cards))
     return misfits(runs, jobs)
+
+
+def check_data(runs: Sequence[StudyRun]) -> None:
+    """Reads the pictures of these runs, each set once, and logs what is used and held out; raises ConfigError for what cannot be
+    used, and for a batch that the training pictures do not fill. Of notebooks with other data than a run's nothing is asked."""
+    known: dict[str, int] = {}
+    for run in runs:
+        if "data" not in notebook_parameters(run.notebook):
+            continue
+        config = run.config()
+        said = config.model_dump_json(include={"data", "shapes"})
+        if said not in known:
+            known[said] = len(load_datasets(config)[0])
+        if config.training.steps:
+            sample_ids(run.seed, 0, config.training.batch_size, known[said])
 
 
 def run_study(
@@ -69,31 +99,38 @@ def run_study(
 ) -> list[StudyRun]:
     """Runs what is not finished, `jobs` notebooks at a time, then the report. Returns all runs of the preset; look at their `state`.
 
-    Raises ConfigError before anything starts for mistakes in the study file. KeyboardInterrupt and SIGTERM reach the
+    Raises ConfigError before anything starts for mistakes in the study file and for pictures that cannot be used. KeyboardInterrupt and SIGTERM reach the
     running notebooks, which commit a checkpoint; the next call resumes them.
     """
     study = load_study(path)
     runs = plan_runs(study, path, preset, results.absolute(), only, seeds)
     check_notebooks(runs)
+    find_notebook(REPORT, path)  # told now, not after the last run
     for run in runs:
         check_measures(run.config().evaluation.measures or ())
     require_unedited(runs)
     pending = [run for run in runs if run.state != "finished"]
-    tell_misfits(pending, jobs, say)
+    check_data(pending)
+    uri = tracking_uri(None, results)
+    if pending:
+        check_store(uri, study.name)
+    cards = visible_cards() if pending else []
+    tell_misfits(pending, jobs, say, cards)
     folder = runs[0].folder.parents[1]
     write_study(study, preset, folder)
+    again = sum(run.state == "outdated" for run in pending)
     say(
-        f"study {study.name}, preset {preset}: {len(runs)} runs, {len(runs) - len(pending)} finished before, {len(pending)} to do, {jobs} at a time"
+        f"study {study.name}, preset {preset}: {len(runs)} runs, {len(runs) - len(pending)} finished before, {len(pending)} to do"
+        f"{f' ({again} of them only to measure again)' * bool(again)}, {jobs} at a time"
     )
     if pending:
-        from t2ilib.tracking.store import open_client, reap_stale_runs, tracking_uri
-
-        uri = tracking_uri(None, results)
+        if about := tell_sharing(min(jobs, len(pending)), cards):
+            say(about)
         client, experiment = open_client(uri, study.name, results)
         reap_stale_runs(client, experiment)
         parent = parent_run(client, experiment, study, preset, folder)
         try:
-            Executor(pending, jobs, client, parent, uri, say).run()
+            Executor(pending, jobs, client, parent, uri, say, cards).run()
         finally:
             client.set_terminated(parent, "FINISHED" if all(run.state == "finished" for run in runs) else "FAILED")
     return runs
@@ -137,35 +174,36 @@ def parent_run(client, experiment: str, study: Study, preset: str, folder: Path)
 
 
 def write_report(path: Path, preset: str, results: Path) -> Path:
-    """Executes compare.ipynb beside the study file on the preset's results, unless nothing has changed since; returns the
-    HTML report.
+    """Executes the report's notebook on the preset's results, unless nothing has changed since; returns the HTML report.
 
     Raises ConfigError with the notebook's error where it fails.
     """
     folder = results.absolute() / f"{load_study(path).name}-{preset}"
-    notebook, parameters = folder / "report.ipynb", folder / "report-parameters.yaml"
-    sources = [Path(path).parent / "compare.ipynb", folder / "study.json", *folder.rglob("result.json")]
+    source, notebook, parameters = (
+        find_notebook(REPORT, path),
+        folder / "report.ipynb",
+        folder / "report-parameters.yaml",
+    )
+    sources = [source, folder / "study.json", *folder.rglob("result.json")]
     page = notebook.with_suffix(".html")
-    if page.exists() and page.stat().st_mtime > max(source.stat().st_mtime for source in sources):
+    if page.exists() and page.stat().st_mtime > max(file.stat().st_mtime for file in sources):
         return page
     parameters.write_text(yaml.safe_dump({"results_folder": str(folder)}))
-    code, output = execute_notebook(Path(path).parent / "compare.ipynb", notebook, parameters, {"T2ILIB_BATCH": "1"})
+    code, output = execute_notebook(source, notebook, parameters, {"T2ILIB_BATCH": "1"})
     if code:
         raise ConfigError(f"the report could not be made: {error_text(output) or output[-2000:]}")
     return export_html(notebook, hide_code=True)
 
 
-def name_champion(path: Path, preset: str, results: Path) -> str | None:
-    """Once all runs of a preset are finished: registers the best one's adapter in MLflow; returns a line that says so."""
+def champion_line(path: Path, preset: str, results: Path) -> str:
+    """Once all runs of a preset are finished and a lead is shown, registers the best adapter in MLflow; returns a line that says so,
+    or why there is no champion."""
     study = load_study(path)
     runs = plan_runs(study, path, preset, results.absolute())
-    if any(run.state != "finished" for run in runs):
-        return None
-    from t2ilib.tracking.store import open_client, tracking_uri
-
+    if lacking := sum(run.state != "finished" for run in runs):
+        return f"none yet: {lacking} of the preset's {len(runs)} runs are not finished"
     client, _ = open_client(tracking_uri(None, results), study.name, results)
-    found = register_champion(client, f"{study.name}-{preset}", runs)
-    return found and f"{found[1]} ({found[0].label})"
+    return name_champion(client, f"{study.name}-{preset}", find_lead(runs))
 
 
 def status_rows(path: Path, preset: str, results: Path) -> list[dict[str, str]]:

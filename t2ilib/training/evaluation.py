@@ -1,5 +1,6 @@
 """Held-out loss and sample grids while a run trains: of the base before it, every so many steps, and at the end."""
 
+import json
 import logging
 
 import torch
@@ -13,6 +14,9 @@ from t2ilib.training.setups import Setup
 from t2ilib.training.state import TrainState
 
 log = logging.getLogger(__name__)
+
+PROMPTS = "prompts.json"
+"""Beside the sample grids: what the base's pictures were drawn for."""
 
 
 class Evaluation:
@@ -53,6 +57,7 @@ class Evaluation:
         save_pictures(pictures, self.folder / step_name(step))
         if step == 0:
             self.base_pictures = pictures
+            (self.folder / PROMPTS).write_text(json.dumps(self.setup.prompts))
         rows = [self.base_pictures, pictures] if step and self.base_pictures else [pictures]
         labels = ["base", f"step {step}"] if len(rows) == 2 else ["base" if step == 0 else f"step {step}"]
         grid = make_grid(rows, labels, self.setup.prompts, most_columns=4)
@@ -60,5 +65,7 @@ class Evaluation:
         self.tracker.log_image(grid, "samples", step)
 
     def restore(self) -> None:
-        """After a resume: the base's pictures come from disk."""
-        self.base_pictures = load_pictures(self.folder / step_name(0))
+        """After a resume: the base's pictures come from disk, if they are of the same prompts."""
+        told = self.folder / PROMPTS
+        if told.exists() and json.loads(told.read_text()) == list(self.setup.prompts):
+            self.base_pictures = load_pictures(self.folder / step_name(0))

@@ -4,19 +4,17 @@ import json
 import time
 from pathlib import Path
 
-from t2ilib.evaluation.metrics import Metric
+from t2ilib.evaluation.metrics import PEAKS, Metric
 from t2ilib.memory import Peaks
 from t2ilib.tracking.tracker import Tracker
 
-PHASES = ("encoding", "training", "validating", "drawing")
 COSTS = {
     "peak_device_mib": Metric("peak GPU memory, MiB", "mib", "lower", False, "Cost", "memory", "Least GPU memory"),
     "trainable_parameters": Metric("trainable parameters", "count", "lower", True, "Cost", "size", "Fewest trainable parameters"),
     "adapter_mib": Metric("adapter, MiB", "mib", "lower", True, "Cost", "size"),
     "peak_process_mib": Metric("peak process memory, MiB", "mib", "lower", False, "Cost", "host"),
     "steps_per_second": Metric("steps per second", "rate", "higher", False, "Cost", "speed", "Fastest"),
-    **{f"memory/{phase}/peak_device_mib": Metric(f"GPU, {phase}", "mib", "lower", False, "Peak memory by phase, MiB") for phase in PHASES},
-    **{f"memory/{phase}/peak_process_mib": Metric(f"process, {phase}", "mib", "lower", False, "Peak memory by phase, MiB") for phase in PHASES},
+    **PEAKS,
 }  # fmt: skip
 """What every run says of itself besides what it learned. The peaks are those of the whole run, whichever phase they fall into."""
 
@@ -40,7 +38,7 @@ class History:
         if start and self.timing.exists():
             known = json.loads(self.timing.read_text())
             self.seconds, self.timed = known["seconds"], known["timed"]
-            peaks.include(known["peaks"])
+            peaks.include(known.get("peaks", {}))
 
     def begin(self) -> None:
         """Before a step."""

@@ -22,7 +22,7 @@ from t2ilib.config import ConfigError, RunConfig
 from t2ilib.data.loader import sample_ids
 from t2ilib.data.manifest import Dataset, load_datasets
 from t2ilib.evaluation.measures import find_measures
-from t2ilib.evaluation.metrics import declare
+from t2ilib.evaluation.metrics import PEAKS, declare
 from t2ilib.memory import MemoryLog, Peaks, require_disk
 from t2ilib.models.components import Components
 from t2ilib.models.files.locate import locate
@@ -145,7 +145,8 @@ def train(run: RunConfig, tracker: Tracker | None = None) -> TrainResult:
         memory.note("end")
         history.add(steps, metrics | peaks.metrics() | state.sizes(run.output) | memory.metrics())
         declare(
-            run.output, {name: metric for name, metric in {**setup.metrics, **COSTS}.items() if name in history.last}
+            run.output,
+            {name: about for name, about in {**setup.metrics, **COSTS}.items() if name in {**history.last, **PEAKS}},
         )
         for path, folder in state.artifacts(run.output):
             tracker.log_artifact(path, folder)
@@ -210,7 +211,8 @@ def require_finite(losses: Tensor, step: int, ids: list[int], training: Dataset)
         named = "\n  ".join(f"{shown(training.records[i].path.name)}: {training.records[i].caption}" for i in bad[:5])
         raise NonFiniteLoss(
             f"the loss of {len(bad)} sample(s) is not finite at step {step}:\n  {named}\n"
-            "Lower optimizer.learning_rate, set training.mixed_precision to no, or look at these pictures."
+            + ("The base itself may not be finite, or not in this precision: " if step == 0 else "")
+            + "Lower optimizer.learning_rate, set training.mixed_precision to no, or look at these pictures."
             " The last checkpoint is from before this step"
         )
 

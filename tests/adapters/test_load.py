@@ -123,3 +123,28 @@ def test_a_file_for_another_model_is_refused(make, tmp_path):
     save_file(tensors, tmp_path / "foreign.safetensors")
     with pytest.raises(ConfigError, match=r"adapts \d+ layers, and test has \d+ of them"):
         load_adapter(make(), tmp_path / "foreign.safetensors")
+
+
+@pytest.mark.parametrize("ending", [".lora.alpha", ".lora_A.alpha", ".alpha"])
+def test_alphas_that_lie_beside_the_weights_count(make, tmp_path, ending):
+    """As some trainers write them; diffusers passes the first two over, so that every layer would act alpha / rank times too strongly."""
+    components = make()
+    attach_adapters(components, AdapterSpec(rank=4, alpha=1.0, text_encoder_targets="attention"), 0)
+    fit(components, num_steps=3, trains_text=True)
+    trained = output_of(components)
+    file = save_adapter(components, tmp_path / "metadata")
+    tensors = load_file(file)
+    layers = {name.removesuffix(".lora_B.weight") for name in tensors if name.endswith(".lora_B.weight")}
+    alphas = {f"{layer}{ending}": torch.tensor(1.0) for layer in layers}
+    beside = tmp_path / "BESIDE.SAFETENSORS"
+    save_file(tensors | alphas, beside)
+    other = make()
+    load_adapter(other, beside)
+    assert torch.allclose(output_of(other), trained, atol=1e-5)
+    with safe_open(file, "pt") as stored:
+        save_file(tensors | alphas, tmp_path / "twice.safetensors", stored.metadata())
+    with pytest.raises(ConfigError, match="says its alphas twice"):
+        load_adapter(make(), tmp_path / "twice.safetensors")
+    save_file(tensors | alphas | {f"unet.nowhere{ending}": torch.tensor(1.0)}, tmp_path / "more.safetensors")
+    with pytest.raises(ConfigError, match=r"alpha for unet\.nowhere, and no weights"):
+        load_adapter(make(), tmp_path / "more.safetensors")

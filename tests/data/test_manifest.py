@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from t2ilib.config import ConfigError, DataConfig
-from t2ilib.data.manifest import examine, load_datasets
+from t2ilib.data.manifest import FEW_HELD_OUT, examine, load_datasets
 from t2ilib.data.pictures import open_picture
 from t2ilib.data.sources.folder import Listing, Record
 from t2ilib.runfile import build_run
@@ -93,7 +93,32 @@ def test_what_the_folder_rejects_stops_or_is_skipped_like_pictures(captioned, tm
 def test_a_whole_folder_is_told_in_one_line(captioned, tmp_path, caplog):
     with caplog.at_level(logging.INFO, "t2ilib"):
         load_datasets(run_of(path=captioned(tmp_path / "p", 8)))
-    assert [record.getMessage() for record in caplog.records] == [f"{tmp_path / 'p'}: 8 pictures used"]
+    used, split, warning = [record.getMessage() for record in caplog.records]
+    assert used == f"{tmp_path / 'p'}: 8 pictures used"
+    assert split == "held out: 002.png (1 of 8)"
+    assert warning.startswith("only 1 picture is held out")
+
+
+def test_the_split_is_told_with_names_and_a_warning_where_few_are_held_out(captioned, tmp_path, caplog):
+    pics = captioned(tmp_path / "p", 24)
+
+    def told(**data):
+        caplog.clear()
+        with caplog.at_level(logging.INFO, "t2ilib"):
+            _, held_out = load_datasets(run_of(path=pics, **data))
+        return [record.path.name for record in held_out.records], caplog.records[-2:]
+
+    names, (split, warning) = told(validation_share=0.2)
+    assert 1 < len(names) < FEW_HELD_OUT
+    assert split.getMessage() == f"held out: {', '.join(names)} ({len(names)} of 24)"
+    assert warning.levelno == logging.WARNING
+    assert warning.getMessage().startswith(f"only {len(names)} pictures are held out")
+    names, (_, split) = told(validation_share=0.6)
+    assert len(names) > FEW_HELD_OUT
+    assert split.getMessage() == f"held out: {', '.join(names[:8])} and {len(names) - 8} more ({len(names)} of 24)"
+    assert split.levelno == logging.INFO
+    _, (_, split) = told(validation_share=0)
+    assert split.getMessage() == "held out: none of 24, so there is no held-out loss"
 
 
 def test_any_one_picture_may_be_bad_and_some_are_still_held_out(captioned, tmp_path):

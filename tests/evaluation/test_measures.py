@@ -143,6 +143,23 @@ def test_pictures_are_drawn_once_for_all_measures(components, tmp_path: Path, mo
     assert seen[-1][2].shared["calls"] == ["concept", "concept", "base_kept", "base_kept"]
 
 
+def test_without_prompts_those_of_the_training_are_drawn_and_scored(components, tmp_path: Path) -> None:
+    """A run on pictures of one's own; the drawn world has test prompts, and a run's own prompts come first."""
+    own = {"data": {}, "shapes": None, "output": str(tmp_path)}
+    captions = [f"a red circle number {number}" for number in range(9)]
+    found = measure(run_of(**own), components, prompts=captions)
+    assert [name for name in found if "peak_" not in name] == ["clip_score/prompts"]
+    assert json.loads((tmp_path / "pictures" / "prompts.json").read_text()) == captions[:8]
+    about = json.loads((tmp_path / DECLARATIONS).read_text())["clip_score/prompts"]
+    assert about == {"title": "CLIP score", "better": "higher", "table": "Learned and kept", "role": "followed"}
+    named = run_of(**own, evaluation=SETTINGS | {"prompts": ["a blue square"]})
+    measure(named, components, prompts=captions)
+    assert json.loads((tmp_path / "pictures" / "prompts.json").read_text()) == ["a blue square"]
+    assert len(list((tmp_path / "pictures").glob("*.png"))) == 1, "pictures of other prompts are left"
+    assert measures.prompt_groups(run_of(), captions).keys() == {"concept", "base_kept"}
+    assert measures.prompt_groups(run_of(shapes={"checked_prompts": 0}), captions) == {}
+
+
 @pytest.mark.parametrize("wrong", [{"unit": "percent"}, {"better": "up"}, {"role": "learnt"}])
 def test_a_declaration_that_no_report_could_read_is_refused_at_once(wrong: dict) -> None:
     with pytest.raises(ConfigError, match=r"metric 'x': \w+ .* does not exist; choose from"):

@@ -68,3 +68,34 @@ def test_predictions_are_the_pipelines(make, family, negative, zero_empty):
             guided = unconditional + GUIDANCE * (conditional - unconditional)
             stepped = pipeline.scheduler.step(guided, timestep, noisy.chunk(2)[0]).prev_sample
             torch.testing.assert_close(stepped, latents, rtol=1e-4, atol=1e-4)
+
+
+CAPTIONS = [
+    "🐈 on a 🟥 mat 👩‍👩‍👧",
+    "一只红色的圆形，赤い円、빨간 원",
+    " ".join(f"word{number}" for number in range(480)),
+    "  café\u0301\n\tx  ",
+    "",
+]
+
+
+@pytest.mark.parametrize("family", ["sdxl", "sd15"])
+def test_captions_of_any_script_and_length_are_what_the_pipeline_makes_of_them(make, family):
+    """Emoji, letters that the tiny tokenizer does not know, and far more words than an encoder takes, whose rest is left out."""
+    components = make(family)
+    components.zero_empty = False
+    pipeline = build_pipeline(components)
+    with torch.no_grad():
+        ours = components.encode_text(CAPTIONS)
+        theirs = pipeline.encode_prompt(
+            CAPTIONS, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+    torch.testing.assert_close(ours["encoder_hidden_states"], theirs[0], rtol=1e-5, atol=1e-5)
+    if family == "sdxl":
+        torch.testing.assert_close(ours["pooled"], theirs[2], rtol=1e-5, atol=1e-5)
+    assert ours["encoder_hidden_states"].shape[:2] == (
+        len(CAPTIONS),
+        components.tokenizers["tokenizer"].model_max_length,
+    )
+    flat = ours["encoder_hidden_states"].flatten(1)
+    assert not torch.equal(flat[2], flat[4])

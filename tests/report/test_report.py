@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from dataclasses import asdict
 
 import numpy as np
@@ -10,11 +11,13 @@ from matplotlib.text import Text
 from PIL import Image
 
 from t2ilib.config import ConfigError
+from t2ilib.evaluation import clip
 from t2ilib.report import (
     caveats,
     compare,
     describe_variant,
     difference_table,
+    explain_metrics,
     format_table,
     headline,
     load_report,
@@ -22,6 +25,7 @@ from t2ilib.report import (
     plot_cost_quality,
     plot_learning_curves,
     plot_pictures,
+    plots,
     summary_table,
     write_markdown,
 )
@@ -213,7 +217,143 @@ def test_nothing_finished_still_makes_a_report(tmp_path):
     report = load_report(folder)
     assert len(report.missing) == 8
     assert headline(report) == "- Nothing was measured yet."
-    assert "nothing was measured" in write_markdown(report, tmp_path / "out").read_text()
+    text = write_markdown(report, tmp_path / "out").read_text()
+    assert "nothing was measured" in text
+    assert "## Numbers" not in text, "a heading over nothing"
+    assert plot_cost_quality(report) is None
+
+
+def write_own_study(folder, seeds, scores=True):
+    """As `write_study`, of pictures of one's own: nobody counts what was learned, there is held-out loss and perhaps a CLIP score."""
+    write_study(folder, seeds)
+    for path in folder.glob("*/seed*/result.json"):
+        result = json.loads(path.read_text())
+        name, seed = path.parts[-3], int(path.parent.name.removeprefix("seed"))
+        kept = {
+            key: value for key, value in result["metrics"].items() if key not in ("concept/learned", "base_kept/all")
+        }
+        kept |= {"held_out_loss": 0.5} if name == "base" else {}
+        score = {"clip_score/prompts": {"base": 20.0, "lora": 25.0, "dora": 30.0, "qlora": 24.0}[name] + seed / 10}
+        measures = {key: asdict(metric) for key, metric in {**HELD_OUT, **COSTS, **clip.METRICS}.items()}
+        path.write_text(json.dumps(result | {"metrics": kept | (score if scores else {}), "measures": measures}))
+    return folder
+
+
+def test_pictures_of_ones_own_are_answered_by_loss_score_and_pictures(tmp_path):
+    report = load_report(write_own_study(tmp_path / "study", range(8)))
+    lines = headline(report).splitlines()
+    assert lines[0].startswith("- **Lowest held-out loss: DORA** (0.19")
+    assert lines[1].startswith("- **Highest CLIP score: DORA** (30.35")
+    assert "**distinguishable** against all 2 others" in lines[0]
+    row = cells(summary_table(report, report.tables()["Learned and kept"]), "DORA")
+    assert row["CLIP score"].startswith("30.35 ± ")
+    text = write_markdown(report, tmp_path / "out").read_text()
+    assert "**CLIP score**, against LORA" in text
+    assert "concept" not in explain_metrics(report)
+    assert "**CLIP score**" in explain_metrics(report)
+    cost = plot_cost_quality(report)
+    assert [axes.get_ylabel() for axes in cost.axes if axes.get_ylabel()] == [
+        "held-out loss (lower is better)",
+        "CLIP score",
+    ]
+    loss, score = cost.axes[0], cost.axes[-1]
+    assert loss.yaxis_inverted(), "up is better"
+    assert not score.yaxis_inverted()
+    assert score.get_ylim()[1] > 30, "cut off as if it were a share"
+
+
+def test_how_many_pictures_are_held_out_is_a_caveat(tmp_path):
+    """The same for all seeds, by design, and a warning where they are few."""
+    folder = write_own_study(tmp_path / "study", [0, 1])
+    assert not any("Held-out loss is measured on" in note for note in caveats(load_report(folder)))
+
+    def hold_out(count):
+        for path in folder.glob("*/seed*/result.json"):
+            result = json.loads(path.read_text())
+            result["metrics"]["held_out_pictures"] = float(count)
+            path.write_text(json.dumps(result))
+        (folder / "lora" / "seed0" / "held_out").mkdir(exist_ok=True)
+        rows = [{"picture": f"{number}.png", "loss": 0.1} for number in range(count)]
+        (folder / "lora" / "seed0" / "held_out" / "step-000100.json").write_text(json.dumps(rows))
+        return next(note for note in caveats(load_report(folder)) if note.startswith("Held-out loss is measured on"))
+
+    assert hold_out(1).startswith(
+        "Held-out loss is measured on 1 picture (0.png), the same for every seed, so that all runs"
+    )
+    assert "**That is few**: below 8" in hold_out(1)
+    assert "on 3 pictures (0.png, 1.png, 2.png)" in hold_out(3)
+    assert "on 48 pictures, the same for every seed" in hold_out(48)
+    assert "few" not in hold_out(48)
+
+
+def test_what_never_began_is_one_line_and_no_rows(tmp_path):
+    """Variants left out by --only and seeds left out by --seeds; what began and did not finish is told run by run, as before."""
+    folder = write_study(tmp_path / "study", range(6))
+    for name in ("dora", "qlora"):
+        shutil.rmtree(folder / name)
+    for seed in (3, 4, 5):
+        shutil.rmtree(folder / "lora" / f"seed{seed}")
+        shutil.rmtree(folder / "base" / f"seed{seed}")
+    shutil.rmtree(folder / "base" / "seed2")
+    (folder / "lora" / "seed1" / "result.json").unlink()
+    report = load_report(folder)
+    assert (report.present, report.trained, report.seeds) == (["base", "lora"], ["lora"], (0, 1, 2))
+    assert report.missing == (("lora", 1),)
+    assert [row["name"] for row in summary_table(report)] == ["base", "lora"]
+    assert [row["runs"] for row in summary_table(report)] == ["2/3", "2/3"]
+    notes = [note for note in caveats(report) if "did not finish" in note or note.startswith("Not run")]
+    assert notes == [
+        "LORA, seed 1: **did not finish**, so it is in no number here.",
+        "Not run (left out by `--only` or `--seeds`, or not reached yet), so in no number here: DORA; QLORA; seeds 3, 4, 5 of all"
+        " variants; BASE, seed 2.",
+    ]
+    text = write_markdown(report, tmp_path / "out").read_text()
+    assert text.count("DORA") == 1
+    assert len(plot_pictures(report).axes) == 2 * 3
+    assert any("With 3 seeds no p-value" in note for note in caveats(report)), "of six seeds three were run"
+    shutil.rmtree(folder / "lora")
+    assert "LORA, the reference, was not run." in write_markdown(load_report(folder), tmp_path / "out").read_text()
+
+
+def test_many_variants_that_never_began_are_counted(tmp_path):
+    folder = write_study(tmp_path / "study", [0], {"lora": TRUTH["lora"], "base": TRUTH["base"]})
+    study = json.loads((folder / "study.json").read_text())
+    study["variants"] |= {f"v{number}": {"title": f"V{number}"} for number in range(12)}
+    (folder / "study.json").write_text(json.dumps(study))
+    note = next(note for note in caveats(load_report(folder)) if note.startswith("Not run"))
+    assert note.endswith("here: V0; V1; V2; V3; V4; V5; V6; V7; 4 other variants.")
+
+
+def test_runs_measured_before_the_prompts_changed_are_told_apart(tmp_path):
+    now, before = {"evaluation": {"prompts": ["a cat"]}, "optimizer": {}}, {"evaluation": {"prompts": ["a dog"]}}
+    folder = write_study(tmp_path / "study", [0, 1], run=now)
+    for path in folder.glob("*/seed*/result.json"):
+        changed = path.parts[-3] == "qlora" or path.parts[-3:-1] == ("dora", "seed1")
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"run": before if changed else now}))
+    report = load_report(folder)
+    assert report.outdated == (("dora", 1), ("qlora", 0), ("qlora", 1))
+    note = next(note for note in caveats(report) if "not comparable with the others" in note)
+    assert note.endswith("until the study is run again: DORA, seed 1; QLORA.")
+
+
+def test_what_has_nothing_to_show_is_left_out(tmp_path):
+    """No empty frame, no heading over nothing: a study on a base without CLIP, validated on nothing, that drew nothing."""
+    folder = write_own_study(tmp_path / "study", [0], scores=False)
+    for path in (*folder.glob("*/seed0/metrics.jsonl"), *folder.glob("*/seed0/pictures/prompts.json")):
+        path.unlink()
+    for path in folder.glob("*/seed*/result.json"):
+        result = json.loads(path.read_text())
+        del result["metrics"]["held_out_loss"]
+        path.write_text(json.dumps(result))
+    report = load_report(folder)
+    assert plots(report) == []
+    assert plot_learning_curves(report) is plot_cost_quality(report) is plot_pictures(report) is None
+    assert explain_metrics(report) == ""
+    text = write_markdown(report, tmp_path / "out").read_text()
+    assert "## Figures" not in text
+    assert "Nothing was measured yet that could be compared." in text
+    assert not list((tmp_path / "out").glob("*.png"))
+    assert list(report.tables()) == ["Cost"]
 
 
 def test_adamw8bit_on_a_cpu_is_warned_about(tmp_path):
@@ -261,6 +401,17 @@ def test_figures_show_every_variant(folder):
     assert [text.get_text() for text in curves.texts] == ["dora", "lora", "qlora"]  # by final loss, lowest first
     assert list(curves.lines[0].get_xdata()) == [0, 50, 100]
     assert len(plot_pictures(report).axes) == 4 * 3
+    assert [plot.file for plot in plots(report)] == ["curves.png", "cost_quality.png", "pictures.png"]
+
+
+def test_a_long_prompt_does_not_push_the_pictures_away(tmp_path):
+    folder = write_study(tmp_path / "study", [0])
+    for path in folder.glob("*/seed0/pictures/prompts.json"):
+        path.write_text(json.dumps(["a long caption " * 30, *PROMPTS[1:]]))
+    titles = [axes.get_title() for axes in plot_pictures(load_report(folder)).axes[:3]]
+    assert titles[0].endswith("…")
+    assert max(map(len, titles)) < 110
+    assert titles[1].replace("\n", " ") == PROMPTS[1]
 
 
 def test_labels_of_crowded_points_do_not_overlap(tmp_path):

@@ -4,7 +4,8 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict
+import zlib
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +14,10 @@ import torch
 from mlflow import MlflowClient
 
 from t2ilib.models.pipeline import build_pipeline
+from t2ilib.report import headline, load_report
 from t2ilib.runfile import build_run
 from t2ilib.shapes import checker
-from t2ilib.studies.champion import ALIAS, choose_winner, register_champion
+from t2ilib.studies.champion import ALIAS, Lead, find_lead, name_champion
 from t2ilib.studies.runs import StudyRun
 from t2ilib.tracking.models import MODEL_TAG
 from t2ilib.tracking.store import open_client, tracking_uri
@@ -81,10 +83,10 @@ def test_a_logged_adapter_comes_back_by_its_uri(tmp_path: Path, monkeypatch: pyt
     logged = client.get_logged_model(model.removeprefix("models:/"))
     assert logged.experiment_id == client.get_run(tracker.run_id).info.experiment_id
     assert Path(logged.artifact_location.removeprefix("file://")).is_relative_to(run.output.parent)
-    winner, champion = register_champion(client, "registry", [study_run(kind, 0, run.output)])
-    register_champion(client, "registry", [study_run(kind, 0, run.output)])
-    assert winner.variant == kind
-    assert champion == f"models:/registry@{ALIAS}"
+    lead = Lead(study_run(kind, 0, run.output), HELD_OUT["held_out_loss"], "")
+    champion = f"models:/registry@{ALIAS}"
+    for _ in range(2):
+        assert name_champion(client, "registry", lead) == f"{champion} ({kind} seed 0)"
     assert len(client.search_model_versions("name = 'registry'")) == 1
     assert "MLFLOW_TRACKING_URI" not in os.environ
     targets = {name: str(tmp_path / f"{number}.npy") for number, name in enumerate((model, champion))}
@@ -113,23 +115,98 @@ def finished(folder: Path, variant: str, seed: int, **metrics: float) -> StudyRu
     return run
 
 
-def test_the_winner_is_the_best_variant_by_its_mean_then_its_best_seed(tmp_path: Path) -> None:
+def trial(folder: Path, seeds: int, **learned: float) -> list[StudyRun]:
+    """Runs of variants with these means; the noise of a seed is shared by all but for a hundredth."""
+    return [
+        finished(
+            folder, name, seed, learned=mean + 0.1 * (seed % 3) + zlib.crc32(f"{name} {seed}".encode()) % 100 / 1e4
+        )
+        for seed in range(seeds)
+        for name, mean in learned.items()
+    ]
+
+
+def test_the_leader_is_the_best_variant_by_its_mean_then_its_best_seed(tmp_path: Path) -> None:
     runs = [
         finished(tmp_path, "lucky", 0, learned=0.9, kept=0.5, loss=0.1),
         finished(tmp_path, "lucky", 1, learned=0.1, kept=0.5, loss=0.1),
         finished(tmp_path, "steady", 0, learned=0.6, kept=0.5, loss=0.2),
         finished(tmp_path, "steady", 1, learned=0.7, kept=0.5, loss=0.3),
     ]
-    assert choose_winner(runs).label == "steady seed 1"
-    assert choose_winner([]) is None
+    lead = find_lead(runs)
+    assert (lead.run.label, lead.metric.title) == ("steady seed 1", "concept learned")
+    assert lead.doubt.startswith("its lead cannot be told from seed noise against lucky (with 2 seeds none can be: six")
+    assert find_lead([]) is None
+
+
+def test_a_lead_is_shown_by_six_seeds_against_every_other_or_not_at_all(tmp_path: Path) -> None:
+    assert find_lead(trial(tmp_path / "far", 6, long=0.6, short=0.3)).doubt == ""
+    close = find_lead(trial(tmp_path / "near", 6, long=0.6, near=0.597, short=0.3))
+    assert close.doubt == "its lead cannot be told from seed noise against near"
+    five = find_lead(trial(tmp_path / "five", 5, long=0.6, short=0.3))
+    assert (
+        five.doubt == "its lead cannot be told from seed noise against short (with 5 seeds none can be: six are needed)"
+    )
+    assert (
+        find_lead(trial(tmp_path / "one", 1, long=0.6, short=0.3)).doubt
+        == "with one seed nothing can be told from seed noise"
+    )
+    assert find_lead(trial(tmp_path / "alone", 6, long=0.6)).doubt.startswith("it is the only trained variant")
+
+
+def test_the_untouched_base_does_not_compete(tmp_path: Path) -> None:
+    runs = trial(tmp_path, 6, long=0.6, short=0.3)
+    base = [
+        replace(run, variant="base", settings={"training": {"trains": "nothing"}})
+        for run in trial(tmp_path / "b", 6, base=0.9)
+    ]
+    lead = find_lead(runs + base)
+    assert (lead.run.variant, lead.doubt) == ("long", "")
+
+
+@pytest.mark.parametrize("near", [0.597, 0.3])
+def test_the_report_says_of_the_lead_what_the_champion_is_named_by(tmp_path: Path, near: float) -> None:
+    folder = tmp_path / "toy"
+    runs = trial(folder, 6, long=0.6, near=near, short=0.3)
+    for run in runs:
+        run.folder.rename(run.folder.with_name(f"seed{run.seed}"))
+        path = run.folder.with_name(f"seed{run.seed}") / "result.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"status": "finished"}))
+    variants = {name: {"title": name} for name in ("long", "near", "short")}
+    (folder / "study.json").write_text(
+        json.dumps({"name": "toy", "reference": "short", "seeds": [*range(6)], "variants": variants})
+    )
+    said = headline(load_report(folder)).splitlines()[0]
+    moved = [replace(run, folder=run.folder.with_name(f"seed{run.seed}")) for run in runs]
+    assert ("**distinguishable** against all 2 others" in said) == (find_lead(moved).doubt == "") == (near == 0.3)
 
 
 def test_without_known_concepts_the_held_out_loss_decides(tmp_path: Path) -> None:
     runs = [finished(tmp_path, "a", 0, loss=0.3), finished(tmp_path, "b", 0, loss=0.2)]
-    assert choose_winner(runs).variant == "b"
+    assert find_lead(runs).run.variant == "b"
 
 
-def test_runs_of_another_store_name_no_champion(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_no_champion_is_told_with_who_leads_and_why(tmp_path: Path) -> None:
     client, _ = open_client(tracking_uri(None, tmp_path), "other", tmp_path)
-    assert register_champion(client, "other-quick", [finished(tmp_path, "a", 0, loss=0.3)]) is None
-    assert "logged to another store" in caplog.text
+    lead = find_lead(trial(tmp_path, 6, long=0.6, short=0.3))
+    assert "long leads on concept learned, but its run was logged to another store" in name_champion(
+        client, "x-full", lead
+    )
+    assert name_champion(client, "x-full", None) == "none: no run measured what could decide"
+    doubtful = replace(lead, doubt="with one seed nothing can be told from seed noise")
+    (lead.run.folder / "result.json").write_text(json.dumps({"mlflow_run_id": None}))
+    assert name_champion(client, "x-full", doubtful) == (
+        "none: long leads on concept learned, but with one seed nothing can be told from seed noise"
+    )
+    assert name_champion(client, "x-full", lead).endswith("its run logged no adapter to register")
+
+
+def test_a_champion_of_before_loses_its_alias_where_no_lead_is_shown_any_more(tmp_path: Path) -> None:
+    client, experiment = open_client(tracking_uri(None, tmp_path), "other", tmp_path)
+    client.create_registered_model("x-full")
+    run = client.create_run(experiment)
+    client.create_model_version("x-full", str(tmp_path), run.info.run_id)
+    client.set_registered_model_alias("x-full", ALIAS, 1)
+    assert name_champion(client, "x-full", None).startswith("none")
+    assert client.get_registered_model("x-full").aliases == {}
+    assert len(client.search_model_versions("name = 'x-full'")) == 1, "what was registered stays"

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
@@ -17,9 +18,11 @@ import yaml
 
 from t2ilib.config import ConfigError
 from t2ilib.runfile import load_run
-from t2ilib.studies import study
+from t2ilib.shapes import world
+from t2ilib.studies import executor, notebooks, study
+from t2ilib.studies.executor import Executor
 from t2ilib.studies.file import load_study
-from t2ilib.studies.notebooks import error_text, notebook_parameters
+from t2ilib.studies.notebooks import error_text, find_notebook, notebook_parameters
 from t2ilib.studies.runs import plan_runs, write_out
 from t2ilib.studies.study import run_study, status_rows
 
@@ -123,6 +126,48 @@ def test_what_a_notebook_does_not_declare_is_told(study_file: Path) -> None:
     with pytest.raises(ConfigError, match=r"elsewhere.ipynb does not exist"):
         run_study(study_file, results=study_file.parent / "results")
     assert not (study_file.parent / "results").exists()
+
+
+def test_notebooks_lie_beside_the_study_file_or_come_with_the_package(study_file: Path, monkeypatch) -> None:
+    """A copied study file is found its notebooks, in a checkout and where the package is installed; its own ones come first."""
+    shipped = Path(notebooks.__file__).parents[2] / "experiments"
+    assert find_notebook("fake.ipynb", study_file) == study_file.parent / "fake.ipynb"
+    assert find_notebook("train.ipynb", study_file) == shipped / "train.ipynb"
+    installed = study_file.parent / "site-packages" / "t2ilib"
+    (installed / "notebooks").mkdir(parents=True)
+    (installed / "notebooks" / "train.ipynb").touch()
+    monkeypatch.setattr(notebooks, "PACKAGE", installed)
+    assert find_notebook("train.ipynb", study_file) == installed / "notebooks" / "train.ipynb"
+    (study_file.parent / "train.ipynb").touch()
+    assert find_notebook("train.ipynb", study_file) == study_file.parent / "train.ipynb"
+    with pytest.raises(
+        ConfigError, match=r"compare.ipynb does not exist: .* comes with t2ilib \(train.ipynb and compare"
+    ):
+        run_study(study_file, results=study_file.parent / "results")
+    assert not (study_file.parent / "results").exists(), "told after the last run"
+
+
+def test_pictures_are_looked_at_before_anything_starts(study_file: Path, caplog) -> None:
+    """And the split is told, once for all runs that share it."""
+    results = study_file.parent / "results"
+    pictures = study_file.parent / "pictures"
+
+    def own(content: dict) -> None:
+        content.update(notebook="train.ipynb")
+        content["run"] = {"adapter": {}, "data": {"path": str(pictures)}, "training": {"batch_size": 6}}
+        content["variants"] = {name: {"title": name} for name in ("plain", "other")}
+
+    edit(study_file, own)
+    with pytest.raises(ConfigError, match=r"data.path .*pictures is not a folder"):
+        run_study(study_file, results=results)
+    world.write_folder(pictures, world.mixed_scenes(6, "train", 0, ["heart"]), 0)
+    with (
+        caplog.at_level("INFO", "t2ilib"),
+        pytest.raises(ConfigError, match="batch_size 6 is more than the 5 training"),
+    ):
+        run_study(study_file, results=results)
+    assert caplog.text.count("held out: ") == 1
+    assert not results.exists()
 
 
 @pytest.mark.parametrize(
@@ -234,6 +279,59 @@ def test_failures_stay_alone_and_finished_runs_are_not_run_again(study_file: Pat
     edit(study_file, lambda c: c["variants"]["other"]["run"]["optimizer"].update(learning_rate=7.0))
     with pytest.raises(ConfigError, match=r"other seed 0: optimizer.learning_rate 2.5 -> 7.0"):
         run_study(study_file, results=results, say=said.append)
+
+
+def test_changed_prompts_and_measures_are_measured_again_not_trained_again(study_file: Path) -> None:
+    """One execution more, of the runs that it is about; what would be other steps, or steps again, is refused."""
+    results, said = study_file.parent / "results", []
+    fake = study_file.parent / "fake.ipynb"
+    fake.write_text(fake.read_text().replace("tracking = {}", "tracking = {}\\nevaluation = {}"))
+
+    def prompts(content: dict) -> None:
+        del content["variants"]["broken"]
+        content["run"]["evaluation"] = {"prompts": ["a cat"]}
+
+    def states() -> dict[str, str]:
+        return {row["variant"]: row["state"] for row in status_rows(study_file, "quick", results)}
+
+    edit(study_file, prompts)
+    run_study(study_file, results=results, say=said.append)
+    edit(study_file, lambda c: c["variants"]["other"]["run"].update(evaluation={"prompts": ["a dog"], "measures": []}))
+    assert states() == {"plain": "finished", "other": "edited"}
+    with pytest.raises(ConfigError, match=r"prompts \['a cat'\] -> \['a dog'\] \(.* its checkpoints are gone\)"):
+        run_study(study_file, results=results, say=said.append)
+    other = results / "toy-quick" / "other" / "seed0"
+    for folder in ("checkpoints/step-000001", "samples/step-000000"):
+        (other / folder).mkdir(parents=True)
+    assert states() == {"plain": "finished", "other": "outdated"}
+    runs = run_study(study_file, results=results, say=said.append)
+    assert [run.state for run in runs] == ["finished", "finished"]
+    assert executions(results) == {"toy-quick/other/seed0": 2, "toy-quick/plain/seed0": 1}
+    assert any(line.endswith("other seed 0: starting (measuring again)") for line in said)
+    edit(study_file, lambda c: c["variants"]["other"]["run"]["evaluation"].update(prompts=["a hen"]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(executor, "execute_notebook", lambda *_: (1, "RuntimeError: out of memory"))
+        run_study(study_file, results=results, say=said.append)
+    assert states() == {"plain": "finished", "other": "outdated"}, "what was measured before is lost"
+    edit(study_file, lambda c: c["variants"]["other"]["run"]["evaluation"].update(prompts=["a dog"]))
+    assert states() == {"plain": "finished", "other": "finished"}
+    assert "1 to do (1 of them only to measure again)" in "\n".join(said)
+    assert json.loads((other / "result.json").read_text())["run"]["evaluation"]["prompts"] == ["a dog"]
+    assert (other / "checkpoints" / "step-000001").exists()
+    assert not (other / "samples").exists(), "grids of the prompts of before"
+    edit(study_file, lambda c: c["run"]["evaluation"].update(validation_timesteps=4))
+    assert states() == {"plain": "edited", "other": "edited"}, "losses of before were measured by another ruler"
+
+
+def test_what_is_measured_again_is_corrected_in_mlflow() -> None:
+    """Which a resumed run does not: it logs nothing again at a step that was logged."""
+    known, logged = {"A first look/held_out_loss": 0.5, "kept": 1.0}, []
+    client = SimpleNamespace(
+        get_run=lambda run_id: SimpleNamespace(data=SimpleNamespace(metrics=known)),
+        log_metric=lambda *what, step: logged.append((*what, step)),
+    )
+    Executor([], 1, client, "parent", "uri", print).correct("id", {"held_out_loss": 0.4, "kept": 1.0, "new": 2.0}, 7)
+    assert logged == [("id", "A first look/held_out_loss", 0.4, 7), ("id", "new", 2.0, 7)]
 
 
 def test_dead_kernel_is_a_failure(study_file: Path) -> None:

@@ -1,5 +1,5 @@
-"""float16 with a loss scale, where no GPU is: the scaler is torch's own for the CPU, and autocast is left out, so that numbers can
-be compared exactly. A scale is a power of two, which changes no bit of what it scales."""
+"""Mixed precision on a CPU: bfloat16 as it is, and float16 with a loss scale, where the scaler is torch's own for the CPU and autocast
+is left out, so that numbers can be compared exactly: a scale is a power of two, which changes no bit of what it scales."""
 
 import json
 import math
@@ -140,3 +140,12 @@ def test_the_scale_is_kept_and_put_back(tmp_path: Path, scaled) -> None:
     last = [tmp_path / name / "checkpoints" / "step-000004" for name in ("straight", "resumed")]
     assert contents(last[0]) == contents(last[1])
     assert steps_of(tmp_path / "straight") == steps_of(tmp_path / "resumed")
+
+
+def test_bfloat16_computes_in_bfloat16_and_keeps_what_it_trains_in_float32(tmp_path: Path) -> None:
+    for precision in ("no", "bf16"):
+        loop.train(settings(tmp_path / precision, steps=3, mixed_precision=precision))
+    full, half = ([loss for loss, _ in steps_of(tmp_path / name)] for name in ("no", "bf16"))
+    assert half == pytest.approx(full, rel=0.02)
+    assert all(ours != theirs for ours, theirs in zip(half, full, strict=True))
+    assert {tensor.dtype for tensor in weights_at(tmp_path / "bf16", 3).values()} == {torch.float32}

@@ -23,7 +23,7 @@ from t2ilib.models.denoiser import Denoiser
 from t2ilib.models.families import cut_captions
 from t2ilib.models.load import load_base
 from t2ilib.runfile import build_run
-from t2ilib.training import validation
+from t2ilib.training import evaluation, validation
 from t2ilib.training.checkpoint import list_checkpoints, load_checkpoint
 from t2ilib.training.loop import train
 from t2ilib.training.objectives import build_objective
@@ -122,6 +122,20 @@ def test_peaks_are_told_by_phase_and_of_all(kept) -> None:
     assert last["peak_process_mib"] == max(phases.values())
     declared = json.loads((run.output / "metrics.about.json").read_text())
     assert declared["memory/drawing/peak_process_mib"]["table"] == "Peak memory by phase, MiB"
+
+
+def test_pictures_of_other_prompts_are_not_shown_under_new_ones(kept, monkeypatch) -> None:
+    run, _, _ = kept
+    rows = []
+    monkeypatch.setattr(
+        evaluation,
+        "make_grid",
+        lambda pictures, *rest, **options: rows.append(len(pictures)) or Image.new("RGB", (8, 8)),
+    )
+    for prompts in (run.evaluation.prompts, ("a blue heart",)):
+        asked = run.evaluation.model_copy(update={"prompts": prompts})
+        train(run.model_copy(update={"evaluation": asked}))
+    assert rows == [2, 1], "the base's pictures stand above those of the same prompts alone"
 
 
 def test_captions_that_are_cut_are_counted_and_told(kept, caplog) -> None:

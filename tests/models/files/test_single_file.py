@@ -27,7 +27,7 @@ from t2ilib.models.files.single_file import VOCABULARY, original_tensors, origin
 from t2ilib.models.load import load_base
 from t2ilib.models.pipeline import save_pipeline
 from t2ilib.runfile import build_run
-from t2ilib.training.loop import train
+from t2ilib.training.loop import NonFiniteLoss, train
 
 CPU = torch.device("cpu")
 SETTINGS = EvaluationConfig(num_inference_steps=2)
@@ -183,6 +183,60 @@ def test_text_encoders_without_text_model_in_their_names_load(models, tmp_path: 
         with torch.no_grad():
             encoded = [model.encode_text(["a red circle"]) for model in (ours, theirs)]
         assert same(*encoded)
+
+
+def test_what_lies_beside_the_weights_is_left_alone(models, tmp_path: Path) -> None:
+    """An average of the UNet, the old buffer of positions, the schedule and the logit scale, as published files have them."""
+    folder, file = models["sd15"]
+    tensors = load_file(file)
+    average = {
+        f"model_ema.diffusion_model{key.removeprefix('model.diffusion_model').replace('.', '')}": x + 1
+        for key, x in tensors.items()
+        if key.startswith("model.diffusion_model.")
+    }
+    assert len(average) > 100  # from how many on diffusers takes them for an average
+    others = {
+        "cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(32)[None],
+        "cond_stage_model.logit_scale": torch.tensor(4.6),
+        "model_ema.decay": torch.tensor(0.9999),
+        "model_ema.num_updates": torch.tensor(7),
+        "alphas_cumprod": torch.ones(1000, dtype=torch.float64),
+        "betas": torch.ones(1000),
+    }
+    save_file(tensors | average | others, tmp_path / "full.safetensors")
+    loaded = load_base(ModelConfig(base=str(tmp_path / "full.safetensors"), config=str(folder)), CPU)
+    assert same(states(loaded), states(load_base(ModelConfig(base=str(folder)), CPU)))
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2])
+def test_whatever_precision_a_file_is_stored_in_it_is_loaded_in_the_one_asked_for(models, tmp_path, stored) -> None:
+    folder, file = models["sd15"]
+    save_file({name: x.to(stored) for name, x in load_file(file).items()}, tmp_path / "small.safetensors")
+    full = states(load_base(ModelConfig(base=str(folder)), CPU))
+    for name, dtype in {"float32": torch.float32, "bfloat16": torch.bfloat16}.items():
+        base = ModelConfig(base=str(tmp_path / "small.safetensors"), config=str(folder), dtype=name)
+        expected = {key: x.to(stored).to(torch.float32 if key.startswith("vae.") else dtype) for key, x in full.items()}
+        assert same(states(load_base(base, CPU)), expected)
+
+
+def test_weights_that_are_not_numbers_stop_a_run_at_its_first_step(models, tmp_path: Path) -> None:
+    folder, file = models["sdxl"]
+    tensors = load_file(file)
+    name = "model.diffusion_model.out.2.bias"
+    save_file(tensors | {name: torch.full_like(tensors[name], float("nan"))}, tmp_path / "broken.safetensors")
+    values = {
+        "output": str(tmp_path / "run"),
+        "model": {"base": str(tmp_path / "broken.safetensors"), "config": str(folder)},
+        "adapter": {"rank": 2},
+        "data": {"source": "shapes"},
+        "shapes": {"num_pictures": 4},
+        "training": {"steps": 3, "batch_size": 2},
+        "evaluation": {"validation_timesteps": 1, "prompts": ["a red circle"], "num_inference_steps": 1},
+    }
+    with pytest.raises(NonFiniteLoss, match=r"the loss of 2 sample\(s\) is not finite at step 0"):
+        train(build_run(values))
+    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert not (tmp_path / "run" / "adapter").exists()
 
 
 def test_endings_in_capitals_are_endings(models, tmp_path: Path) -> None:

@@ -1,0 +1,106 @@
+"""Which notebook has which GPU: one each while there are as many, by turns where not; and what is compared with which memory."""
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from t2ilib.memory import GIB
+from t2ilib.planning import fit
+from t2ilib.studies import cards, executor, study
+from t2ilib.studies.cards import VISIBLE, parse_listing, sharing, tell_sharing, visible_cards
+from t2ilib.studies.executor import Executor
+from t2ilib.studies.runs import StudyRun
+
+LISTING = """GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-11111111-aaaa)
+GPU 1: NVIDIA A100-SXM4-40GB (UUID: GPU-22222222-bbbb)
+  MIG 3g.20gb     Device  0: (UUID: MIG-33333333-cccc)
+  MIG 3g.20gb     Device  1: (UUID: MIG-44444444-dddd)
+GPU 2: Tesla T4 (UUID: GPU-55555555-eeee)
+"""
+
+
+def test_the_drivers_list_is_read_and_divided_cards_are_their_parts() -> None:
+    assert parse_listing(LISTING) == [
+        "GPU-11111111-aaaa",
+        "MIG-33333333-cccc",
+        "MIG-44444444-dddd",
+        "GPU-55555555-eeee",
+    ]
+    assert parse_listing("No devices found.\n") == []
+
+
+@pytest.mark.parametrize(
+    ("said", "found"),
+    [
+        ("0,2", ["0", "2"]),
+        (" 1 , GPU-11111111-aaaa", ["1", "GPU-11111111-aaaa"]),
+        ("", []),
+        ("-1", []),
+        ("0,-1,1", ["0"]),  # CUDA stops at the first that is none
+        ("NoDevFiles", []),
+    ],
+)
+def test_what_the_user_made_visible_is_respected(said: str, found: list[str], monkeypatch) -> None:
+    monkeypatch.setattr(cards, "list_cards", lambda: LISTING)
+    assert visible_cards({VISIBLE: said}) == found
+    assert len(visible_cards({})) == 4
+
+
+def test_without_a_driver_there_is_no_card(monkeypatch) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert visible_cards({}) == []
+
+
+@pytest.mark.parametrize(
+    ("jobs", "few", "most"), [(1, ["a"], 1), (2, ["a", "b", "c"], 1), (3, ["a", "b"], 2), (4, ["a"], 4)]
+)
+def test_how_many_share_a_card_is_told(jobs: int, few: list[str], most: int) -> None:
+    assert sharing(jobs, few) == most
+    said = tell_sharing(jobs, few)
+    assert ("share" in said) == (most > 1)
+    assert (said == "") == (jobs == 1)
+    assert sharing(jobs, []) == jobs, "without a GPU they share the machine"
+    assert tell_sharing(jobs, []) == ""
+
+
+@pytest.mark.parametrize(
+    ("few", "expected"), [(["a", "b"], ["a", "a", "b"]), (["a", "b", "c", "d"], ["a", "b", "c"]), ([], [None] * 3)]
+)
+def test_notebooks_that_run_at_a_time_have_cards_by_turns(
+    tmp_path: Path, monkeypatch, few: list[str], expected: list
+) -> None:
+    """Six runs, three at a time: each wave waits for its three, so what they see is seen by all at once."""
+    wave, seen = threading.Barrier(3, timeout=60), []
+
+    def execute(notebook, output, parameters, variables, *_) -> tuple[int, str]:
+        seen.append(variables.get(VISIBLE))
+        wave.wait()
+        return 1, "RuntimeError: made to fail"
+
+    monkeypatch.setattr(executor, "execute_notebook", execute)
+    monkeypatch.setattr(StudyRun, "parameters", lambda self, parent: {})
+    runs = [StudyRun(f"v{n}", 0, {}, tmp_path / f"v{n}", tmp_path / "x.ipynb", {"study": "toy"}) for n in range(6)]
+    Executor(runs, 3, None, "parent", "uri", lambda line: None, few).run()
+    assert all((run.folder / "failed.txt").read_text().startswith("exit code 1") for run in runs)
+    for number in (0, 3):
+        assert sorted(seen[number : number + 3], key=str) == expected
+
+
+def test_a_variant_is_held_against_the_smallest_card_and_those_that_share_it(monkeypatch) -> None:
+    free, asked = {0: 40 * GIB, 1: 10 * GIB}, []
+    monkeypatch.setenv(VISIBLE, "0,1,2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda card: (free[card], 80 * GIB))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda card: asked.append(card))
+    monkeypatch.setattr(fit, "misfits", lambda runs, sharing: asked.append(sharing) or [])
+    study.misfits_of([], 3, ["0", "1"])
+    assert asked == [1, 2]
+    study.misfits_of([], 2, ["0", "1", "2"])
+    assert asked[2:] == [1, 1]
+    assert study.os.environ[VISIBLE] == "0,1", "the third card is not used by two notebooks"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    study.misfits_of([], 3, ["0", "1"])
+    assert asked[-1] == 3, "cards that torch cannot use are no cards"
