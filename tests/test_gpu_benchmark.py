@@ -5,6 +5,8 @@ What it says about a GPU only a GPU can tell; what is read from one is put in it
 
 import json
 import math
+import multiprocessing
+import os
 import shutil
 import subprocess
 import sys
@@ -18,8 +20,9 @@ import gpu_speed
 import pytest
 import torch
 from accelerate.utils import AutocastKwargs
-from gpu_background import Background
-from gpu_correctness import CASES, Case, Correctness, bytes_on, compare, train_run
+from gpu_background import Background, in_fresh_process
+from gpu_compare import bytes_on, compare
+from gpu_correctness import CASES, Case, Correctness, train_run
 from gpu_record import Figures, NotHere, Record, Row, limited, take_rows
 from gpu_speed import REAL, Measured, Sizes, Speed
 from gpu_study import COMMON as STUDY
@@ -121,7 +124,8 @@ def test_every_row_about_correctness(scaled, monkeypatch, tmp_path: Path) -> Non
 
     figures = Figures()  # another seed is another run, and must not pass for the same
     train_run(correctness.settings("lora", "other", {"seed": 1}))
-    compare(figures, correctness.output("lora", "other"), correctness.output("lora", "cpu"), CASES["lora"])
+    case = CASES["lora"]
+    compare(figures, correctness.output("lora", "other"), correctness.output("lora", "cpu"), case.losses, case.weights)
     assert {reason.split(" is ")[0] for reason in figures.exceeded} == {"loss_off", "grad_norm_off", "held_out_after_off", "weights_off"}  # fmt: skip
 
 
@@ -214,6 +218,25 @@ def test_what_no_longer_fits_is_left_out_by_name(tmp_path: Path) -> None:
         "last": "left out",
     }
     assert found["long"]["why"] == ["time: it takes some 30 s, and 1 s are left"]
+
+
+def test_a_plan_that_fails_costs_no_measurement(monkeypatch, tmp_path: Path) -> None:
+    def breaks(*arguments):
+        raise NotImplementedError("an operator that fake tensors do not know")
+
+    monkeypatch.setattr(gpu_speed, "plan_memory", breaks)
+    sizes = Sizes({"tiny-sd15": (64, (1.0, 1.0, 1.0))}, ("none",), ("lora",), (1,), (False,), steps=1)
+    row = taken(Speed(Background(0), sizes).rows()[1:2], tmp_path)["tiny-sd15 64 lora batch 1"]
+    assert (row["status"], row["why"]) == (
+        "failed",
+        ["no plan: NotImplementedError: an operator that fake tensors do not know"],
+    )
+    assert row["figures"]["steps_per_second"] > 0
+
+
+def test_a_fresh_process_is_another_one() -> None:
+    assert in_fresh_process(os.getpid) != os.getpid()
+    assert not multiprocessing.active_children()
 
 
 def test_a_row_that_hangs_is_interrupted() -> None:

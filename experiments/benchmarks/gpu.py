@@ -37,11 +37,12 @@ def main(words: Sequence[str] | None = None) -> int:
     """Takes the rows; returns 1 if any failed, else 0."""
     begun = time.monotonic()
     options = parse(words)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     for folder in (str(ROOT), str(Path(__file__).parent)):
         if folder not in sys.path:
             sys.path.insert(0, folder)
     from gpu_background import Background
-    from gpu_record import Record, take_rows
+    from gpu_record import Record, table, take_rows
 
     from t2ilib.memory import usable_cores
 
@@ -51,14 +52,16 @@ def main(words: Sequence[str] | None = None) -> int:
     print(f"{about['card']}; rows go to {path}", flush=True)
     with tempfile.TemporaryDirectory(prefix="t2ilib-gpu-") as scratch:
         os.environ.setdefault("T2ILIB_CACHE", str(Path(scratch) / "cache"))
-        background = Background(workers)
+        backgrounds = [Background(-(-workers // 3)), Background(workers - workers // 3)]
         try:
-            rows = [row for row in rows_of(options.rows, Path(scratch), background) if options.only in row.name]
+            rows = [row for row in rows_of(options.rows, Path(scratch), *backgrounds) if options.only in row.name]
             record = Record(path, about | {"command": " ".join(["gpu.py", *(words or sys.argv[1:])])})
             record.write()
             take_rows(rows, record, options.seconds, begun)
         finally:
-            background.close()
+            for background in backgrounds:
+                background.close()
+    print(f"\n{table(rows, record)}")
     return summary(record.rows, time.monotonic() - begun)
 
 
@@ -79,15 +82,16 @@ def groups(text: str) -> tuple[str, ...]:
     return tuple(name for name in GROUPS if name in text.split(","))
 
 
-def rows_of(wanted: Sequence[str], scratch: Path, background: Any) -> list:
-    """All rows of these groups, in the order in which they are to be taken."""
+def rows_of(wanted: Sequence[str], scratch: Path, comparing: Any, planning: Any) -> list:
+    """All rows of these groups, in the order in which they are to be taken. `comparing`, `planning`: a `Background` for each, so that
+    no comparison waits for a plan that is needed later."""
     import torch
 
     rows = []
     if "correctness" in wanted:
         from gpu_correctness import Correctness
 
-        rows += Correctness(scratch, background).rows()
+        rows += Correctness(scratch, comparing).rows()
     if "study" in wanted:
         from gpu_study import Study
 
@@ -95,7 +99,7 @@ def rows_of(wanted: Sequence[str], scratch: Path, background: Any) -> list:
     if "speed" in wanted:
         from gpu_speed import REAL, TINY, Speed
 
-        rows += Speed(background, REAL if torch.cuda.is_available() else TINY).rows()
+        rows += Speed(planning, REAL if torch.cuda.is_available() else TINY).rows()
     return rows
 
 
@@ -112,7 +116,7 @@ def describe_machine() -> dict[str, Any]:
         "host_memory_gib": round(available_memory() / GIB, 1),
         "python": platform.python_version(),
         "system": platform.system(),
-        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "packages": dict(filter(None, map(installed, PACKAGES))),
     }
     if commit := said(["git", "-C", str(ROOT), "describe", "--always", "--dirty"]):
         about["commit"] = commit
@@ -131,6 +135,13 @@ def describe_machine() -> dict[str, Any]:
     return about
 
 
+def installed(name: str) -> tuple[str, str] | None:
+    try:
+        return name, importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def said(command: list[str]) -> str:
     """What a program printed; nothing where it is not there, or fails."""
     try:
@@ -144,12 +155,9 @@ def slug(name: str) -> str:
 
 
 def summary(rows: Sequence[dict[str, Any]], seconds: float) -> int:
-    """Says how many rows of each kind there are, and names those that failed; returns the exit code."""
+    """Says how many rows of each kind there are; returns the exit code."""
     counts = {status: sum(row["status"] == status for row in rows) for status in ("ok", "failed", "left out")}
     print(f"{', '.join(f'{count} {status}' for status, count in counts.items())}, in {seconds:.0f} s")
-    for row in rows:
-        if row["status"] == "failed":
-            print(f"failed: {row['group']}, {row['row']}: {row['why'][-1]}")
     return 1 if counts["failed"] else 0
 
 

@@ -14,22 +14,18 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from gpu_background import Background
+from gpu_background import Background, in_fresh_process
+from gpu_compare import apart, bytes_on, compare, last_state, learned, off, spread, tensors_at
 from gpu_record import Figures, NotHere, Row
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from t2ilib.adapters.export import export_adapter
 from t2ilib.adapters.load import UNPROVEN, adapter_file
 from t2ilib.config import ModelConfig
-from t2ilib.evaluation.sampling import load_pictures
 from t2ilib.models.load import choose_device, load_base
-from t2ilib.planning.ledger import state_tensors
 from t2ilib.runfile import build_run, merge
 from t2ilib.training.checkpoint import list_checkpoints
-from t2ilib.training.history import read_rows
 from t2ilib.training.loop import train
 
 COMMON: dict[str, Any] = {
@@ -55,8 +51,7 @@ AS_USERS_DO = {"model": {"dtype": "auto"}, "training": {"mixed_precision": "auto
 
 @dataclass(frozen=True)
 class Case:
-    """`losses`, `weights`: how far these may be off, relatively: each loss and gradient norm, and all of B together, which starts
-    from zero, so that it is what was learned."""
+    """`run`: what it sets; `losses`, `weights`: how far these may be off (`compare`)."""
 
     losses: float
     weights: float
@@ -87,8 +82,6 @@ CASES: dict[str, Case] = {
 3e-3, B 0.1)."""
 SAME_SEED = 0.1
 """How far B may be off between two runs of one seed, in bfloat16 and with kernels that add up in any order."""
-PICTURE_LEVELS = 1.0
-"""How far a picture of the untouched base may be off, in levels of 255, in the mean."""
 RESUMED = ("adamw8bit", "fp16 with a loss scale", "prodigy")
 
 
@@ -107,52 +100,6 @@ def whole_float32() -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
-
-
-def last_state(output: Path) -> dict[str, Tensor]:
-    """Weights and the optimizer's tensors in a run's last checkpoint."""
-    folder = list_checkpoints(output / "checkpoints")[-1]
-    parts = {part: load_file(folder / f"{part}.safetensors") for part in ("weights", "optimizer")}
-    return {f"{part}/{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()}
-
-
-def learned(state: Mapping[str, Tensor]) -> Tensor:
-    """All of B, in one row."""
-    return torch.cat([state[name].float().flatten() for name in sorted(state) if ".lora_B." in name])
-
-
-def off(ours: Tensor, theirs: Tensor) -> float:
-    """||ours - theirs|| / ||theirs||"""
-    return float((ours - theirs).norm() / theirs.norm())
-
-
-def steps_of(output: Path) -> list[dict[str, float]]:
-    return [row for row in read_rows(output / "metrics.jsonl") if "grad_norm" in row]
-
-
-def largest(name: str, ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> float:
-    """The largest relative difference of this number, over the steps that have it."""
-    pairs = [(a[name], b[name]) for a, b in zip(ours, theirs, strict=True) if name in b]
-    return max(abs(a - b) / abs(b) for a, b in pairs)
-
-
-def compare(figures: Figures, ours: Path, theirs: Path, case: Case) -> None:
-    """Losses, norms of gradients, held-out losses, pictures and weights of two runs of the same steps."""
-    rows = [read_rows(output / "metrics.jsonl") for output in (ours, theirs)]
-    held_out = [[row for row in part if "held_out_loss" in row] for part in rows]
-    own, other = steps_of(ours), steps_of(theirs)
-    skipped = [number for number, row in enumerate(own) if not np.isfinite(row["grad_norm"])]
-    figures["steps_skipped"] = len(skipped)  # by a loss scale that was too large at first: from there on runs differ
-    same = min(skipped, default=len(own))
-    figures.within("loss_off", largest("loss", own[: same + 1], other[: same + 1]), case.losses)
-    figures.within("held_out_before_off", largest("held_out_loss", held_out[0][:1], held_out[1][:1]), case.losses)
-    if same:
-        figures.within("grad_norm_off", largest("grad_norm", own[:same], other[:same]), 10 * case.losses)
-    if not skipped:
-        figures.within("held_out_after_off", largest("held_out_loss", held_out[0], held_out[1]), case.losses)
-        figures.within("weights_off", off(learned(last_state(ours)), learned(last_state(theirs))), case.weights)
-    pictures = [np.asarray(load_pictures(output / "samples" / "step-000000")[0], float) for output in (ours, theirs)]
-    figures.within("picture_off_levels", float(np.abs(pictures[0] - pictures[1]).mean()), PICTURE_LEVELS)
 
 
 class Correctness:
@@ -183,13 +130,15 @@ class Correctness:
         return output
 
     def train_both(self, name: str, figures: Figures) -> None:
-        ours = self.output(name, "here")
+        ours, settings = self.output(name, "here"), self.settings(name, "here")
+        if self.device.type == "cpu" and settings["model"]["dtype"] == "float16":
+            raise NotHere("float16 is trained on a GPU alone")
         with whole_float32():
-            figures["device"] = train_run(self.settings(name, "here"))
+            figures["device"] = train_run(settings)
         if (ours / "adapter" / UNPROVEN).exists():
             raise AssertionError(f"{adapter_file(ours)} is marked as unproven")
         figures["twin_device"] = self.twins[name]()
-        compare(figures, ours, self.output(name, "cpu"), CASES[name])
+        compare(figures, ours, self.output(name, "cpu"), CASES[name].losses, CASES[name].weights)
         state = last_state(ours)
         if name == "adamw8bit":
             kinds = {str(tensor.dtype) for key, tensor in state.items() if key.startswith("optimizer/")}
@@ -221,7 +170,11 @@ class Correctness:
     def deterministic(self, figures: Figures) -> None:
         """`training.deterministic` in a fresh process: twice, and interrupted half way, must be the same to the bit."""
         kinds = ("once", "again", "resumed")
-        self.background.apart(train_the_same, [self.settings("nf4", kind, *DETERMINISTIC) for kind in kinds])
+        settings = [self.settings("nf4", kind, *DETERMINISTIC) for kind in kinds]
+        if self.device.type == "cuda":  # whose libraries must be asked before they are used for the first time
+            in_fresh_process(train_the_same, settings)
+        else:
+            train_the_same(settings)
         for kind in kinds[1:]:
             for name, value in spread(self.output("nf4", kinds[0]), self.output("nf4", kind)).items():
                 figures.within(f"{kind}: {name}", value, 0.0)
@@ -266,7 +219,10 @@ class Correctness:
 
         shown = ("loss_off", "grad_norm_off", "weights_off", "steps_skipped")
         cases = [
-            replace(row(name, 8, partial(self.train_both, name), case.run, *shown), begin=partial(self.begin, name))
+            replace(
+                row(name, 30 if name == "lora" else 8, partial(self.train_both, name), case.run, *shown),
+                begin=partial(self.begin, name),
+            )
             for name, case in CASES.items()
         ]
         return [
@@ -309,39 +265,6 @@ def train_the_same(settings: list[Mapping[str, Any]]) -> None:
         torch.use_deterministic_algorithms(before)
 
 
-def spread(ours: Path, theirs: Path) -> dict[str, float]:
-    """The largest absolute differences between two runs: of losses, and of weights and moments in the last checkpoint."""
-    states = [last_state(output) for output in (ours, theirs)]
-    losses = [[row["loss"] for row in steps_of(output)] for output in (ours, theirs)]
-    of_part = {
-        part: max(float((tensor.float() - states[1][name].float()).abs().max()) for name, tensor in states[0].items() if name.startswith(part))
-        for part in ("weights", "optimizer")
-    }  # fmt: skip
-    return {"loss apart": max(abs(a - b) for a, b in zip(*losses, strict=True))} | {
-        f"{part} apart": value for part, value in of_part.items()
-    }
-
-
 def export_run(source: Path, target: Path, kind: str, options: Mapping[str, Any]) -> Path:
     target = target.with_suffix(".safetensors") if kind == "kohya" else target
     return export_adapter(source, target, kind, **options)
-
-
-def tensors_at(place: Path) -> dict[str, Tensor]:
-    return load_file(place if place.is_file() else next(iter(sorted(place.rglob("*.safetensors")))))
-
-
-def apart(ours: Tensor, theirs: Tensor) -> float:
-    """The largest difference, relative to the largest value."""
-    return float((ours.float() - theirs.float()).abs().max() / theirs.float().abs().max().clamp(min=1e-30))
-
-
-def bytes_on(module: nn.Module, device: torch.device) -> int:
-    """What a part holds on this type of device, with what bitsandbytes keeps beside its weights."""
-    tensors = [*module.parameters(), *module.buffers(), *state_tensors(module)]
-    for layer in module.modules():
-        for keeper in (layer._parameters.get("weight"), vars(layer).get("state")):
-            kept = vars(keeper) if keeper is not None else {}
-            tensors += [tensor for name in ("CB", "SCB") if isinstance(tensor := kept.get(name), Tensor)]
-    storages = {tensor.untyped_storage().data_ptr(): tensor for tensor in tensors if tensor.device.type == device.type}
-    return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())

@@ -20,7 +20,7 @@ from typing import Any
 
 GRACE = 15.0
 """Seconds that the last row may go on after the time is over, before it is interrupted."""
-PATIENCE, LEAST_PATIENCE = 5.0, 60.0
+PATIENCE, LEAST_PATIENCE = 5.0, 90.0
 """A row may take so many times what was expected of it, and so many seconds in any case."""
 LINES = 12
 """Of a traceback, from its end."""
@@ -113,7 +113,7 @@ def take_rows(rows: Sequence[Row], record: Record, seconds: float, begun: float 
             record.add(row, "left out", 0.0, {}, [reason])
         else:
             take(row, record, min(max(LEAST_PATIENCE, PATIENCE * row.expected), left + GRACE))
-        print(line_of(row, record.rows[-1]), flush=True)
+        print(f"{row.group}, {row.name}: {record.rows[-1]['status']}, {record.rows[-1]['seconds']:.1f} s", flush=True)
 
 
 def take(row: Row, record: Record, patience: float) -> None:
@@ -167,13 +167,17 @@ def limited(seconds: float) -> Iterator[None]:
         signal.setitimer(signal.ITIMER_REAL, rest)
 
 
+def table(rows: Sequence[Row], record: Record) -> str:
+    """A line a row: what was measured, or why it was not."""
+    return "\n".join(line_of(row, found) for row, found in zip(rows, record.rows, strict=True))
+
+
 def line_of(row: Row, found: Mapping[str, Any]) -> str:
-    """A line of the table: what was measured, or why it was not."""
     figures = [
         f"{name.replace('_', ' ')} {short(found['figures'][name])}" for name in row.shown if name in found["figures"]
     ]
     why = found["why"][-1:] if "why" in found else []
-    return f"{row.group:<11}  {row.name:<40}  {found['status']:<8}  {found['seconds']:6.1f} s  {', '.join([*figures, *why])}"
+    return f"{row.group:<11}  {row.name:<47}  {found['status']:<8}  {found['seconds']:6.1f} s  {', '.join([*figures, *why])}"
 
 
 def short(value: Any) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from gpu_background import Background
-from gpu_record import Figures, NotHere, Row, tidy
+from gpu_record import Figures, NotHere, Row, tidy, told
 from torch import nn
 
 from t2ilib.config import RunConfig
@@ -109,8 +109,13 @@ class Speed:
         if key not in self.plans:
             self.plans[key] = self.background.submit(plan_memory, run, self.device.type)
 
-    def plan(self, run: RunConfig) -> MemoryPlan:
-        return self.plans[key_of(run)]()
+    def plan(self, run: RunConfig, figures: Figures) -> MemoryPlan | None:
+        """A plan that fails fails the row, but not before that has measured what it can."""
+        try:
+            return self.plans[key_of(run)]()
+        except Exception as error:
+            figures.exceeded.append(f"no plan: {told(error)[-1]}")
+            return None
 
     def ready(self, run: RunConfig) -> Base:
         """The base of `run`, encoded data included; whatever was there before is dropped first."""
@@ -155,19 +160,22 @@ class Speed:
         self.synchronize()
         figures["build_seconds"] = time.perf_counter() - started
         components = base.components
-        measured = self.measured("encoding", run, figures)
-        with torch.no_grad(), components.awake(*encoders(run, components)), measured:
-            seconds = self.timed(lambda: encode_blank(run, components, max(self.sizes.batches)))
+        measured = Measured("encoding", self.plan(run, figures), figures, self.device)
+        with torch.no_grad(), components.awake(*encoders(run, components)):
+            tidy()
+            with measured:
+                seconds = self.timed(lambda: encode_blank(run, components, max(self.sizes.batches)))
         pictures = pictures_at_once(run.data.resolution, PICTURES_AT_ONCE)
         figures |= {"pictures": pictures, "captions": max(self.sizes.batches) + 1, "encoding_seconds": seconds}
 
     def train(self, run: RunConfig, figures: Figures) -> None:
         self.ready(run)
-        self.require_room(run)
+        plan = self.plan(run, figures)
+        self.require_room(plan)
         base = self.attached(run)
         tidy()
         accelerator = build_accelerator(run)
-        with self.measured("training", run, figures):
+        with Measured("training", plan, figures, self.device):
             setup = learn_to_denoise(run, base.components, base.modules, base.encoded, self.device)
             state = TrainState(run, setup, accelerator, "")
             figures["trained_parameters"] = sum(parameter.numel() for parameter in state.parameters)
@@ -197,16 +205,13 @@ class Speed:
         base = self.attached(run)
         prompts, steps = list(run.evaluation.prompts), run.evaluation.num_inference_steps
         tidy()
-        with self.measured("drawing", run, figures):
+        with Measured("drawing", self.plan(run, figures), figures, self.device):
             seconds = self.timed(lambda: draw(base.components, prompts, run.evaluation, resolution=run.data.resolution))
         figures |= {"pictures": len(prompts), "inference_steps": steps, "drawing_seconds": seconds}
 
-    def measured(self, phase: str, run: RunConfig, figures: Figures) -> "Measured":
-        return Measured(phase, self.plan(run), figures, self.device)
-
-    def require_room(self, run: RunConfig) -> None:
+    def require_room(self, plan: MemoryPlan | None) -> None:
         """Raises NotHere for what is planned to need more than there is: it would only fail, and take what others need."""
-        needed = needed_bytes(self.plan(run)) / MIB
+        needed = needed_bytes(plan) / MIB if plan else 0.0
         held = torch.cuda.memory_allocated() / MIB if self.device.type == "cuda" else 0.0
         room = available_bytes(self.device) / MIB + held
         if needed > room:
@@ -266,7 +271,7 @@ class Speed:
 class Measured:
     """A phase's peak in this scope, beside the planned one, and what of the device nothing planned speaks of."""
 
-    def __init__(self, phase: str, plan: MemoryPlan, figures: Figures, device: torch.device):
+    def __init__(self, phase: str, plan: MemoryPlan | None, figures: Figures, device: torch.device):
         self.phase, self.plan, self.figures, self.device = phase, plan, figures, device
         self.peaks = Peaks()
 
@@ -276,23 +281,23 @@ class Measured:
     def __exit__(self, *_: Any) -> None:
         self.peaks.leave()
         phase, found = self.phase, self.peaks.found[self.phase]
-        planned = self.plan.bytes_of(phase) / MIB
-        self.figures |= {
-            f"{phase}_planned_mib": planned,
-            f"{phase}_planned_by_category_mib": {k: v / MIB for k, v in self.plan.phases[phase].items() if v},
-            "peak_process_mib": found["peak_process_mib"],
-        }
-        if self.device.type != "cuda":
-            return
-        measured = found["peak_device_mib"]
-        free, total = torch.cuda.mem_get_info()
-        self.figures |= {
-            f"{phase}_mib": measured,
-            "measured_to_planned": measured / planned,
-            "reserved_mib": torch.cuda.max_memory_reserved() / MIB,  # with what the allocator could not reuse
-            "outside_the_allocator_mib": (total - free - torch.cuda.memory_reserved()) / MIB,  # the CUDA context
-            "needed_planned_mib": needed_bytes(self.plan) / MIB,
-        }
+        self.figures["peak_process_mib"] = found["peak_process_mib"]
+        if self.device.type == "cuda":
+            free, total = torch.cuda.mem_get_info()
+            self.figures |= {
+                f"{phase}_mib": found["peak_device_mib"],
+                "reserved_mib": torch.cuda.max_memory_reserved() / MIB,  # with what the allocator could not reuse
+                "outside_the_allocator_mib": (total - free - torch.cuda.memory_reserved()) / MIB,  # the CUDA context
+            }
+        if self.plan is not None:
+            planned = self.plan.bytes_of(phase) / MIB
+            self.figures |= {
+                f"{phase}_planned_mib": planned,
+                f"{phase}_planned_by_category_mib": {k: v / MIB for k, v in self.plan.phases[phase].items() if v},
+                "needed_planned_mib": needed_bytes(self.plan) / MIB,
+            }
+            if f"{phase}_mib" in self.figures:
+                self.figures["measured_to_planned"] = self.figures[f"{phase}_mib"] / planned
 
 
 def key_of(run: RunConfig) -> str:
