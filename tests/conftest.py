@@ -13,7 +13,9 @@ from t2ilib.shapes import source
 FEW_HELD_OUT = 6
 LONGEST = (
     "test_golden",
+    "test_gpu_benchmark",
     "test_trace",
+    "test_dora",
     "test_export",
     "test_loop",
     "test_models",

@@ -155,6 +155,9 @@ def put_weights(components: Components, file: Path, name: str) -> None:
         if not hasattr(module, "text_model"):
             own = {k.removeprefix("text_model."): v for k, v in own.items()}
         if own:
+            for key, parameter in module.named_parameters():  # over a base in 16 bits they would be rounded to it
+                if f".{name}." in key and ".lora_" in key:
+                    parameter.data = parameter.data.float()
             left = set_peft_model_state_dict(module, own, adapter_name=name)
             if left is not None and left.unexpected_keys:
                 raise ConfigError(

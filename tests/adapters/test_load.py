@@ -148,3 +148,18 @@ def test_alphas_that_lie_beside_the_weights_count(make, tmp_path, ending):
     save_file(tensors | alphas | {f"unet.nowhere{ending}": torch.tensor(1.0)}, tmp_path / "more.safetensors")
     with pytest.raises(ConfigError, match=r"alpha for unet\.nowhere, and no weights"):
         load_adapter(make(), tmp_path / "more.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_an_adapter_is_not_rounded_to_its_base(make, tmp_path, kind):
+    components = make()
+    attach_adapters(components, AdapterSpec(kind=kind, rank=4, text_encoder_targets="attention"), 0)
+    fit(components, num_steps=2, trains_text=True)
+    written = load_file(save_adapter(components, tmp_path / "first"))
+    half = make()
+    for module in half.modules().values():
+        module.to(torch.bfloat16)
+    load_adapter(half, tmp_path / "first")
+    again = load_file(save_adapter(half, tmp_path / "second"))
+    assert written.keys() == again.keys()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in written.items())
