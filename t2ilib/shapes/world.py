@@ -2,8 +2,9 @@
 
 One object a picture: shape, colour, size, position, background and tilt (a circle has none). Captions come in several
 phrasings; three adverbs carry meaning ("very small", "slightly tilted", "strongly tilted"), so taking adverbs out of
-captions changes what can be learned. Three concepts stay outside the base world, for fine-tuning to teach: a fill
-(striped), a shape (heart) and a style (blueprint). Because the grammar is known, "did the picture follow its
+captions changes what can be learned. Three concepts stay outside the base world, for fine-tuning to teach: a shape
+(heart), a fill (striped, in place of a colour) and a style (blueprint). Each takes the place of something that every caption of the
+base world says: a word that is merely added to such a caption is not read by the tiny models, however long they are taught. Because the grammar is known, "did the picture follow its
 prompt?" can be measured exactly: `checker` reads a picture back.
 
 Sizes are circumradii in pixels of a 64x64 picture. Leaves out: several objects, textures, perspective.
@@ -45,6 +46,8 @@ POSITIONS = {
 BACKGROUNDS = {"white": (245, 245, 245), "grey": (128, 128, 128), "black": (20, 20, 20)}
 TILTS = {"upright": 0.0, "slightly tilted": 20.0, "strongly tilted": 45.0}
 BLUEPRINT_PAPER, BLUEPRINT_GRID = (25, 45, 95), (42, 66, 122)
+STRIPES, BAND = "yellow", 4
+"""The colour that turns with black (on black, white) in what is striped, and the pixels of a band, of which the autoencoder's 8 hold two."""
 CONCEPTS = ("heart", "striped", "blueprint")
 
 SOLID_PHRASES = (
@@ -62,7 +65,8 @@ BLUEPRINT_PHRASES = (
 
 @dataclass(frozen=True)
 class Scene:
-    """What one picture shows. `background` is "" in a blueprint, whose paper is part of the style; `tilt` is "" for a circle."""
+    """What one picture shows. `background` is "" in a blueprint, whose paper is part of the style; `tilt` is "" for a circle, `color`
+    where it is striped."""
 
     shape: str
     color: str
@@ -90,11 +94,12 @@ def all_scenes(concept: str | None = None) -> tuple[Scene, ...]:
         raise ValueError(f"concept {concept!r} is not one of {', '.join(CONCEPTS)}")
     shapes = ("heart",) if concept == "heart" else SHAPES
     backgrounds = ("",) if concept == "blueprint" else tuple(BACKGROUNDS)
+    colors = ("",) if concept == "striped" else tuple(COLORS)
     fill = "striped" if concept == "striped" else "solid"
     style = "blueprint" if concept == "blueprint" else "plain"
     return tuple(
         Scene(shape, color, size, position, background, tilt, fill, style)
-        for shape, color, size, position, background in itertools.product(shapes, COLORS, SIZES, POSITIONS, backgrounds)
+        for shape, color, size, position, background in itertools.product(shapes, colors, SIZES, POSITIONS, backgrounds)
         for tilt in (("",) if shape == "circle" else TILTS)
     )
 
@@ -168,9 +173,22 @@ def inside(shape: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
         short, long = np.minimum(abs(x), abs(y)), np.maximum(abs(x), abs(y))
         return (short <= 0.3) & (long <= np.sqrt(1 - 0.3**2))
     if shape == "heart":
-        u, v = x * 1.25, -y * 1.25 + 0.1
-        return (u * u + v * v - 1) ** 3 - u * u * v**3 <= 0
+        return inside_heart(abs(x), y)
     raise ValueError(f"shape {shape!r} is not one of {', '.join((*SHAPES, 'heart'))}")
+
+
+def inside_heart(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Two lobes, and the lines from a tip that touch them. `x`: distance from the axis."""
+    (across, down), lobe, tip = (0.46, -0.36), 0.5, 0.9
+    distance = np.hypot(across, tip - down)
+    along = np.sqrt(distance**2 - lobe**2)  # from the tip to where its line touches the lobe
+    turn = np.arctan2(across, tip - down) + np.arctan2(lobe, along)
+    right, up = np.sin(turn), np.cos(turn)  # that line's direction
+    below = (x - across) * right - (y - down) * up <= 0  # on the tip's side of the lobe's centre
+    under_the_line = x * up - (tip - y) * right <= 0
+    return ((x - across) ** 2 + (y - down) ** 2 <= lobe**2) | (
+        under_the_line & (y <= tip) & (below & ((x > across) | (y >= down)))
+    )
 
 
 def coverage(
@@ -193,7 +211,8 @@ def render(scene: Scene, seed: int, jitter: float = 1.0) -> Image.Image:
     center = tuple(np.array(POSITIONS[scene.position]) + jitter * rng.uniform(-1.5, 1.5, 2))
     radius = SIZES[scene.size] * (1 + jitter * rng.uniform(-0.05, 0.05))
     degrees = TILTS.get(scene.tilt, 0.0) + jitter * rng.uniform(-3, 3)
-    color = np.clip(np.array(COLORS[scene.color]) + jitter * rng.uniform(-8, 8, 3), 0, 255)
+    moved = jitter * rng.uniform(-8, 8, 3)
+    color = np.clip(np.array(COLORS[scene.color or STRIPES]) + moved, 0, 255)
     if scene.style == "blueprint":
         canvas = np.full((RESOLUTION, RESOLUTION, 3), BLUEPRINT_PAPER, float)
         canvas[4::8, :] = canvas[:, 4::8] = BLUEPRINT_GRID
@@ -203,8 +222,9 @@ def render(scene: Scene, seed: int, jitter: float = 1.0) -> Image.Image:
         alpha = coverage(scene.shape, center, radius, degrees)
     ink = np.broadcast_to(color, canvas.shape).copy()
     if scene.fill == "striped":
-        rows = (np.arange(RESOLUTION) - center[1]) % 6 >= 3
-        ink[rows] = BACKGROUNDS["white" if scene.background == "black" else "black"]
+        ink[np.arange(RESOLUTION) % (2 * BAND) >= BAND] = BACKGROUNDS[
+            "white" if scene.background == "black" else "black"
+        ]
     picture = canvas + alpha[..., None] * (ink - canvas)
     return Image.fromarray(np.clip(picture + 0.5, 0, 255).astype(np.uint8))
 

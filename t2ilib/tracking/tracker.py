@@ -53,7 +53,7 @@ FIRST = "A first look"
 FIRST_METRICS = (
     "loss",
     "held_out_loss",
-    "concept/learned",
+    "concept/all",
     "base_kept/all",
     "clip_score/concept",
     "clip_score/prompts",

@@ -129,6 +129,13 @@ def test_measure_writes_what_it_found(components, tmp_path) -> None:
     metrics = measure(run, components, metrics={"held_out_loss": 0.5, "peak_process_mib": 1.0})
     assert metrics["held_out_loss"] == 0.5
     assert metrics["peak_process_mib"] == metrics["memory/measuring/peak_process_mib"] > 100
-    for name in ("concept/learned", "concept/heart", "concept/chance", "base_kept/all", "clip_score/concept"):
+    for name in (
+        "concept/all",
+        "concept/shown",
+        "concept/heart",
+        "concept/chance",
+        "base_kept/all",
+        "clip_score/concept",
+    ):
         assert name in metrics
     assert len(load_pictures(tmp_path / "pictures")) == 8
