@@ -128,7 +128,7 @@ def test_the_report_of_a_study_is_made_of_what_its_runs_declare(results: Path) -
         "Cost",
         "Peak memory by phase, MiB",
     ]
-    assert report.speaking("learned", "kept", "loss") == ["concept/learned", "base_kept/all", "held_out_loss"]
+    assert report.speaking("learned", "kept", "loss") == ["concept/all", "base_kept/all", "held_out_loss"]
     for title in report.tables():
         assert f"### {title}" in text
         assert title in html

@@ -65,9 +65,11 @@ class Variant(Part):
 
 
 class Preset(Part):
-    """How much of the study is run: its seeds, and what goes over the study's run but under the variants'."""
+    """How much of the study is run: its seeds, which variants (all, where none are named), and what goes over the study's run but
+    under the variants'."""
 
     seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
+    variants: list[str] = []
     run: PartialRun = {}
 
 
@@ -103,6 +105,13 @@ def load_study(path: Path) -> Study:
         raise ConfigError(f"{count(lines)} in {path}:\n  " + "\n  ".join(lines)) from None
     for name in filter(None, (study.reference, study.base, *(v.against for v in study.variants.values()))):
         check_choice(name, study.variants, f"{path}: variant")
+    for preset, chosen in study.presets.items():
+        for name in chosen.variants:
+            check_choice(name, study.variants, f"{path}: presets.{preset}.variants: variant")
+        if chosen.variants and study.reference not in chosen.variants:
+            raise ConfigError(
+                f"{path}: presets.{preset}.variants leaves out {study.reference}, the reference of the study"
+            )
     lines = list(dict.fromkeys(mistakes(study)))
     if lines:
         raise ConfigError(f"{count(lines)} in {path}:\n  " + "\n  ".join(lines))

@@ -100,6 +100,7 @@ def plan_runs(
     check_choice(preset, study.presets, "preset")
     for name in only:
         check_choice(name, study.variants, "variant")
+    chosen = only or study.presets[preset].variants or list(study.variants)
     folder = results / f"{study.name}-{preset}"
     notebooks = {name: find_notebook(notebook, file) for name, notebook in study.notebooks().items()}
     return [
@@ -113,7 +114,7 @@ def plan_runs(
         )
         for seed in dict.fromkeys(seeds or study.presets[preset].seeds)
         for name in study.variants
-        if not only or name in only
+        if name in chosen
     ]
 
 

@@ -12,6 +12,7 @@ COSTS = {
     "peak_device_mib": Metric("peak GPU memory, MiB", "mib", "lower", False, "Cost", "memory", "Least GPU memory"),
     "trainable_parameters": Metric("trainable parameters", "count", "lower", True, "Cost", "size", "Fewest trainable parameters"),
     "adapter_mib": Metric("adapter, MiB", "mib", "lower", True, "Cost", "size"),
+    "moments_in_8bit": Metric("moments in 8 bits", "share", None, True, "Cost"),
     "peak_process_mib": Metric("peak process memory, MiB", "mib", "lower", False, "Cost", "host"),
     "steps_per_second": Metric("steps per second", "rate", "higher", False, "Cost", "speed", "Fastest"),
     **PEAKS,

@@ -176,7 +176,9 @@ def build_accelerator(run: RunConfig) -> Accelerator:
         precision = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}[
             choose_dtype("auto", choose_device())
         ]
-    AcceleratorState._reset_state(reset_partial_state=True)  # one process may train twice, in other precisions or elsewhere
+    AcceleratorState._reset_state(
+        reset_partial_state=True
+    )  # one process may train twice, in other precisions or elsewhere
     accelerator = Accelerator(mixed_precision=precision, cpu=choose_device().type == "cpu")
     if accelerator.num_processes > 1:
         raise ConfigError(

@@ -15,16 +15,23 @@ from t2ilib.config import OptimizerConfig
 log = logging.getLogger(__name__)
 
 
+BLOCK_OF_MOMENTS = 256
+"""Elements that bitsandbytes quantizes together. Its own limit for 8-bit moments is 4,096 elements, under which the matrices of a
+small adapter all stay: a comparison of 8-bit moments would compare none."""
+
+
 def adamw(groups: list[dict], config: OptimizerConfig) -> torch.optim.Optimizer:
     """Decoupled weight decay (arXiv 1711.05101)."""
     return torch.optim.AdamW(groups, betas=config.betas, weight_decay=config.weight_decay, fused=True)
 
 
 def adamw8bit(groups: list[dict], config: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW with block-wise 8-bit moments (arXiv 2110.02861); tensors under 4,096 elements keep 32-bit moments."""
+    """AdamW with block-wise 8-bit moments (arXiv 2110.02861); tensors smaller than a block keep 32-bit moments."""
     import bitsandbytes as bnb
 
-    return bnb.optim.AdamW8bit(groups, betas=config.betas, weight_decay=config.weight_decay)
+    return bnb.optim.AdamW8bit(
+        groups, betas=config.betas, weight_decay=config.weight_decay, min_8bit_size=BLOCK_OF_MOMENTS
+    )
 
 
 def prodigy(groups: list[dict], config: OptimizerConfig) -> torch.optim.Optimizer:
@@ -47,6 +54,19 @@ OPTIMIZERS: dict[str, Callable[[list[dict], OptimizerConfig], torch.optim.Optimi
     "adamw8bit": adamw8bit,
     "prodigy": prodigy,
 }
+
+
+def share_of_8bit_moments(optimizer: torch.optim.Optimizer) -> float | None:
+    """Of the elements of an optimizer's moments, those that are kept in 8 bits; None before the first step, and of an optimizer whose
+    moments have as many bits as its parameters."""
+    moments = [
+        tensor
+        for state in optimizer.state.values()
+        for name, tensor in state.items()
+        if name in ("state1", "state2") and isinstance(tensor, torch.Tensor)
+    ]
+    total = sum(tensor.numel() for tensor in moments)
+    return sum(tensor.numel() for tensor in moments if tensor.dtype == torch.uint8) / total if total else None
 
 
 def parameter_groups(modules: dict[str, nn.Module], config: OptimizerConfig) -> list[dict]:

@@ -23,7 +23,7 @@ from t2ilib.training.checkpoint import (
     save_checkpoint,
     unpack_optimizer,
 )
-from t2ilib.training.optim import build_optimizer, build_schedule, parameter_groups
+from t2ilib.training.optim import build_optimizer, build_schedule, parameter_groups, share_of_8bit_moments
 from t2ilib.training.setups import Setup
 
 log = logging.getLogger(__name__)
@@ -181,6 +181,8 @@ class TrainState:
 
     def sizes(self, output: Path) -> dict[str, float]:
         values = {"trainable_parameters": float(sum(p.numel() for p in self.parameters))}
+        share = share_of_8bit_moments(self.raw_optimizer) if self.parameters else None
+        values |= {} if share is None else {"moments_in_8bit": share}
         files = list((output / "adapter").glob("*.safetensors"))
         return values | ({"adapter_mib": sum(f.stat().st_size for f in files) / 2**20} if files else {})
 

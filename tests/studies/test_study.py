@@ -234,6 +234,25 @@ def test_unknown_preset_and_variant(study_file: Path) -> None:
         plan_runs(loaded, study_file, "quick", Path("results"), only=["othr"])
 
 
+def test_a_preset_may_run_some_of_the_variants(study_file: Path) -> None:
+    def change(content: dict) -> None:
+        content["presets"]["quick"]["variants"] = ["other", "plain"]
+
+    edit(study_file, change)
+    study = load_study(study_file)
+    assert [run.variant for run in plan_runs(study, study_file, "quick", Path("r"))] == ["plain", "other"]
+    assert {run.variant for run in plan_runs(study, study_file, "full", Path("r"))} == {"plain", "other", "broken"}
+    assert [run.variant for run in plan_runs(study, study_file, "quick", Path("r"), ["broken"])] == ["broken"]
+    edit(study_file, lambda content: content["presets"]["quick"].update(variants=["plain", "othr"]))
+    with pytest.raises(
+        ConfigError, match=r"presets\.quick\.variants: variant 'othr' does not exist.*Did you mean 'other'"
+    ):
+        load_study(study_file)
+    edit(study_file, lambda content: content["presets"]["quick"].update(variants=["other"]))
+    with pytest.raises(ConfigError, match="leaves out plain, the reference"):
+        load_study(study_file)
+
+
 def test_variants_go_over_presets_over_the_study_field_by_field(study_file: Path) -> None:
     def change(content: dict) -> None:
         content["presets"]["full"]["run"] = {"optimizer": {"learning_rate": 9.0, "name": "adamw8bit"}}

@@ -96,7 +96,7 @@ def test_what_matters_most_stands_first_in_the_charts(run: RunConfig) -> None:
     assert sections[0] == FIRST
     first = {name.removeprefix(f"{FIRST}/") for name in logged if name.startswith(f"{FIRST}/")}
     assert first == {
-        *("loss", "held_out_loss", "concept_learned", "base_kept_all", "steps_per_second"),
+        *("loss", "held_out_loss", "concept_all", "base_kept_all", "steps_per_second"),
         *("peak_device_mib", "peak_process_mib", "adapter_mib", "trainable_parameters"),
     }
     with open_tracker(run) as tracker:  # a name that has changed is the same metric when the run goes on

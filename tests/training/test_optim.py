@@ -7,7 +7,13 @@ from torch import nn
 
 from t2ilib.config import ConfigError, OptimizerConfig
 from t2ilib.runfile import build_run
-from t2ilib.training.optim import OPTIMIZERS, build_optimizer, build_schedule, parameter_groups
+from t2ilib.training.optim import (
+    OPTIMIZERS,
+    build_optimizer,
+    build_schedule,
+    parameter_groups,
+    share_of_8bit_moments,
+)
 
 
 def modules():
@@ -148,3 +154,18 @@ def test_a_rate_that_prodigy_cannot_use_is_warned_about(caplog, rate, warned):
     config = OptimizerConfig(name="prodigy", learning_rate=rate)
     build_optimizer(parameter_groups({"unet": layer}, config), config)
     assert ("multiplies its own estimate" in caplog.text) is warned
+
+
+def test_moments_of_8_bits_are_counted() -> None:
+    """All of a small adapter's matrices too, which bitsandbytes would keep in 32 bits by itself; not what is less than a block."""
+    shapes = {"A": (32, 64), "B": (128, 32), "magnitude": (64,)}
+    parameters = [nn.Parameter(torch.randn(shape)) for shape in shapes.values()]
+    optimizer = build_optimizer([{"params": parameters, "lr": 1e-3}], OptimizerConfig(name="adamw8bit"))
+    assert share_of_8bit_moments(optimizer) is None
+    sum(parameter.square().sum() for parameter in parameters).backward()
+    optimizer.step()
+    quantized = 32 * 64 + 128 * 32
+    assert share_of_8bit_moments(optimizer) == pytest.approx(quantized / (quantized + 64))
+    plain = build_optimizer([{"params": parameters, "lr": 1e-3}], OptimizerConfig())
+    plain.step()
+    assert share_of_8bit_moments(plain) is None
