@@ -103,8 +103,8 @@ def test_a_training_that_is_refused_leaves_nothing_behind(tmp_path: Path, change
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("kind: lora, rank: 8", "kind: lora, rnk: 8"),
-        ("evaluation: {guidance_scale: 1.5}", "evaluation: {measures: [clap]}"),
+        ("kind: lora, rank: 32", "kind: lora, rnk: 32"),
+        ("evaluation: {guidance_scale: 3.0}", "evaluation: {measures: [clap]}"),
         ("notebook: train.ipynb", "notebook: nowhere.ipynb"),
     ],
 )
