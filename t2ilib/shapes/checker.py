@@ -184,16 +184,16 @@ def judge_all(scenes: Sequence[Scene], readings: Sequence[dict[str, str]]) -> Ch
 
 
 METRICS = {
+    "{group}/all": Metric("{group}, all right", "share", "higher", table="Learned and kept"),
     "concept/all": Metric("concept learned", "share", "higher", table="Learned and kept", role="learned", headline="Learned most"),
     "base_kept/all": Metric("base kept", "share", "higher", table="Learned and kept", role="kept", headline="Forgot least"),
-    "{group}/all": Metric("{group}, all right", "share", "higher", table="Learned and kept"),
     "concept/shown": Metric("concept shown", "share", "higher", table="Learned and kept"),
     "concept/chance": Metric("learned by chance", "share", table="Learned and kept"),
     "concept/constant": Metric("by one and the same picture", "share", table="Learned and kept"),
     **{f"concept/{name}": Metric(f"{name} shown", "share", "higher", table="By concept") for name in CONCEPTS},
     **{f"{{group}}/{name}": Metric(f"{{group}}, {name}", "share", "higher", table=None) for name in ATTRIBUTES},
 }  # fmt: skip
-"""Learned is what shows the concept and everything else that was asked for."""
+"""Learned is what shows the concept and everything else that was asked for. Of two that come to the same name the later counts."""
 
 
 def lacks(run: RunConfig) -> str | None:

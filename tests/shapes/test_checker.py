@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from t2ilib.evaluation.measures import MEASURES
 from t2ilib.runfile import build_run
 from t2ilib.shapes import checker
 from t2ilib.shapes.checker import ATTRIBUTES, UNREADABLE, checked, checked_scenes, judge, read
@@ -117,3 +118,9 @@ def test_a_striped_thing_has_no_colour_of_its_own() -> None:
         assert read(render(scene, 3))["color"] == ""
     assert read(render(CIRCLE, 0))["color"] in COLORS
     assert checker.METRICS["concept/all"].role == "learned"
+
+
+def test_what_is_learned_and_kept_speaks_for_a_run() -> None:
+    declared = {group: MEASURES["checker"].declared(group) for group in ("concept", "base_kept")}
+    assert declared["concept"]["concept/all"].role == "learned"
+    assert declared["base_kept"]["base_kept/all"].role == "kept"
