@@ -1,24 +1,30 @@
-"""Finished runs -> tables, plots, verdicts, texts: which variant learned, kept and cost what, and what is only seed noise.
+"""Finished runs -> tables, plots, verdicts, texts: which variant learned, kept and cost what; what is only seed noise.
 
     report = load_report("results/adapters-quick")
-    print(format_table(summary_table(report)))
+    print(format_table(verdict_table(report)))
     print(headline(report))
     write_markdown(report, "results/adapters-quick")
 
-`reading` knows the files, `tables` the numbers, `figures` the plots, `texts` the sentences. Imports no torch.
+`reading` knows the files, `comparing` what is shown, `tables` the numbers, `figures`, `pictures` and `plots` what is
+drawn, `texts` and `caveats` the sentences. Imports no torch.
 """
 
 from pathlib import Path
 
-from t2ilib.report.figures import plot_cost_quality, plot_learning_curves, plot_pictures, plots
+from t2ilib.report.caveats import caveats
+from t2ilib.report.comparing import compare
+from t2ilib.report.figures import plot_cost_quality, plot_learned_kept, plot_learning_curves
+from t2ilib.report.pictures import plot_pictures
+from t2ilib.report.plots import plot_overview, plots
 from t2ilib.report.reading import StudyReport, load_report
-from t2ilib.report.tables import caveats, compare, difference_table, format_table, markdown_table, summary_table
-from t2ilib.report.texts import QUALITY, describe_variant, explain_metrics, explain_reading, headline
+from t2ilib.report.tables import difference_table, format_table, markdown_table, summary_table, verdict_table
+from t2ilib.report.texts import QUALITY, champion, describe_variant, explain_metrics, explain_reading, headline
 
 __all__ = [
     "StudyReport",
     "caveats",
     "caveats_markdown",
+    "champion",
     "compare",
     "describe_variant",
     "difference_table",
@@ -30,10 +36,13 @@ __all__ = [
     "load_report",
     "markdown_table",
     "plot_cost_quality",
+    "plot_learned_kept",
     "plot_learning_curves",
+    "plot_overview",
     "plot_pictures",
     "plots",
     "summary_table",
+    "verdict_table",
     "write_markdown",
 ]
 
@@ -48,8 +57,8 @@ def caveats_markdown(report: StudyReport) -> str:
 
 
 def differences_markdown(report: StudyReport) -> str:
-    """The difference tables of what a study is about, each under its metric's name; those in which nothing was compared are left
-    out."""
+    """The difference tables of what a study is about, each under its metric's name; those in which nothing was
+    compared are left out."""
     reference = report.variants[report.reference].title
     tables = [
         f"**{report.metrics[metric].title}**, against {reference}\n\n{markdown_table(difference_table(report, metric))}"
@@ -61,26 +70,29 @@ def differences_markdown(report: StudyReport) -> str:
 
 
 def write_markdown(report: StudyReport, folder: Path | str) -> Path:
-    """Writes `folder/report.md` with curves.png, cost_quality.png and pictures.png beside it, those that have something to show;
-    returns the path of report.md."""
+    """Writes `folder/report.md` with pictures.png, learned_kept.png, curves.png and cost_quality.png beside it, those
+    that have something to show; returns the path of report.md."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    shown = plots(report)
-    for plot in shown:
+    shown = {}
+    for plot in plots(report):
         plot.figure.savefig(folder / plot.file, dpi=DPI)
-    figures = "\n\n".join(f"![{plot.caption}]({plot.file})" for plot in shown)
+        shown[plot.file] = f"![{plot.caption}]({plot.file})"
+    first = [shown.pop(file) for file in ("pictures.png", "learned_kept.png") if file in shown]
     numbers = "\n\n".join(
         f"### {title}\n\n{markdown_table(summary_table(report, metrics))}" for title, metrics in report.tables().items()
     )
     sections = [
         f"# {report.name}{f' ({report.preset})' if report.preset else ''}",
         report.question,
-        "## In short\n\n" + headline(report),
+        *first,
+        "## Verdicts\n\n" + markdown_table(verdict_table(report)),
+        "## In short\n\n" + "\n\n".join(filter(None, (headline(report), champion(report)))),
         "## Before believing it\n\n" + caveats_markdown(report),
         numbers and f"## Numbers\n\n{numbers}",
         "## Differences\n\n" + differences_markdown(report),
         "## How to read this\n\n" + "\n".join(filter(None, (explain_reading(), explain_metrics(report)))),
-        figures and f"## Figures\n\n{figures}",
+        "\n\n".join(("## Figures", *shown.values())) if shown else "",
         "## Variants\n\n" + "\n\n".join(describe_variant(report, name) for name in report.present),
     ]
     path = folder / "report.md"

@@ -22,7 +22,7 @@ from t2ilib.studies.runs import changes, is_measured_again
 @dataclass(frozen=True)
 class FinishedRun:
     """A finished run. `settings`: the sections and fields that its study said; `history`: metric -> {step: value}, from
-    metrics.jsonl; `declared`: what its numbers are."""
+    metrics.jsonl; `declared`: what its numbers are; `jobs`: how many runs were trained at a time, None where nobody knows."""
 
     variant: str
     seed: int
@@ -33,6 +33,7 @@ class FinishedRun:
     declared: Mapping[str, Metric]
     history: Mapping[str, Mapping[int, float]]
     mlflow_run_id: str | None = None
+    jobs: int | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,10 @@ class StudyReport:
         asked = metrics or [name for name, metric in self.metrics.items() if metric.table]
         return [name for name in asked if any(name in run.metrics for run in self.runs.values())]
 
+    def about(self, metric: str) -> Metric:
+        """What a metric is; a plain score under its own name where no run declared it."""
+        return self.metrics.get(metric) or Metric(metric)
+
     def tables(self) -> dict[str, list[str]]:
         """Title -> the measured metrics that its table shows."""
         tables: dict[str, list[str]] = {}
@@ -100,6 +105,10 @@ class StudyReport:
     def against(self, variant: str) -> str:
         """What a variant is compared with: the neighbour that it names, or the reference."""
         return self.variants[variant].against or self.reference
+
+    def timed_alone(self, *variants: str) -> bool:
+        """Whether these variants were trained one run at a time, so that their speeds can be compared."""
+        return all(run.jobs == 1 for name in variants for run in self.runs_of(name))
 
 
 def load_report(folder: Path | str) -> StudyReport:
@@ -176,9 +185,8 @@ def held_out_names(folder: Path) -> tuple[str, ...]:
 
 def read_variant(name: str, told: Mapping[str, Any]) -> Variant:
     texts = {key: str(told.get(key) or "").strip() for key in ("overview", "hypothesis", "how_it_helps", "origin")}
-    return Variant(
-        **texts, title=str(told.get("title") or name).strip(), against=told.get("against"), run=told.get("run") or {}
-    )
+    told_else = {"claims": told.get("claims") or [], "against": told.get("against"), "run": told.get("run") or {}}
+    return Variant(**texts, title=str(told.get("title") or name).strip(), **told_else)
 
 
 def read_run(path: Path, name: str, seed: int, result: Mapping[str, Any]) -> tuple[FinishedRun, list[str]]:
@@ -189,9 +197,10 @@ def read_run(path: Path, name: str, seed: int, result: Mapping[str, Any]) -> tup
     history = read_history(path / "metrics.jsonl")
     settings = result.get("run") or {}
     declared = {key: Metric(**about) for key, about in (result.get("measures") or {}).items()}
-    return FinishedRun(
-        name, seed, path, result.get("seconds"), settings, metrics, declared, history, result.get("mlflow_run_id")
-    ), dropped
+    run = FinishedRun(
+        name, seed, path, result.get("seconds"), settings, metrics, declared, history, result.get("mlflow_run_id"), result.get("jobs")
+    )  # fmt: skip
+    return run, dropped
 
 
 def read_history(path: Path) -> dict[str, dict[int, float]]:

@@ -1,78 +1,99 @@
-"""What the numbers say, in sentences: a headline for the study and a page for each variant.
+"""What the numbers say, in sentences: a headline for the study, who is its champion, and a page for each variant.
 
-Sentences are composed from measured quantities and their verdicts only. A study sees that a setting and a number changed
-together; it does not see why. So a text says "fits", never "because", and says "no difference shown" when that is so.
+A sentence restates a number or a verdict, nothing else. A study sees that a setting and a number changed together; it
+does not see why, so no text here reasons. Hypotheses are quoted as their author wrote them; what can be tested of
+one, its author says as claims.
 """
 
-from collections.abc import Sequence
-
 from t2ilib.config import check_choice
-from t2ilib.evaluation.statistics import PairedDifference, mean_interval, paired_difference, smallest_p
+from t2ilib.evaluation.metrics import Metric
+from t2ilib.evaluation.statistics import mean_interval, not_tested
+from t2ilib.report.comparing import Comparison, Judgement, chosen, compare, competing, is_tested, judge_claims, leads_on
 from t2ilib.report.reading import StudyReport
-from t2ilib.report.tables import Comparison, compare, write_interval, write_mean, write_number, write_p
+from t2ilib.report.tables import write_mean, write_number, write_p, write_together
 
 QUALITY, COST = ("learned", "kept", "loss", "followed"), ("memory", "size", "speed")
 """Roles of metrics."""
-LAST_SHARE = 0.2
-"""Of the steps: what "the loss at the end" averages over, because the loss of one step is mostly its timesteps and noise."""
 
 
 def headline(report: StudyReport) -> str:
-    """Markdown: which variant learned most, forgot least and cost least, and whether each lead can be told from seed noise.
+    """Markdown: which variant learned most, forgot least and cost least, and whether each lead can be told from seed
+    noise.
 
     Where nothing counts what was learned, the other measures of quality stand in for it.
     """
     stand_in = [] if report.with_role("learned") else report.speaking(*QUALITY)
     told = {name: report.metrics[name].headline or claim(report, name) for name in stand_in}
     told |= {name: said for name in report.measured() if (said := report.metrics[name].headline)}
-    lines = [lead(report, name, said) for name, said in told.items() if said]
+    told = {name: said for name, said in told.items() if said and is_fair(report, name)}
+    lines = [lead(report, name, told) for name in told]
     return "\n".join(f"- {line}" for line in lines if line) or "- Nothing was measured yet."
 
 
+def is_fair(report: StudyReport, metric: str) -> bool:
+    """Whether a leader can be named at all: not the fastest of runs that shared a machine."""
+    return report.metrics[metric].role != "speed" or report.timed_alone(*competing(report, metric))
+
+
 def claim(report: StudyReport, metric: str) -> str:
-    """What the leader on a metric without words of its own is said to have, such as "Lowest held-out loss"; "" where nothing leads."""
+    """What the leader on a metric without words of its own is said to have, such as "Lowest held-out loss"; "" where
+    nothing leads."""
     known = report.metrics[metric]
     return {"lower": f"Lowest {known.title}", "higher": f"Highest {known.title}"}.get(known.better, "")
 
 
-def lead(report: StudyReport, metric: str, claim: str) -> str:
-    """One line: the leader on `metric`, and against whom its lead is shown. "" where no variant measured it."""
-    known = report.metrics[metric]
-    best_of = max if known.better == "higher" else min
-    means = {
-        name: mean_interval(values.values()).mean for name in report.trained if (values := report.values(name, metric))
-    }
-    if not means:
+def lead(report: StudyReport, metric: str, told: dict[str, str]) -> str:
+    """One line: the leader on `metric`, and against whom its lead is shown; "" where no variant measured it. `told`:
+    what the leaders on all metrics that are named here are said to be."""
+    known, values = report.metrics[metric], competing(report, metric)
+    if not values:
         return ""
-    best = best_of(means.values())
-    leaders = [name for name, mean in means.items() if mean == best]
+    best_of = max if known.better == "higher" else min
+    means = {name: mean_interval(own.values()).mean for name, own in values.items()}
+    leaders = [name for name, mean in means.items() if mean == best_of(means.values())]
     titles = " and ".join(report.variants[name].title for name in leaders)
-    line = f"**{claim}: {titles}** ({write_mean(report.values(leaders[0], metric), known)})"
+    line = f"**{told[metric]}: {titles}** ({write_mean(values[leaders[0]], known)})"
     others = [name for name in means if name not in leaders]
     if not others:
         return line + ("; nothing to compare it with." if len(leaders) == 1 else "; all are equal.")
-    if len(leaders) > 1 or known.exact:
+    if len(leaders) > 1 or not is_tested(report, metric):
         second = best_of(others, key=means.__getitem__)
         return f"{line}; next is {report.variants[second].title} ({write_number(means[second], known)})."
-    return f"{line}; {lead_shown(report, metric, leaders[0], others)}"
+    way = 1 if known.better == "higher" else -1
+    found = leads_on(report, metric, leaders[0], told)
+    shown = [report.variants[name].title for name in others if name in found and found[name].shown == way]
+    return f"{line}; {lead_shown(shown, len(others), found, len(values[leaders[0]]))}"
 
 
-def lead_shown(report: StudyReport, metric: str, leader: str, others: Sequence[str]) -> str:
-    """Against whom a lead is shown: the leader is tested against every other, because testing only the runner-up that the data
-    picked would flatter it."""
-    compared = compare(report, metric, against=leader)
-    shown = [report.variants[name].title for name in others if name in compared and compared[name].verdict == "worse"]
-    if not shown and all(name in compared and compared[name].verdict.startswith("not tested") for name in others):
-        return "lead **not tested** (one seed)."
+def lead_shown(shown: list[str], others: int, found: dict, seeds: int) -> str:
+    if all(difference.shown is None for difference in found.values()):
+        return f"lead **{not_tested(seeds)}**."
     if not shown:
-        return f"lead **not distinguishable** from seed noise against any of the other {len(others)}."
-    if len(shown) == len(others):
-        return f"lead **distinguishable** against all {len(others)} others."
-    return f"lead **distinguishable** against {', '.join(shown)}; not against the other {len(others) - len(shown)}."
+        return f"lead **not shown** against any of the other {others}."
+    if len(shown) == others:
+        return f"lead **shown** against all {others} others."
+    return f"lead **shown** against {'; '.join(shown)}; not against the other {others - len(shown)}."
+
+
+def champion(report: StudyReport) -> str:
+    """The champion's rule and what comes of it, in two sentences; "" where nothing decides."""
+    choice = chosen(report)
+    if choice is None:
+        return ""
+    parts = " and ".join(f"*{metric.title}*" for metric in choice.parts)
+    decides = f"best {parts}" if len(choice.parts) == 1 else f"highest harmonic mean of {parts}"
+    rule = f"The champion is the trained variant with the {decides}, if its lead is shown against every other one."
+    who = f"{report.variants[choice.leader].title} leads ({write_mean(choice.values[choice.leader], choice.metric)})"
+    if report.missing or report.not_run:
+        return f"{rule} None yet, since runs are missing; so far {who}."
+    if choice.doubt:
+        return f"{rule} None: {who}, but {choice.doubt}."
+    return f"{rule} {who}, and its run of seed {choice.seed}, the nearest to its median, stands for it."
 
 
 def describe_variant(report: StudyReport, name: str) -> str:
-    """Markdown: *Overview*, *How it helps*, *Origin of the idea* as the study tells them; *Result* and *Why* as measured."""
+    """Markdown: *Overview*, *How it helps*, *Origin of the idea* as the study tells them; *Result* as measured;
+    *Why*: the hypothesis as its author wrote it, and what came of its claims."""
     check_choice(name, report.variants, "variant")
     variant = report.variants[name]
     told = {"Overview": variant.overview, "How it helps": variant.how_it_helps, "Origin of the idea": variant.origin}
@@ -83,7 +104,8 @@ def describe_variant(report: StudyReport, name: str) -> str:
 
 
 def result_text(report: StudyReport, name: str) -> str:
-    """A list of the main numbers with intervals, each with its difference to the reference and the verdict."""
+    """A list of the main numbers with intervals, each with its difference to what it is compared with and the
+    verdict."""
     finished = len(report.runs_of(name))
     if not finished:
         return "No run of this variant finished, so nothing was measured."
@@ -92,213 +114,81 @@ def result_text(report: StudyReport, name: str) -> str:
         values = report.values(name, metric)
         if values:
             line = f"- {report.metrics[metric].title}: {write_mean(values, report.metrics[metric])}"
-            comparison = compare(report, metric).get(name) if name != report.against(name) else None
-            lines.append(line + (f"; {told_against(report, name, metric, comparison)}" if comparison else ""))
+            comparison = compare(report, metric).get(name)
+            told = f"; {told_against(report, report.against(name), metric, comparison)}" if comparison else ""
+            lines.append(line + told)
     return "\n".join([lines[0], "", *lines[1:]])
 
 
-def told_against(report: StudyReport, name: str, metric: str, comparison: Comparison) -> str:
-    known, difference, other = report.metrics[metric], comparison.difference, report.against(name)
+def told_against(report: StudyReport, other: str, metric: str, comparison: Comparison) -> str:
+    """ "+10.0 pp against the reference (95% interval ...): **better**"."""
+    known, difference = report.about(metric), comparison.difference
     against = "the reference" if other == report.reference else report.variants[other].title
     text = f"{write_number(difference.mean, known, signed=True)} against {against}"
-    if known.exact:
-        return text
-    if difference.low is not None:
-        text += f" (95% interval {write_interval(difference, known)}, adjusted p {write_p(comparison.adjusted_p)})"
-    return f"{text}: **{comparison.verdict}**"
+    return text if known.exact else f"{text}{doubt_about(difference, known)}: **{comparison.verdict}**"
+
+
+def doubt_about(difference, known: Metric) -> str:
+    interval = write_together(difference, known)
+    p = f", p {write_p(difference.p_value)}" if difference.together else ""
+    return f" ({interval}{p})" if interval else ""
 
 
 def why_text(report: StudyReport, name: str) -> str:
-    """Reasoning from what was measured: capacity, fit, learning against forgetting, overfitting, and the hypothesis."""
-    if not report.runs_of(name):
-        return "Nothing can be said without a finished run."
-    if name == report.base:
-        return "This is the model before any fine-tuning: what the others learned and forgot is counted from here."
-    own = overfitting(report, name)
-    if name == report.reference:
-        return " ".join(filter(None, ["The other variants are compared with this one.", own]))
-    sentences = [
-        capacity(report, name),
-        fit(report, name),
-        trade(report, name),
-        own,
-        gap_against_reference(report, name),
-    ]
-    return "\n\n".join(filter(None, [" ".join(filter(None, sentences)), hypothesis_text(report, name)]))
-
-
-def compared(report: StudyReport, role: str, name: str) -> Comparison | None:
-    """The comparison of a variant by the metric that speaks for a role, where there is one."""
-    return next((compare(report, metric).get(name) for metric in report.speaking(role)), None)
-
-
-def capacity(report: StudyReport, name: str) -> str:
-    """How much it trains, as a ratio to the reference."""
-    mine, theirs = (report.values(variant, "trainable_parameters") for variant in (name, report.reference))
-    if not mine or not theirs or not any(theirs.values()):
-        return ""
-    own, reference = (mean_interval(values.values()).mean for values in (mine, theirs))
-    if own == reference:
-        return "It trains as many parameters as the reference, so capacity does not tell them apart."
-    return f"It trains {own / reference:.2g} times the reference's parameters ({own:,.0f} against {reference:,.0f})."
-
-
-def fit(report: StudyReport, name: str) -> str:
-    """The held-out loss beside the concept: losses and pictures need not agree, and where they differ that is worth knowing."""
-    loss, learned = (compared(report, role, name) for role in ("loss", "learned"))
-    if loss is None:
-        return ""
-    if loss.verdict not in ("better", "worse"):
-        return f"On held-out loss: {loss.verdict}."
-    said = f"Its held-out loss is {'lower' if loss.verdict == 'better' else 'higher'} than the reference's"
-    if learned is None or learned.verdict not in ("better", "worse"):
-        return said + "."
-    if learned.verdict == loss.verdict:
-        return said + ", which fits what its pictures show."
-    return said + ", while its pictures show the opposite: here the loss does not predict what is learned."
-
-
-def trade(report: StudyReport, name: str) -> str:
-    """Learning against forgetting, from the two verdicts together."""
-    learned, kept = (compared(report, role, name) for role in ("learned", "kept"))
-    if learned is None or kept is None:
-        return ""
-    said = {
-        ("better", "worse"): "It learned more of the concept and kept less of the base: a trade, not a gain.",
-        (
-            "worse",
-            "better",
-        ): "It learned less of the concept and kept more of the base: a trade in the gentle direction.",
-        ("better", "better"): "It learned more of the concept and kept more of the base: better on both counts.",
-        ("worse", "worse"): "It learned less of the concept and kept less of the base: worse on both counts.",
-        ("better", "no difference shown"): "It learned more of the concept; on keeping the base, no difference shown.",
-        ("worse", "no difference shown"): "It learned less of the concept; on keeping the base, no difference shown.",
-        ("no difference shown", "better"): "It kept more of the base; on learning the concept, no difference shown.",
-        ("no difference shown", "worse"): "It kept less of the base; on learning the concept, no difference shown.",
-        (
-            "no difference shown",
-            "no difference shown",
-        ): "On learning the concept and on keeping the base: no difference shown.",
-    }
-    return said.get(
-        (learned.verdict, kept.verdict), f"On learning the concept and on keeping the base: {learned.verdict}."
-    )
-
-
-def overfitting(report: StudyReport, name: str) -> str:
-    """Whether the held-out loss, averaged over seeds, ended above its lowest point: more steps of this did not help."""
-    curves = [
-        run.history["held_out_loss"] for run in report.runs_of(name) if len(run.history.get("held_out_loss", {})) > 2
-    ]
-    steps = sorted(set.intersection(*(set(curve) for curve in curves))) if curves else []
-    if len(steps) < 3:
-        return ""
-    means = {step: sum(curve[step] for curve in curves) / len(curves) for step in steps}
-    lowest = min(steps, key=means.__getitem__)
-    rise = means[steps[-1]] / means[lowest] - 1
-    if lowest == steps[-1]:
-        return f"Its held-out loss was lowest at the last measurement (step {lowest}): no sign of overfitting."
-    said = f"Its held-out loss was lowest at step {lowest} and ended"
-    if rise < 0.01:
-        return f"{said} within 1 % of that: little left to gain, no clear overfitting."
-    return f"{said} {100 * rise:.0f} % above that: a sign of overfitting by step {steps[-1]}."
-
-
-def gaps(report: StudyReport, name: str) -> dict[int, float]:
-    """{seed: held-out loss - mean training loss of the last fifth of the steps}, where a run logged both."""
-    found = {}
-    for run in report.runs_of(name):
-        training, held_out = run.history.get("loss", {}), run.history.get("held_out_loss", {})
-        if training and held_out:
-            last = [loss for step, loss in training.items() if step > (1 - LAST_SHARE) * max(training)]
-            found[run.seed] = held_out[max(held_out)] - sum(last) / len(last)
-    return found
-
-
-def gap_against_reference(report: StudyReport, name: str) -> str:
-    """The gap between held-out and training loss against the reference's. The gap itself means little, because the two losses
-    weight timesteps differently; that difference cancels between variants of one study."""
-    mine, theirs = gaps(report, name), gaps(report, report.reference)
-    if not mine.keys() & theirs.keys():
-        return ""
-    difference = paired_difference(mine, theirs)
-    said = f"Its gap of held-out to training loss differs from the reference's by {difference.mean:+.4f}"
-    if difference.low is None:
-        return f"{said} (not tested)."
-    return (
-        f"{said} (95% interval {difference.low:+.4f} to {difference.high:+.4f}, not tested): {gap_meaning(difference)}."
-    )
-
-
-def gap_meaning(difference: PairedDifference) -> str:
-    if difference.low > 0:
-        return "a sign that it overfits more than the reference"
-    if difference.high < 0:
-        return "a sign that it overfits less than the reference"
-    return "no difference shown"
-
-
-def hypothesis_text(report: StudyReport, name: str) -> str:
-    """The study's hypothesis beside the verdicts that bear on it. Which measure it is about only its author can say."""
+    """The hypothesis in its author's words, and the claims with what the test says of each."""
     hypothesis = report.variants[name].hypothesis
-    verdicts = {
-        report.metrics[metric].title: found.verdict
-        for metric in report.with_role(*QUALITY, *COST)
-        if (found := compare(report, metric).get(name))
-    }
-    if not hypothesis or not verdicts:
-        return ""
-    decided = {verdicts.get(report.metrics[metric].title) for metric in report.with_role(*QUALITY)} & {
-        "better",
-        "worse",
-    }
-    if decided == {"better"}:
-        close = "As far as it expects a gain in quality, the measurements support it."
-    elif decided == {"worse"}:
-        close = "As far as it expects no loss of quality, the measurements contradict it."
-    elif decided:
-        close = "The measurements go both ways: it holds for what is better and fails for what is worse."
-    else:
-        close = (
-            "On quality this neither supports nor refutes it: the intervals say how large a difference could be."
-            + power(report)
-        )
-    measured = "; ".join(f"{title}: {told}" for title, told in verdicts.items())
-    return f"The hypothesis was: “{hypothesis}” Measured: {measured}. {close}"
+    quoted = f"The hypothesis: “{hypothesis}”" if hypothesis else "The study file names no hypothesis."
+    claims = judge_claims(report, name)
+    if not claims:
+        return quoted + " No claim was made of it, so it is not judged here." * bool(hypothesis)
+    return "\n".join(
+        [f"{quoted} Claimed, and judged by the test of the tables:", "", *(told_claim(report, one) for one in claims)]
+    )
 
 
-def power(report: StudyReport) -> str:
-    """A reminder where the number of seeds alone ruled out any other verdict."""
-    least = smallest_p(len(report.seeds))
-    return "" if least is not None and least < 0.05 else " With so few seeds, no other verdict was possible."
+def told_claim(report: StudyReport, judgement: Judgement) -> str:
+    """ "- concept learned higher than LORA: **shown** (+10.0 pp; 95% interval ...)"."""
+    claim, comparison, known = judgement.claim, judgement.comparison, report.about(judgement.claim.metric)
+    line = f"- {known.title} {claim.direction} than {report.variants[judgement.than].title}: **{judgement.verdict}**"
+    if comparison is None:
+        return line + f" ({judgement.note})" * bool(judgement.note)
+    doubt = "" if known.exact else write_together(comparison.difference, known)
+    return f"{line} ({write_number(comparison.difference.mean, known, signed=True)}{f'; {doubt}' if doubt else ''})"
 
 
 MEANINGS = {
-    "concept/learned": "**concept learned**: share of prompts with a new concept in whose picture the checker really finds it;"
-    " **concept prompt all right** asks for every other attribute too.",
-    "base_kept/all": "**base kept**: share of prompts from the world the base model knew whose picture is still right in every"
-    " attribute. The untouched base is the level to keep.",
-    "concept/chance": "**by chance**: what guessing would reach.",
-    "held_out_loss": "**held-out loss**: on pictures that were not trained on, at fixed timesteps and noise; lower is better.",
-    "clip_score/prompts": "**CLIP score**: how well pictures agree with their prompts according to a contrastive model, 100 at the"
-    " most. It knows common things, and hardly your own.",
+    "concept/all": "share of prompts with a new concept whose picture shows it and is right in every other attribute.",
+    "concept/learned": "share of prompts with a new concept in whose picture the checker finds it, whatever else is wrong.",
+    "concept/chance": "what pictures would score that were drawn without looking at the prompt.",
+    "concept/constant": "what one and the same picture for every prompt would score at best.",
+    "base_kept/all": "share of prompts from the world the base model knew whose picture is still right in every attribute. The untouched"
+    " base is the level to keep.",
+    "held_out_loss": "on pictures that were not trained on, at fixed timesteps and noise; lower is better.",
+    "clip_score/prompts": "how well pictures agree with their prompts according to a contrastive model, 100 at the most. It knows common"
+    " things, and hardly your own.",
 }
 """What metrics mean that need a word, for those of them that a study measured."""
 
 
 def explain_metrics(report: StudyReport) -> str:
     """Markdown: what the measured metrics mean, a line each; "" where they speak for themselves."""
-    return "\n".join(f"- {MEANINGS[name]}" for name in MEANINGS if name in report.measured())
+    known = [name for name in MEANINGS if name in report.measured()]
+    return "\n".join(f"- **{report.metrics[name].title}**: {MEANINGS[name]}" for name in known)
 
 
 def explain_reading() -> str:
     """Markdown: how to read the tables, for someone who has not met these words."""
     return (
-        "- **±** and **interval**: 95% t-interval of the mean over seeds. A wide one means seeds disagree, or there are few.\n"
-        "- **difference**: variant minus reference *by seed*, then averaged, so what a seed does to both cancels; for shares in"
-        " percentage points (pp).\n"
-        "- **p**: exact sign-flip test of those differences; **p (adjusted)** also pays for comparing several variants at once.\n"
-        "- **better / worse**: adjusted p below 0.05. **No difference shown** does not mean equal: it means that this many seeds"
-        " cannot tell the difference from noise, and the interval says how large it could still be.\n"
+        "- **±**: half the 95% t-interval of the mean over seeds. A wide one means seeds disagree, or there are few.\n"
+        "- **difference**: variant minus what it is compared with, *by seed*, then averaged, so what a seed does to both cancels; for"
+        " shares in percentage points (pp).\n"
+        "- **95% interval alone**: of that one difference, as if nothing else had been asked.\n"
+        "- **of all together**: the interval that decides. In 95 of 100 studies all intervals of a table would hold their true"
+        " difference: Student's, widened by Bonferroni for the number of variants, and never narrower than what flipping the signs of"
+        " seeds allows, which needs six seeds and no normal noise. **p** goes with it.\n"
+        "- **better / worse / shown**: that interval leaves out zero. **No difference shown** does not mean equal: the interval says"
+        " how large the difference could still be. **Not tested**: fewer than six seeds.\n"
+        "- **lead**: whoever leads was picked by the numbers, so its lead is held against all pairs of variants, on all metrics whose"
+        " leader is named.\n"
         "- **–**: not measured. Nothing here is filled in with a zero."
     )

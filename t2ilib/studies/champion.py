@@ -1,8 +1,12 @@
-"""A study's champion: the best adapter of a finished preset, registered in MLflow under the alias `champion`.
+"""A study's champion: an adapter of the variant that leads, registered in MLflow under the alias `champion`.
 
-There is one only where its variant's lead can be told from seed noise against every other trained variant, by the same test as the
-report's: whoever loads a champion takes it for better than the rest. A study registers one version for each new winner
-under its name, and moves the alias to it: `models:/<study>-<preset>@champion`; where no lead is shown any more, the alias goes.
+The rule, which the report states too: variants compete by what they learned and kept together, where every run
+measured both as shares, and otherwise by the first of CRITERIA that every run measured. There is a champion only
+where the lead is shown against every other trained variant, all pairs paid for. Of the leader's runs the one nearest
+to their median is registered: the best one would be the luck of its seed.
+
+A study registers one version for each new winner under its name, and moves the alias to it:
+`models:/<study>-<preset>@champion`; where no lead is shown any more, the alias goes.
 """
 
 import statistics
@@ -10,96 +14,112 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from t2ilib.evaluation.metrics import Metric
-from t2ilib.evaluation.statistics import max_statistic, paired_difference, smallest_p, verdict
+from t2ilib.evaluation.statistics import leads, not_tested
 from t2ilib.studies.runs import StudyRun
 from t2ilib.tracking.models import MODEL_TAG, register_version
 
 ALIAS = "champion"
 CRITERIA = ("learned", "kept", "loss", "followed")
-"""Roles of metrics, what decides a study first: of each the first metric that its runs measured; later ones break ties."""
+"""Roles of metrics, in the order in which they may decide; of each the first metric that every run measured."""
+TOGETHER = Metric("learned and kept together", "share", "higher")
+"""The harmonic mean of both shares, as F1 is of precision and recall: it is 0 for what learned nothing, however much
+it kept."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Who leads. `values`: variant -> {seed: score}, by `metric`, which is made of `parts`; `seed`: of the leader's
+    run that stands for it; `doubt`: why the leader is no champion, "" where it is one."""
+
+    leader: str
+    seed: int
+    metric: Metric
+    parts: tuple[Metric, ...]
+    values: Mapping[str, Mapping[int, float]]
+    doubt: str
 
 
 @dataclass(frozen=True)
 class Lead:
-    """The best run of the variant that leads, by the metric that decides. `doubt`: why it is no champion; "" where it is one."""
+    """The run that stands for the variant that leads, by the metric that decides. `doubt`: why it is no champion; ""
+    where it is one."""
 
     run: StudyRun
     metric: Metric
     doubt: str
 
 
-def criteria(results: Sequence[dict]) -> dict[str, Metric]:
-    """Metric -> what it is, in the order of CRITERIA, of those that every run measured."""
-    known = {key: Metric(**about) for result in results for key, about in result["measures"].items()}
+def criteria(results: Sequence[Mapping[str, float]], declared: Mapping[str, Metric]) -> dict[str, str]:
+    """Role -> metric, in the order of CRITERIA, of those that every run measured."""
     found = {}
     for role in CRITERIA:
-        named = {key: metric for key, metric in known.items() if metric.role == role and metric.better}
-        everywhere = [key for key in named if all(key in result["metrics"] for result in results)]
-        found |= {key: known[key] for key in everywhere[:1]}
+        named = [key for key, metric in declared.items() if metric.role == role and metric.better]
+        everywhere = [key for key in named if all(key in metrics for metrics in results)]
+        if everywhere:
+            found[role] = everywhere[0]
     return found
 
 
-def find_lead(runs: Sequence[StudyRun]) -> Lead | None:
-    """Who leads among the trained variants: the best mean over seeds, by CRITERIA; None where no run measured any of them.
+def choose(
+    results: Mapping[str, Mapping[int, Mapping[str, float]]],
+    declared: Mapping[str, Metric],
+    titles: Mapping[str, str] | None = None,
+) -> Choice | None:
+    """Who leads by the rule, and whether the lead is shown; None where no metric of CRITERIA was measured by every run.
 
-    `runs`: finished runs, of which the untouched base does not compete.
+    `results`: trained variant -> {seed: metrics}. `titles`: what variants are called in a doubt.
     """
-    trained = [run for run in runs if run.trains]
-    results = {run: run.result() for run in trained}
-    deciding = criteria(list(results.values()))
+    every = [metrics for by_seed in results.values() for metrics in by_seed.values()]
+    deciding = criteria(every, declared) if every else {}
     if not deciding:
         return None
+    parts = [deciding[role] for role in ("learned", "kept") if role in deciding]
+    if len(parts) < 2 or any((declared[key].unit, declared[key].better) != ("share", "higher") for key in parts):
+        parts = [next(iter(deciding.values()))]
+    metric = TOGETHER if len(parts) == 2 else declared[parts[0]]
     values = {
-        variant: {run.seed: results[run]["metrics"] for run in trained if run.variant == variant}
-        for variant in dict.fromkeys(run.variant for run in trained)
+        variant: {
+            seed: statistics.harmonic_mean([metrics[key] for key in parts]) if metric is TOGETHER else metrics[parts[0]]
+            for seed, metrics in by_seed.items()
+        }
+        for variant, by_seed in results.items()
     }
-
-    def score(measured: Sequence[Mapping[str, float]]) -> tuple[float, ...]:
-        return tuple(
-            statistics.fmean(metrics[key] for metrics in measured) * (1 if metric.better == "higher" else -1)
-            for key, metric in deciding.items()
-        )
-
-    best = max(values, key=lambda variant: score(list(values[variant].values())))
-    run = max((run for run in trained if run.variant == best), key=lambda run: score([results[run]["metrics"]]))
-    key, metric = next(iter(deciding.items()))
-    by_seed = {variant: {seed: metrics[key] for seed, metrics in own.items()} for variant, own in values.items()}
-    return Lead(run, metric, doubt_of(by_seed, best, metric))
+    best_of = max if metric.better == "higher" else min
+    leader = best_of(values, key=lambda variant: statistics.fmean(values[variant].values()))
+    middle = statistics.median(values[leader].values())
+    seed = min(values[leader], key=lambda seed: (abs(values[leader][seed] - middle), seed))
+    doubt = doubt_of(values, leader, metric, titles or {})
+    return Choice(leader, seed, metric, tuple(declared[key] for key in parts), values, doubt)
 
 
-def doubt_of(values: Mapping[str, Mapping[int, float]], leader: str, metric: Metric) -> str:
-    """Why the lead on `metric` (`values`: variant -> {seed: value}) is not to be believed; "" where it is shown against all others.
-
-    The leader is tested against every other, and p-values are adjusted for asking about all of them, as in the report's headline.
-    """
+def doubt_of(values: Mapping[str, Mapping[int, float]], leader: str, metric: Metric, titles: Mapping[str, str]) -> str:
+    """Why a lead is not to be believed; "" where it is shown against all others."""
     others = [name for name in values if name != leader]
     if not others:
         return "it is the only trained variant, so there is nothing that it leads"
-    differences = {
-        name: {seed: value - values[leader][seed] for seed, value in values[name].items() if seed in values[leader]}
-        for name in others
-    }
-    adjusted = max_statistic(differences)
-    higher = metric.better == "higher"
-    close = [
-        name
-        for name in others
-        if not differences[name]
-        or verdict(paired_difference(values[name], values[leader]), adjusted[name], higher) != "worse"
-    ]
-    if not close:
-        return ""
-    seeds = len(values[leader])
-    least = smallest_p(seeds)
-    if least is None:
-        return "with one seed nothing can be told from seed noise"
-    few = f" (with {seeds} seeds none can be: six are needed)" if least >= 0.05 else ""
-    return f"its lead cannot be told from seed noise against {', '.join(close)}{few}"
+    found, way = leads(values, leader), 1 if metric.better == "higher" else -1
+    close = [titles.get(name, name) for name in others if name not in found or found[name].shown != way]
+    if close and all(difference.shown is None for difference in found.values()):
+        return f"its lead is {not_tested(len(values[leader]))}: six are needed"
+    return f"its lead is not shown against {'; '.join(close)}" if close else ""
+
+
+def find_lead(runs: Sequence[StudyRun]) -> Lead | None:
+    """Who leads among finished runs, of which the untouched base does not compete; None where no run measured what
+    decides."""
+    trained = {(run.variant, run.seed): run for run in runs if run.trains}
+    found = {place: run.result() for place, run in trained.items()}
+    declared = {key: Metric(**about) for result in found.values() for key, about in result["measures"].items()}
+    results: dict[str, dict[int, Mapping[str, float]]] = {}
+    for (variant, seed), result in found.items():
+        results.setdefault(variant, {})[seed] = result["metrics"]
+    choice = choose(results, declared)
+    return choice and Lead(trained[choice.leader, choice.seed], choice.metric, choice.doubt)
 
 
 def name_champion(client, name: str, lead: Lead | None) -> str:
-    """Registers the leader's adapter as a version of the model `name` and gives it the alias, or, where no lead is shown, takes the
-    alias away; returns a line that says what came of it.
+    """Registers the leader's adapter as a version of the model `name` and gives it the alias, or, where no lead is
+    shown, takes the alias away; returns a line that says what came of it.
 
     A winner that is the champion already gets no second version.
     """

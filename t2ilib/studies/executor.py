@@ -100,7 +100,9 @@ class Executor:
     def execute(self, run: StudyRun, slot: int = 0) -> None:
         """`slot`: its place among those that run at a time."""
         outdated = run.state == "outdated"
-        resumed = " (measuring again)" if outdated else " (resuming)" if (run.folder / "checkpoints").exists() else ""
+        begun_before = (run.folder / "checkpoints").exists()
+        resumed = " (measuring again)" if outdated else " (resuming)" if begun_before else ""
+        jobs = run.result().get("jobs") if outdated else None if begun_before else self.jobs
         self.say(f"[{self.position(run)}] {run.label}: starting{resumed}")
         if outdated:  # grids of other prompts, perhaps; the result stays until there is another
             shutil.rmtree(run.folder / "samples", ignore_errors=True)
@@ -125,7 +127,7 @@ class Executor:
             self.done += 1
             self.parts.pop(run.label, None)
         if code == 0 and (run.folder / "metrics.json").exists():
-            self.finish(run, seconds, outdated)
+            self.finish(run, seconds, outdated, jobs)
             self.say(f"[{self.position(run)}] {run.label}: finished in {seconds:.0f} s{self.left()}")
         else:
             reason = error_text(output) or f"the notebook process ended with exit code {code}"
@@ -166,8 +168,9 @@ class Executor:
         left = round((time.monotonic() - self.began) * (1 - share) / share)
         return f"  |  study {share:.0%}, ETA {left // 60}:{left % 60:02d}"
 
-    def finish(self, run: StudyRun, seconds: float, measured_again: bool = False) -> None:
-        """Commits result.json, and hangs the executed notebook and its HTML on the MLflow run."""
+    def finish(self, run: StudyRun, seconds: float, measured_again: bool = False, jobs: int | None = None) -> None:
+        """Commits result.json, and hangs the executed notebook and its HTML on the MLflow run. `jobs`: how many notebooks ran at a
+        time while it trained, None where that is not known of all its steps."""
         metrics = json.loads((run.folder / "metrics.json").read_text())
         note = run.folder / "tracking.json"
         run_id = json.loads(note.read_text())["run_id"] if note.exists() else None
@@ -182,6 +185,7 @@ class Executor:
             "seed": run.seed,
             "status": "finished",
             "seconds": seconds,
+            "jobs": jobs,
             "mlflow_run_id": run_id,
             "digest": run.digest,
             "run": run.settings,

@@ -8,7 +8,7 @@ that it stands in.
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
@@ -50,15 +50,28 @@ class Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class Claim(Part):
+    """What a hypothesis comes down to, so that it can be judged: this `metric` of the variant is higher, lower, better or
+    worse (`is`) than that of another, by the test of the report's tables. `than`: if not the one that the variant is
+    compared with."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+    metric: str
+    direction: Literal["higher", "lower", "better", "worse"] = Field(alias="is")
+    than: str | None = None
+
+
 class Variant(Part):
-    """A named delta to the study's run, with why it is there. `against`: the variant it is compared with, if not the reference;
-    `notebook`: if not the study's."""
+    """A named delta to the study's run, with why it is there. The report quotes its `hypothesis` and judges its `claims`.
+    `against`: the variant it is compared with, if not the reference; `notebook`: if not the study's."""
 
     title: str
     overview: str = ""
     hypothesis: str = ""
     how_it_helps: str = ""
     origin: str = ""
+    claims: list[Claim] = []
     against: str | None = None
     notebook: str | None = None
     run: PartialRun = {}
@@ -103,7 +116,8 @@ def load_study(path: Path) -> Study:
     except ValidationError as error:
         lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')}" for e in error.errors()]
         raise ConfigError(f"{count(lines)} in {path}:\n  " + "\n  ".join(lines)) from None
-    for name in filter(None, (study.reference, study.base, *(v.against for v in study.variants.values()))):
+    others = [claim.than for variant in study.variants.values() for claim in variant.claims]
+    for name in filter(None, (study.reference, study.base, *(v.against for v in study.variants.values()), *others)):
         check_choice(name, study.variants, f"{path}: variant")
     for preset, chosen in study.presets.items():
         for name in chosen.variants:
@@ -112,7 +126,7 @@ def load_study(path: Path) -> Study:
             raise ConfigError(
                 f"{path}: presets.{preset}.variants leaves out {study.reference}, the reference of the study"
             )
-    lines = list(dict.fromkeys(mistakes(study)))
+    lines = list(dict.fromkeys([*mistakes(study), *claims_of_itself(study)]))
     if lines:
         raise ConfigError(f"{count(lines)} in {path}:\n  " + "\n  ".join(lines))
     return study
@@ -134,6 +148,14 @@ def mistakes(study: Study) -> Iterator[str]:
                     said = [part for part, values in parts.items() if says(values, place)]
                     where = ".".join((said[0], *map(str, place))) if said else f"variants.{name} (preset {preset})"
                     yield f"{where}: {message}"
+
+
+def claims_of_itself(study: Study) -> Iterator[str]:
+    """Claims that hold a variant against itself; for the reference that is what leaving `than` out means."""
+    for name, variant in study.variants.items():
+        for number, claim in enumerate(variant.claims):
+            if name == (claim.than or variant.against or study.reference):
+                yield f"variants.{name}.claims.{number}.than: say which other variant {name} is held against"
 
 
 def says(values: Any, place: tuple[int | str, ...]) -> bool:

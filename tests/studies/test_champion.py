@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 import zlib
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,25 +13,24 @@ import pytest
 import torch
 from mlflow import MlflowClient
 
+from t2ilib.evaluation.metrics import Metric
 from t2ilib.models.pipeline import build_pipeline
-from t2ilib.report import headline, load_report
+from t2ilib.report import champion, headline, load_report
 from t2ilib.runfile import build_run
-from t2ilib.shapes import checker
-from t2ilib.studies.champion import ALIAS, Lead, find_lead, name_champion
+from t2ilib.studies.champion import ALIAS, TOGETHER, Lead, choose, find_lead, name_champion
 from t2ilib.studies.runs import StudyRun
 from t2ilib.tracking.models import MODEL_TAG
 from t2ilib.tracking.store import open_client, tracking_uri
 from t2ilib.tracking.tracker import open_tracker
 from t2ilib.training.loop import train
-from t2ilib.training.validation import HELD_OUT
 
 PROMPT = "a large upright red heart at the center on a white background"
 
 MEASURES = {
-    name: asdict(metric)
-    for name, metric in {**HELD_OUT, **checker.METRICS}.items()
-    if name in ("concept/learned", "base_kept/all", "held_out_loss")
-}
+    "held_out_loss": {"title": "held-out loss", "unit": "loss", "better": "lower", "role": "loss"},
+    "concept/learned": {"title": "concept learned", "unit": "share", "better": "higher", "role": "learned", "headline": "Learned most"},
+    "base_kept/all": {"title": "base kept", "unit": "share", "better": "higher", "role": "kept"},
+}  # fmt: skip
 
 LOAD = """
 import sys
@@ -83,7 +82,7 @@ def test_a_logged_adapter_comes_back_by_its_uri(tmp_path: Path, monkeypatch: pyt
     logged = client.get_logged_model(model.removeprefix("models:/"))
     assert logged.experiment_id == client.get_run(tracker.run_id).info.experiment_id
     assert Path(logged.artifact_location.removeprefix("file://")).is_relative_to(run.output.parent)
-    lead = Lead(study_run(kind, 0, run.output), HELD_OUT["held_out_loss"], "")
+    lead = Lead(study_run(kind, 0, run.output), Metric(**MEASURES["held_out_loss"]), "")
     champion = f"models:/registry@{ALIAS}"
     for _ in range(2):
         assert name_champion(client, "registry", lead) == f"{champion} ({kind} seed 0)"
@@ -126,31 +125,51 @@ def trial(folder: Path, seeds: int, **learned: float) -> list[StudyRun]:
     ]
 
 
-def test_the_leader_is_the_best_variant_by_its_mean_then_its_best_seed(tmp_path: Path) -> None:
+def test_the_leader_is_the_best_variant_by_its_mean_and_its_median_run_stands_for_it(tmp_path: Path) -> None:
+    learned = {"lucky": (0.9, 0.1, 0.1), "steady": (0.9, 0.6, 0.5)}
     runs = [
-        finished(tmp_path, "lucky", 0, learned=0.9, kept=0.5, loss=0.1),
-        finished(tmp_path, "lucky", 1, learned=0.1, kept=0.5, loss=0.1),
-        finished(tmp_path, "steady", 0, learned=0.6, kept=0.5, loss=0.2),
-        finished(tmp_path, "steady", 1, learned=0.7, kept=0.5, loss=0.3),
+        finished(tmp_path, name, seed, learned=value, kept=0.5, loss=0.1)
+        for name, values in learned.items()
+        for seed, value in enumerate(values)
     ]
     lead = find_lead(runs)
-    assert (lead.run.label, lead.metric.title) == ("steady seed 1", "concept learned")
-    assert lead.doubt.startswith("its lead cannot be told from seed noise against lucky (with 2 seeds none can be: six")
+    assert (lead.run.label, lead.metric.title) == ("steady seed 1", "learned and kept together")
+    assert lead.doubt == "its lead is not tested (3 seeds): six are needed"
     assert find_lead([]) is None
+
+
+def test_what_was_kept_counts_and_what_learned_nothing_cannot_win() -> None:
+    """Harmonic means by hand: 2 * 0.5 * 0.4 / 0.9, 2 * 0.6 * 0.1 / 0.7, and 0 for a run that only kept."""
+    declared = {name: Metric(**about) for name, about in MEASURES.items()}
+
+    def named(learned: float, kept: float, loss: float) -> dict[str, float]:
+        return {"concept/learned": learned, "base_kept/all": kept, "held_out_loss": loss}
+
+    results = {
+        "both": {0: named(0.5, 0.4, 0.3)},
+        "forgetful": {0: named(0.6, 0.1, 0.2)},
+        "lazy": {0: named(0.0, 1.0, 0.1)},
+    }
+    choice = choose(results, declared)
+    assert (choice.leader, choice.metric) == ("both", TOGETHER)
+    assert {name: own[0] for name, own in choice.values.items()} == pytest.approx(
+        {"both": 0.4 / 0.9, "forgetful": 0.12 / 0.7, "lazy": 0.0}
+    )
+    for metrics in results.values():
+        del metrics[0]["base_kept/all"]
+    assert choose(results, declared).leader == "forgetful", "what was learned decides alone"
+    del results["both"][0]["concept/learned"]
+    assert choose(results, declared).leader == "lazy", "the loss, since not every run has the other"
 
 
 def test_a_lead_is_shown_by_six_seeds_against_every_other_or_not_at_all(tmp_path: Path) -> None:
     assert find_lead(trial(tmp_path / "far", 6, long=0.6, short=0.3)).doubt == ""
     close = find_lead(trial(tmp_path / "near", 6, long=0.6, near=0.597, short=0.3))
-    assert close.doubt == "its lead cannot be told from seed noise against near"
+    assert close.doubt == "its lead is not shown against near"
     five = find_lead(trial(tmp_path / "five", 5, long=0.6, short=0.3))
-    assert (
-        five.doubt == "its lead cannot be told from seed noise against short (with 5 seeds none can be: six are needed)"
-    )
-    assert (
-        find_lead(trial(tmp_path / "one", 1, long=0.6, short=0.3)).doubt
-        == "with one seed nothing can be told from seed noise"
-    )
+    assert five.doubt == "its lead is not tested (5 seeds): six are needed"
+    one = find_lead(trial(tmp_path / "one", 1, long=0.6, short=0.3))
+    assert one.doubt == "its lead is not tested (one seed): six are needed"
     assert find_lead(trial(tmp_path / "alone", 6, long=0.6)).doubt.startswith("it is the only trained variant")
 
 
@@ -165,7 +184,7 @@ def test_the_untouched_base_does_not_compete(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("near", [0.597, 0.3])
-def test_the_report_says_of_the_lead_what_the_champion_is_named_by(tmp_path: Path, near: float) -> None:
+def test_the_report_states_the_rule_and_what_came_of_it(tmp_path: Path, near: float) -> None:
     folder = tmp_path / "toy"
     runs = trial(folder, 6, long=0.6, near=near, short=0.3)
     for run in runs:
@@ -176,9 +195,17 @@ def test_the_report_says_of_the_lead_what_the_champion_is_named_by(tmp_path: Pat
     (folder / "study.json").write_text(
         json.dumps({"name": "toy", "reference": "short", "seeds": [*range(6)], "variants": variants})
     )
-    said = headline(load_report(folder)).splitlines()[0]
+    report = load_report(folder)
     moved = [replace(run, folder=run.folder.with_name(f"seed{run.seed}")) for run in runs]
-    assert ("**distinguishable** against all 2 others" in said) == (find_lead(moved).doubt == "") == (near == 0.3)
+    lead = find_lead(moved)
+    assert ("**shown** against all 2 others" in headline(report)) == (lead.doubt == "") == (near == 0.3)
+    rule, outcome = champion(report).split("every other one. ")
+    assert rule.startswith("The champion is the trained variant with the best *concept learned*")
+    if near == 0.3:
+        assert f"its run of seed {lead.run.seed}, the nearest to its median" in outcome
+    else:
+        assert outcome.startswith("None: long leads (")
+        assert outcome.endswith("its lead is not shown against near.")
 
 
 def test_without_known_concepts_the_held_out_loss_decides(tmp_path: Path) -> None:
@@ -193,10 +220,10 @@ def test_what_is_no_champion_is_told_with_who_leads_and_why(tmp_path: Path) -> N
         client, "x-full", lead
     )
     assert name_champion(client, "x-full", None) == "none: no run measured what could decide"
-    doubtful = replace(lead, doubt="with one seed nothing can be told from seed noise")
+    doubtful = replace(lead, doubt="its lead is not tested (one seed): six are needed")
     (lead.run.folder / "result.json").write_text(json.dumps({"mlflow_run_id": None}))
     assert name_champion(client, "x-full", doubtful) == (
-        "none: long leads on concept learned, but with one seed nothing can be told from seed noise"
+        "none: long leads on concept learned, but its lead is not tested (one seed): six are needed"
     )
     assert name_champion(client, "x-full", lead).endswith("its run logged no adapter to register")
 

@@ -280,6 +280,7 @@ def test_failures_stay_alone_and_finished_runs_are_not_run_again(study_file: Pat
     result = json.loads((results / "toy-quick" / "other" / "seed0" / "result.json").read_text())
     assert result["metrics"] == {"answer": 2.5}
     assert result["run"]["optimizer"]["learning_rate"] == 2.5
+    assert result["jobs"] == 2, "so that nobody compares speeds"
     name, adapter, tracking, folder = json.loads((results / "toy-quick" / "other" / "seed0" / "seen.json").read_text())
     assert (name, adapter, tracking["experiment"]) == ("other seed 0", {"rank": 2}, "toy")
     assert folder == os.getcwd(), "relative paths of a study would not mean what they mean in a run config"
