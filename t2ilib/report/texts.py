@@ -176,6 +176,13 @@ def explain_metrics(report: StudyReport) -> str:
     return "\n".join(f"- **{report.metrics[name].title}**: {MEANINGS[name]}" for name in known)
 
 
+VERDICTS = (
+    "Means over seeds ± half of their 95% intervals. The verdict is on the difference to the variant under *against*: **better**,"
+    " **worse**, or **undecided** where seed noise could be all of it."
+)
+"""How to read the table of verdicts."""
+
+
 def explain_reading() -> str:
     """Markdown: how to read the tables, for someone who has not met these words."""
     return (
