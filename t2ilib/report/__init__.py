@@ -18,7 +18,15 @@ from t2ilib.report.pictures import plot_pictures
 from t2ilib.report.plots import plot_overview, plots
 from t2ilib.report.reading import StudyReport, load_report
 from t2ilib.report.tables import difference_table, format_table, markdown_table, summary_table, verdict_table
-from t2ilib.report.texts import QUALITY, champion, describe_variant, explain_metrics, explain_reading, headline
+from t2ilib.report.texts import (
+    QUALITY,
+    VERDICTS,
+    champion,
+    describe_variant,
+    explain_metrics,
+    explain_reading,
+    headline,
+)
 
 __all__ = [
     "StudyReport",
@@ -86,7 +94,7 @@ def write_markdown(report: StudyReport, folder: Path | str) -> Path:
         f"# {report.name}{f' ({report.preset})' if report.preset else ''}",
         report.question,
         *first,
-        "## Verdicts\n\n" + markdown_table(verdict_table(report)),
+        f"## Verdicts\n\n{markdown_table(verdict_table(report))}\n\n{VERDICTS}",
         "## In short\n\n" + "\n\n".join(filter(None, (headline(report), champion(report)))),
         "## Before believing it\n\n" + caveats_markdown(report),
         numbers and f"## Numbers\n\n{numbers}",

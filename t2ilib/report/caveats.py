@@ -1,12 +1,14 @@
 """What a reader must know before believing the tables: missing runs, too few seeds, what no run varied, what a CPU
 cannot tell."""
 
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from t2ilib.config import ShapesConfig
+from t2ilib.config import ModelConfig, ShapesConfig
 from t2ilib.data.manifest import FEW_HELD_OUT, NAMED
 from t2ilib.evaluation.statistics import smallest_p
+from t2ilib.planning.bound import SHIPPED
 from t2ilib.report.reading import StudyReport
 
 SEEDS_TO_DECIDE = next(n for n in range(2, 64) if smallest_p(n) < 0.05)
@@ -37,6 +39,11 @@ def caveats(report: StudyReport) -> list[str]:
         )
     if fixed := told_fixed(report):
         notes.append(fixed)
+    if report.measured("clip_score/prompts") and any(map(scored_by_a_tiny_clip, settings_of(report))):
+        notes.append(
+            "The CLIP score is a tiny model's CLIP's, which has seen its own drawn world and nothing else: of what these pictures show"
+            " besides, **it says nothing**."
+        )
     if "peak_process_mib" in report.measured() and "peak_device_mib" not in report.measured():
         notes.append(
             "Measured on a CPU: process memory is mostly libraries, and says little about what a GPU would need."
@@ -85,11 +92,11 @@ def told_left_out(report: StudyReport) -> str:
 
 def told_fixed(report: StudyReport) -> str:
     """What no run of the study varied, as far as it is known; a warning where the held-out pictures are few."""
-    trained = [run.settings for name in report.trained for run in report.runs_of(name)]
+    trained = settings_of(report)
     told = [f"the {counted(map(training_pictures, trained))}training pictures"] if trained else []
     if report.with_role("learned", "kept", "followed"):
         each = " of each kind" * (report.with_role("learned", "kept") != [])
-        told.append(f"the {counted(map(test_prompts, trained))}test prompts{each}, and the one starting noise of each")
+        told.append(f"the {counted(map(prompts_asked, trained))}test prompts{each}, and the one starting noise of each")
     held_out = [int(n) for name in report.variants for n in report.values(name, "held_out_pictures").values()]
     if held_out:
         names = f" ({', '.join(report.held_out)})" if 0 < len(report.held_out) <= NAMED else ""
@@ -103,9 +110,20 @@ def told_fixed(report: StudyReport) -> str:
         else ""
     )
     return (
-        f"The same in every run, so no interval speaks of it: {'; '.join(told)}. Intervals tell seed noise, not what other pictures"
+        f"The same for every seed, so no interval speaks of it: {'; '.join(told)}. Intervals tell seed noise, not what other pictures"
         f" or prompts would say.{few}"
     )
+
+
+def settings_of(report: StudyReport) -> list[Mapping[str, Any]]:
+    """What the study said of each run that was trained."""
+    return [run.settings for name in report.trained for run in report.runs_of(name)]
+
+
+def scored_by_a_tiny_clip(settings: Mapping[str, Any]) -> bool:
+    """Whether the CLIP of a tiny model judged a run's pictures, since it names no other."""
+    base = (settings.get("model") or {}).get("base", ModelConfig.model_fields["base"].default)
+    return bool(settings) and base in os.listdir(SHIPPED) and not (settings.get("evaluation") or {}).get("clip_model")
 
 
 def counted(numbers: Iterable[int | None]) -> str:
@@ -116,12 +134,12 @@ def counted(numbers: Iterable[int | None]) -> str:
     return f"{min(known):,} " if len(known) == 1 else f"{min(known):,} to {max(known):,} "
 
 
-def training_pictures(settings: dict[str, Any]) -> int | None:
+def training_pictures(settings: Mapping[str, Any]) -> int | None:
     """How many pictures a run was trained on: of the drawn world it says so itself, of a folder only its log does."""
     return said_of_shapes(settings, "num_pictures")
 
 
-def test_prompts(settings: dict[str, Any]) -> int | None:
+def prompts_asked(settings: Mapping[str, Any]) -> int | None:
     return (
         said_of_shapes(settings, "checked_prompts")
         or len((settings.get("evaluation") or {}).get("prompts") or ())
@@ -129,7 +147,7 @@ def test_prompts(settings: dict[str, Any]) -> int | None:
     )
 
 
-def said_of_shapes(settings: dict[str, Any], field: str) -> int | None:
+def said_of_shapes(settings: Mapping[str, Any], field: str) -> int | None:
     """A field of a run's `shapes`, its default included; None for other pictures than the drawn world's."""
     if (settings.get("data") or {}).get("source") != "shapes":
         return None

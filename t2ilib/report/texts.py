@@ -82,13 +82,16 @@ def champion(report: StudyReport) -> str:
         return ""
     parts = " and ".join(f"*{metric.title}*" for metric in choice.parts)
     decides = f"best {parts}" if len(choice.parts) == 1 else f"highest harmonic mean of {parts}"
-    rule = f"The champion is the trained variant with the {decides}, if its lead is shown against every other one."
+    rule = (
+        f"The champion is the trained variant with the {decides}, if its lead is shown against every other one; the run"
+        " nearest to its median stands for it."
+    )
     who = f"{report.variants[choice.leader].title} leads ({write_mean(choice.values[choice.leader], choice.metric)})"
     if report.missing or report.not_run:
         return f"{rule} None yet, since runs are missing; so far {who}."
     if choice.doubt:
         return f"{rule} None: {who}, but {choice.doubt}."
-    return f"{rule} {who}, and its run of seed {choice.seed}, the nearest to its median, stands for it."
+    return f"{rule} {who}, with the run of seed {choice.seed}."
 
 
 def describe_variant(report: StudyReport, name: str) -> str:
@@ -159,7 +162,7 @@ def told_claim(report: StudyReport, judgement: Judgement) -> str:
 MEANINGS = {
     "concept/all": "share of prompts with a new concept whose picture shows it and is right in every other attribute.",
     "concept/learned": "share of prompts with a new concept in whose picture the checker finds it, whatever else is wrong.",
-    "concept/chance": "what pictures would score that were drawn without looking at the prompt.",
+    "concept/chance": "what the same pictures score when each is held against every prompt instead of its own.",
     "concept/constant": "what one and the same picture for every prompt would score at best.",
     "base_kept/all": "share of prompts from the world the base model knew whose picture is still right in every attribute. The untouched"
     " base is the level to keep.",
@@ -174,6 +177,13 @@ def explain_metrics(report: StudyReport) -> str:
     """Markdown: what the measured metrics mean, a line each; "" where they speak for themselves."""
     known = [name for name in MEANINGS if name in report.measured()]
     return "\n".join(f"- **{report.metrics[name].title}**: {MEANINGS[name]}" for name in known)
+
+
+VERDICTS = (
+    "Means over seeds ± half of their 95% intervals. The verdict is on the difference to the variant under *against*: **better**,"
+    " **worse**, or **undecided** where seed noise could be all of it."
+)
+"""How to read the table of verdicts."""
 
 
 def explain_reading() -> str:

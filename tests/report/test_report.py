@@ -220,6 +220,20 @@ def test_pictures_of_ones_own_are_answered_by_loss_score_and_pictures(tmp_path):
     assert score.get_ylim()[1] > 30, "cut off as if it were a share"
 
 
+def test_a_tiny_clip_is_no_judge_of_ones_own_pictures(tmp_path):
+    folder = write_own_study(tmp_path / "study", [0])
+
+    def warned(run):
+        for path in folder.glob("*/seed*/result.json"):
+            path.write_text(json.dumps(json.loads(path.read_text()) | {"run": run}))
+        return any("**it says nothing**" in note for note in caveats(load_report(folder)))
+
+    assert warned({"model": {"base": "tiny-sdxl"}})
+    assert warned({"optimizer": {}}), "the default base is a tiny one"
+    assert not warned({"model": {"base": "tiny-sdxl"}, "evaluation": {"clip_model": "openai/clip-vit-large-patch14"}})
+    assert not warned({"model": {"base": "stabilityai/stable-diffusion-xl-base-1.0"}})
+
+
 def test_how_many_pictures_are_held_out_is_a_caveat(tmp_path):
     """The same for all seeds, by design, and a warning where they are few."""
     folder = write_own_study(tmp_path / "study", [0, 1])
@@ -249,7 +263,7 @@ def test_what_no_run_varied_is_a_caveat(tmp_path):
     def fixed(run):
         for path in folder.glob("*/seed*/result.json"):
             path.write_text(json.dumps(json.loads(path.read_text()) | {"run": run(path.parts[-3])}))
-        return next(note for note in caveats(load_report(folder)) if note.startswith("The same in every run"))
+        return next(note for note in caveats(load_report(folder)) if note.startswith("The same for every seed"))
 
     shapes = fixed(lambda name: {"data": {"source": "shapes"}, "shapes": {"checked_prompts": 96}})
     assert "the 48 training pictures; the 96 test prompts of each kind, and the one starting noise of each" in shapes

@@ -199,10 +199,10 @@ def test_the_report_states_the_rule_and_what_came_of_it(tmp_path: Path, near: fl
     moved = [replace(run, folder=run.folder.with_name(f"seed{run.seed}")) for run in runs]
     lead = find_lead(moved)
     assert ("**shown** against all 2 others" in headline(report)) == (lead.doubt == "") == (near == 0.3)
-    rule, outcome = champion(report).split("every other one. ")
+    rule, outcome = champion(report).split("stands for it. ")
     assert rule.startswith("The champion is the trained variant with the best *concept learned*")
     if near == 0.3:
-        assert f"its run of seed {lead.run.seed}, the nearest to its median" in outcome
+        assert outcome.endswith(f", with the run of seed {lead.run.seed}.")
     else:
         assert outcome.startswith("None: long leads (")
         assert outcome.endswith("its lead is not shown against near.")

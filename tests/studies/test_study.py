@@ -288,8 +288,11 @@ def test_failures_stay_alone_and_finished_runs_are_not_run_again(study_file: Pat
     assert {row["variant"]: row["state"] for row in status_rows(study_file, "quick", results)}["broken"] == "failed"
 
     (results / "toy-quick" / "broken" / "seed0" / "repaired").touch()
+    (results / "toy-quick" / "broken" / "seed0" / "checkpoints").mkdir()
     runs = run_study(study_file, results=results, say=said.append)
     assert all(run.state == "finished" for run in runs)
+    resumed = json.loads((results / "toy-quick" / "broken" / "seed0" / "result.json").read_text())
+    assert resumed["jobs"] is None, "beside how many others its first steps were taken, nobody knows"
     assert executions(results) == {"toy-quick/broken/seed0": 2, "toy-quick/other/seed0": 1, "toy-quick/plain/seed0": 1}
 
     before = executions(results)
