@@ -89,7 +89,13 @@ def test_the_numbers_at_the_top_of_the_readme_are_the_reports() -> None:
     told = re.findall(
         r"^\| (\w[\w ]+) \| ([\d.]+ %) \| ([\d.± ]+%) \|$", (ROOT / "README.md").read_text(), re.MULTILINE
     )
-    assert [name for name, *_ in told] == ["heart shown", "striped shown", "blueprint shown", "concept learned", "base kept"]
+    assert [name for name, *_ in told] == [
+        "heart shown",
+        "striped shown",
+        "blueprint shown",
+        "concept learned",
+        "base kept",
+    ]
     for name, base, lora in told:
         table = next(
             part
