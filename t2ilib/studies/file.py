@@ -102,6 +102,10 @@ class Study(Part):
         """The sections and fields that a variant's runs say, all parts laid over one another."""
         return merge(self.run, self.presets[preset].run, self.variants[variant].run)
 
+    def of_preset(self, preset: str) -> list[str]:
+        """The variants that a preset runs."""
+        return self.presets[preset].variants or list(self.variants)
+
     def notebooks(self) -> dict[str, str]:
         """Variant -> the name of its notebook."""
         return {name: variant.notebook or self.notebook for name, variant in self.variants.items()}
@@ -122,10 +126,10 @@ def load_study(path: Path) -> Study:
     for preset, chosen in study.presets.items():
         for name in chosen.variants:
             check_choice(name, study.variants, f"{path}: presets.{preset}.variants: variant")
-        if chosen.variants and study.reference not in chosen.variants:
-            raise ConfigError(
-                f"{path}: presets.{preset}.variants leaves out {study.reference}, the reference of the study"
-            )
+        asked = study.of_preset(preset)
+        needed = [study.reference, *(study.variants[name].against for name in asked)]
+        if lacking := next((name for name in needed if name and name not in asked), None):
+            raise ConfigError(f"{path}: presets.{preset}.variants leaves out {lacking}, which others are compared with")
     lines = list(dict.fromkeys([*mistakes(study), *claims_of_itself(study)]))
     if lines:
         raise ConfigError(f"{count(lines)} in {path}:\n  " + "\n  ".join(lines))

@@ -100,7 +100,7 @@ def plan_runs(
     check_choice(preset, study.presets, "preset")
     for name in only:
         check_choice(name, study.variants, "variant")
-    chosen = only or study.presets[preset].variants or list(study.variants)
+    chosen = only or study.of_preset(preset)
     folder = results / f"{study.name}-{preset}"
     notebooks = {name: find_notebook(notebook, file) for name, notebook in study.notebooks().items()}
     return [

@@ -137,19 +137,21 @@ def run_study(
 
 
 def write_study(study: Study, preset: str, folder: Path) -> None:
-    """study.json for the report: what was asked, in display order."""
+    """study.json for the report: what was asked, in display order; of a preset that names its variants those, and what has been run
+    beyond them."""
     folder.mkdir(parents=True, exist_ok=True)
     values = study.model_dump(mode="json")
     chosen = study.presets[preset]
+    told = [name for name in study.variants if name in study.of_preset(preset) or (folder / name).exists()]
     content = {
         "name": study.name,
         "question": study.question,
         "preset": preset,
         "reference": study.reference,
-        "base": study.base,
+        "base": study.base if study.base in told else None,
         "seeds": chosen.seeds,
         "run": merge(study.run, chosen.run),
-        "variants": values["variants"],
+        "variants": {name: values["variants"][name] for name in told},
     }
     text, target = json.dumps(content, indent=1), folder / "study.json"
     if not target.exists() or target.read_text() != text:

@@ -24,7 +24,7 @@ from t2ilib.studies.executor import Executor
 from t2ilib.studies.file import load_study
 from t2ilib.studies.notebooks import error_text, find_notebook, notebook_parameters
 from t2ilib.studies.runs import plan_runs, write_out
-from t2ilib.studies.study import run_study, status_rows
+from t2ilib.studies.study import run_study, status_rows, write_study
 
 PARAMETERS = """name = "none"
 seed = 0
@@ -243,13 +243,19 @@ def test_a_preset_may_run_some_of_the_variants(study_file: Path) -> None:
     assert [run.variant for run in plan_runs(study, study_file, "quick", Path("r"))] == ["plain", "other"]
     assert {run.variant for run in plan_runs(study, study_file, "full", Path("r"))} == {"plain", "other", "broken"}
     assert [run.variant for run in plan_runs(study, study_file, "quick", Path("r"), ["broken"])] == ["broken"]
+    folder = study_file.parent / "results"
+    for begun, told in (([], ["plain", "other"]), (["broken"], ["plain", "other", "broken"])):
+        for name in begun:
+            (folder / name).mkdir(parents=True)
+        write_study(study, "quick", folder)
+        assert list(json.loads((folder / "study.json").read_text())["variants"]) == told
     edit(study_file, lambda content: content["presets"]["quick"].update(variants=["plain", "othr"]))
     with pytest.raises(
         ConfigError, match=r"presets\.quick\.variants: variant 'othr' does not exist.*Did you mean 'other'"
     ):
         load_study(study_file)
     edit(study_file, lambda content: content["presets"]["quick"].update(variants=["other"]))
-    with pytest.raises(ConfigError, match="leaves out plain, the reference"):
+    with pytest.raises(ConfigError, match="leaves out plain, which others are compared with"):
         load_study(study_file)
 
 
