@@ -28,7 +28,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 SEEDS = (0, 1)
 COMPARED = (
     "held_out_loss",
-    "concept/learned",
+    "concept/all",
     "base_kept/all",
     "clip_score/concept",
     "steps_per_second",
@@ -71,7 +71,7 @@ class Study:
                 figures |= {f"{name}: difference": difference.mean, f"{name}: p": difference.p_value}
 
     def rows(self) -> list[Row]:
-        shown = ("held_out_loss", "concept/learned", "base_kept/all", "steps_per_second")
+        shown = ("held_out_loss", "concept/all", "base_kept/all", "steps_per_second")
         runs = [
             Row("study", f"{variant}, seed {seed}", 15, partial(self.run, variant, seed), self.settings(variant, seed), shown)
             for seed in self.seeds

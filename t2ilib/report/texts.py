@@ -161,7 +161,7 @@ def told_claim(report: StudyReport, judgement: Judgement) -> str:
 
 MEANINGS = {
     "concept/all": "share of prompts with a new concept whose picture shows it and is right in every other attribute.",
-    "concept/learned": "share of prompts with a new concept in whose picture the checker finds it, whatever else is wrong.",
+    "concept/shown": "share of prompts with a new concept in whose picture the checker finds it, whatever else is wrong.",
     "concept/chance": "what the same pictures score when each is held against every prompt instead of its own.",
     "concept/constant": "what one and the same picture for every prompt would score at best.",
     "base_kept/all": "share of prompts from the world the base model knew whose picture is still right in every attribute. The untouched"

@@ -198,7 +198,7 @@ PEAKS = {"optimizer.name=adamw8bit": 0.5, "training.accumulation=4": 2, "trainin
 def invented(run: RunConfig, device_type: str = "cuda", num_pictures: int | None = None) -> MemoryPlan:
     checkpointing, nf4 = run.training.gradient_checkpointing, run.model.quantization == "nf4"
     saved = 0.5 * (run.optimizer.name == "adamw8bit") + 4 * checkpointing + (2 if checkpointing else 5) * nf4
-    saved += {1: 0, 2: 1.5, 4: 2, 8: 2}[run.training.accumulation]
+    saved += {1: 0, 2: 1.5, 4: 2, 8: 2, 16: 2}[run.training.accumulation]
     return MemoryPlan({"encoding": {}, "training": {"activations": round((16 - saved) * GIB)}}, device_type, 0.0)
 
 
@@ -287,7 +287,7 @@ def test_a_study_tells_of_variants_that_do_not_fit_and_refuses_those_that_ask_fo
 ) -> None:
     file, said = tmp_path / "adapters.yaml", []
     text = (ROOT / "experiments" / "adapters.yaml").read_text()
-    file.write_text(text.replace("training: {batch_size: 8}", "training: {batch_size: 8, require_fit: true}"))
+    file.write_text(text.replace("training: {batch_size: 16}", "training: {batch_size: 16, require_fit: true}"))
     (tmp_path / "train.ipynb").write_bytes((ROOT / "experiments" / "train.ipynb").read_bytes())
     jobs = 10**6  # each has a millionth of the machine
     with pytest.raises(ConfigError, match=r"1 variant.* do not fit this machine:\n  base: this run needs") as error:

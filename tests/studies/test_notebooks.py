@@ -53,7 +53,7 @@ def test_parameters_are_sections_and_fields_of_a_run() -> None:
         for name, value in notebook_parameters(ROOT / "experiments" / "train.ipynb").items()
     }
     assert list(declared) == list(RunConfig.model_fields)
-    assert build_run(declared).shapes.scenes == ("heart", "striped", "blueprint")
+    assert build_run(declared).shapes.scenes == ("base", "heart", "striped", "blueprint")
     drawn = notebook_parameters(ROOT / "inference" / "base.ipynb")
     assert set(drawn) <= set(RunConfig.model_fields)
 
