@@ -23,6 +23,7 @@ from t2ilib.models.denoiser import Denoiser
 from t2ilib.models.families import cut_captions
 from t2ilib.models.load import load_base
 from t2ilib.runfile import build_run
+from t2ilib.seeds import generator_for
 from t2ilib.training import evaluation, validation
 from t2ilib.training.checkpoint import list_checkpoints, load_checkpoint
 from t2ilib.training.loop import train
@@ -194,9 +195,36 @@ def test_held_out_loss_does_not_depend_on_how_many_are_measured_at_once(monkeypa
     assert found[32].metrics()["held_out_pictures"] == 3
 
 
+def test_held_out_loss_is_of_each_picture_at_each_timestep(monkeypatch) -> None:
+    """Against sums that are known: an objective that says which picture, timestep and noise it was given."""
+    text = {"encoder_hidden_states": torch.zeros(2, 1, 1)}
+    latents = torch.tensor([1.0, 2.0, 3.0]).view(3, 1, 1, 1).expand(3, 4, 2, 2)
+    data = EncodedDataset(["a", "b", "c"], latents, torch.zeros(3, 6), [1, 1, 1], text)
+    seen: dict[tuple[int, int], torch.Tensor] = {}
+
+    def objective(denoiser, batch, noise, timesteps):
+        for latent, own, timestep in zip(batch["latents"], noise, timesteps.tolist(), strict=True):
+            seen[int(latent.mean()), timestep] = own
+        return batch["latents"].mean((1, 2, 3)) + timesteps / 1000
+
+    monkeypatch.setattr(validation, "AT_ONCE", 5)
+    found = held_out_loss(None, objective, data, 1000, 4, CPU)
+    middles = [125, 375, 625, 875]
+    assert found.timesteps.tolist() == middles
+    assert found.losses.tolist() == [[pytest.approx(i + t / 1000) for t in middles] for i in (1, 2, 3)]
+    assert found.by_picture() == [pytest.approx(i + 0.5) for i in (1, 2, 3)]
+    told = found.metrics()
+    assert told["held_out_loss"] == pytest.approx(2.5)
+    assert [told[f"held_out_loss/t{t:04d}"] for t in middles] == [pytest.approx(2 + t / 1000) for t in middles]
+    for i in (1, 2, 3):
+        block = torch.randn((4, 4, 2, 2), generator=generator_for(validation.GRID_SEED, "held-out noise", i - 1))
+        assert all(torch.equal(seen[i, t], block[k]) for k, t in enumerate(middles)), "noise by its address"
+
+
 DETERMINISTIC = """
 import os, sys, torch
 from t2ilib.runfile import build_run
+from t2ilib.seeds import generator_for
 from t2ilib.training.loop import choose_kernels
 choose_kernels(build_run({"adapter": {}}))
 assert not torch.are_deterministic_algorithms_enabled()
