@@ -83,9 +83,7 @@ def setup_diffusion(
     proof = AdapterProof(components, run.adapter) if trains == "adapter" else None
 
     held_out = measured_part(held_out, run.evaluation.validation_pictures)
-    prompts = (
-        run.evaluation.prompts or tuple(dict.fromkeys((*held_out.captions(), *training.captions())))[:GRID_PROMPTS]
-    )
+    prompts = run.evaluation.prompts or some_captions(held_out.captions(), training.captions())
     tell_cut_captions(components, [*training.captions(), *held_out.captions(), *prompts])
     with components.awake(
         *encoders(run, components)
@@ -164,6 +162,18 @@ def trains_text(run: RunConfig) -> bool:
 def encoders(run: RunConfig, components: Components) -> tuple[str, ...]:
     """The parts that encoding the data takes, by name."""
     return ("vae",) if trains_text(run) else ("vae", *components.text_encoders)
+
+
+def some_captions(held_out: Sequence[str], training: Sequence[str]) -> tuple[str, ...]:
+    """GRID_PROMPTS different captions, held-out ones first, from all along the order that they are in: what lies together is often
+    alike."""
+    own = list(dict.fromkeys(held_out))
+    rest = [caption for caption in dict.fromkeys(training) if caption not in set(own)]
+    chosen: list[str] = []
+    for captions in (own, rest):
+        wanted = GRID_PROMPTS - len(chosen)
+        chosen += captions[:: max(1, len(captions) // max(1, wanted))][:wanted]
+    return tuple(chosen)
 
 
 def measured_part(held_out: Dataset, most: int) -> Dataset:

@@ -28,7 +28,7 @@ from t2ilib.training import evaluation, validation
 from t2ilib.training.checkpoint import list_checkpoints, load_checkpoint
 from t2ilib.training.loop import train
 from t2ilib.training.objectives import build_objective
-from t2ilib.training.setups import measured_part, noise_schedule, tell_cut_captions
+from t2ilib.training.setups import measured_part, noise_schedule, some_captions, tell_cut_captions
 from t2ilib.training.validation import held_out_loss
 
 CPU = torch.device("cpu")
@@ -159,6 +159,23 @@ def test_captions_that_are_cut_are_counted_and_told(kept, caplog) -> None:
 def test_only_adapters_are_kept_by_step() -> None:
     with pytest.raises(ConfigError, match="keep_adapters is about adapters, and this run trains unet"):
         build_run({"training": {"trains": "unet", "keep_adapters": "all"}})
+
+
+def test_captions_of_the_grids_come_from_all_along_the_pictures() -> None:
+    many = [f"h{i}" for i in range(48)]
+    assert some_captions(many, ["t"]) == tuple(f"h{i}" for i in range(0, 48, 6))
+    assert some_captions(["h0", "h0", "h1"], ["h1", *(f"t{i}" for i in range(13))]) == (
+        "h0",
+        "h1",
+        "t0",
+        "t2",
+        "t4",
+        "t6",
+        "t8",
+        "t10",
+    )
+    assert some_captions([], ["a", "b", "a"]) == ("a", "b")
+    assert some_captions([], []) == ()
 
 
 def test_a_cap_measures_the_same_held_out_pictures_in_every_run() -> None:
