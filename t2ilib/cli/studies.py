@@ -1,6 +1,5 @@
 """`t2ilib study ...`: write a study of one's own, run it, see how far it is, write a variant out."""
 
-import shlex
 import sys
 import time
 from pathlib import Path
@@ -31,7 +30,7 @@ def study_new(
         from t2ilib.studies.new import new_study
 
         path, study = new_study(folder, base, [name.strip() for name in compare.split(",") if name.strip()], out)
-        command = f"t2ilib study run {shlex.quote(str(path))}"
+        command = f"t2ilib study run {quote(str(path))}"
         print(f"{path}: {', '.join(study.variants)}, compared with {study.reference}. Look it over, then")
         for preset, about in study.presets.items():
             steps, seeds = about.run["training"]["steps"], len(about.seeds)

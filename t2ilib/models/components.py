@@ -17,8 +17,6 @@ from t2ilib.models.quantize import QuantizationReport, move
 
 VAE_PIXELS = 2**18
 """What the VAE takes at a time: in float32 it needs more memory for a picture than the UNet does."""
-
-
 SMALLEST_TILE = 32
 """Latents along a side; of less, a VAE's middle block, which looks at all of them, sees too little."""
 
@@ -109,14 +107,15 @@ class Components:
         tiling): a fraction of the memory, with tones that may differ from tile to tile.
         """
         vae, side = self.vae, self.vae_scale * max(latents.shape[-2:])
-        vae.tile_latent_min_size = max(SMALLEST_TILE, vae.config.sample_size // 2 // self.vae_scale)
-        vae.tile_sample_min_size = vae.tile_latent_min_size * self.vae_scale
-        vae.use_tiling = tiled
+        if tiled:
+            vae.tile_latent_min_size = max(SMALLEST_TILE, vae.config.sample_size // 2 // self.vae_scale)
+            vae.tile_sample_min_size = vae.tile_latent_min_size * self.vae_scale
+            vae.enable_tiling()
         parts = latents.to(vae.dtype).split(pictures_at_once(side, len(latents), VAE_PIXELS))
         try:
             decoded = [vae.decode(part / vae.config.scaling_factor, return_dict=False)[0].detach() for part in parts]
         finally:
-            vae.use_tiling = False
+            vae.disable_tiling()
         return torch.cat(decoded)
 
     def predict(self, kind: str) -> None:

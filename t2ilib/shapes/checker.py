@@ -35,7 +35,7 @@ from t2ilib.shapes.world import (
 ATTRIBUTES = ("shape", "color", "size", "position", "background", "tilt", "fill", "style")
 UNREADABLE = "unreadable"
 SMALLEST_OBJECT = 16
-"""Pixels; the smallest of the drawn world has 40."""
+"""Pixels; a third of the smallest that the drawn world shows."""
 
 
 def nearest(pixel: np.ndarray, palette: dict[str, tuple[int, int, int]], limit: float) -> str:
@@ -120,13 +120,13 @@ def color_of(inner: np.ndarray, paper: np.ndarray) -> str:
 def has_grid(pixels: np.ndarray, hidden: np.ndarray) -> bool:
     """Whether the paper of a blueprint is ruled, where nothing is drawn on it (`hidden`): its lines, against what lies between
     them, at least a third as far apart as they are in the drawn world."""
-    lines = np.zeros_like(hidden)
-    lines[4::8, :] = lines[:, 4::8] = True
+    ruled = np.zeros_like(hidden)
+    ruled[4::8, :] = ruled[:, 4::8] = True
+    lines, between = pixels[ruled & ~hidden], pixels[~ruled & ~hidden]
+    if not len(lines) or not len(between):
+        return False
     away = np.array(BLUEPRINT_GRID, float) - BLUEPRINT_PAPER
-    between = pixels[~lines & ~hidden].mean(0)
-    return (
-        bool(lines[~hidden].any()) and float((pixels[lines & ~hidden].mean(0) - between) @ away / (away @ away)) > 1 / 3
-    )
+    return float((lines.mean(0) - between.mean(0)) @ away / (away @ away)) > 1 / 3
 
 
 def is_striped(pixels: np.ndarray, mask: np.ndarray) -> bool:

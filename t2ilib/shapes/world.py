@@ -186,9 +186,8 @@ def inside_heart(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     right, up = np.sin(turn), np.cos(turn)  # that line's direction
     below = (x - across) * right - (y - down) * up <= 0  # on the tip's side of the lobe's centre
     under_the_line = x * up - (tip - y) * right <= 0
-    return ((x - across) ** 2 + (y - down) ** 2 <= lobe**2) | (
-        under_the_line & (y <= tip) & (below & ((x > across) | (y >= down)))
-    )
+    between_the_lobes = (x <= across) & (y < down)
+    return ((x - across) ** 2 + (y - down) ** 2 <= lobe**2) | (under_the_line & below & ~between_the_lobes)
 
 
 def coverage(

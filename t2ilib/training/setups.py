@@ -167,10 +167,10 @@ def encoders(run: RunConfig, components: Components) -> tuple[str, ...]:
 def some_captions(held_out: Sequence[str], training: Sequence[str]) -> tuple[str, ...]:
     """GRID_PROMPTS different captions, held-out ones first, from all along the order that they are in: what lies together is often
     alike."""
-    own = list(dict.fromkeys(held_out))
-    rest = [caption for caption in dict.fromkeys(training) if caption not in set(own)]
+    own = dict.fromkeys(held_out)
+    rest = [caption for caption in dict.fromkeys(training) if caption not in own]
     chosen: list[str] = []
-    for captions in (own, rest):
+    for captions in (list(own), rest):
         wanted = GRID_PROMPTS - len(chosen)
         chosen += captions[:: max(1, len(captions) // max(1, wanted))][:wanted]
     return tuple(chosen)
