@@ -9,6 +9,7 @@ a model does draw from torch's global generator; the training loop seeds it per 
 """
 
 import hashlib
+import secrets
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -45,3 +46,8 @@ def numpy_generator_for(seed: int, purpose: str, *key: Key) -> "np.random.Genera
     import numpy as np
 
     return np.random.default_rng(seed_for(seed, purpose, *key))
+
+
+def fresh_seed() -> int:
+    """A seed that nobody chose, from the system's entropy, below 2^32 as other programs have them: for who asks for any, and is told which."""
+    return secrets.randbelow(2**32)

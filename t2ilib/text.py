@@ -22,7 +22,11 @@ REMEDY = "save it as UTF-8 (in an editor: Save as, encoding UTF-8; in a spreadsh
 def read_text(path: Path) -> str:
     """The text of a file. Raises ConfigError, with the offset of the byte, for one that is not UTF-8 and has no mark, and
     OSError as opening does."""
-    data = Path(path).read_bytes()
+    return decoded(Path(path).read_bytes(), path)
+
+
+def decoded(data: bytes, path: object) -> str:
+    """The text of what lies at `path`, which messages name; raises ConfigError as `read_text`."""
     mark, encoding = next(((mark, name) for mark, name in MARKS if data.startswith(mark)), (b"", "utf-8"))
     try:
         text = data[len(mark) :].decode(encoding)
@@ -34,6 +38,13 @@ def read_text(path: Path) -> str:
         place = data.find(b"\0") if encoding == "utf-8" else len(mark)
         raise ConfigError(f"{shown(path)}: {at(data, place)} is no text. Perhaps UTF-16 without its mark: {REMEDY}")
     return text
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a text file that a kill leaves as it was or as it is to be, never half of it."""
+    draft = path.with_name(f".{path.name}.part")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(path)
 
 
 def at(data: bytes, place: int) -> str:

@@ -28,7 +28,7 @@ def captioned():
     """`captioned(path, count)` makes an image folder of pictures with distinct captions, and gives its path."""
 
     def make(path, count):
-        path.mkdir(exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
         for index in range(count):
             noise(index).save(path / f"{index:03d}.png")
             (path / f"{index:03d}.txt").write_text(f"caption {index}\n")

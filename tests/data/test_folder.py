@@ -1,11 +1,15 @@
 import itertools
 import json
+import logging
 import os
 import unicodedata
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from t2ilib.config import ConfigError, DataConfig
+from t2ilib.data.manifest import load_listings
 from t2ilib.data.sources import folder
 from t2ilib.data.sources.folder import read_folder
 
@@ -23,7 +27,7 @@ def told(listing):
 def accounted(listing):
     """Every file under the folder is in exactly one part of the account; gives the names by part."""
     parts = {
-        "used": [record.path for record in listing],
+        "used": [path for record in listing for path in (record.path, record.mask) if path],
         "texts": listing.texts,
         "hidden": listing.hidden,
         "aside": [path for path, _ in listing.aside],
@@ -267,15 +271,15 @@ def test_a_scene_of_ones_own_is_not_one_of_the_drawn_world(captioned, tmp_path):
 def test_held_out_pictures_inside_the_folder_are_not_trained_on(captioned, tmp_path):
     pics = captioned(tmp_path / "p", 3)
     config = CONFIG.model_copy(update={"path": pics, "validation_path": captioned(pics / "held-out", 2)})
-    training, held_out = folder.load(config)
+    training, held_out = load_listings(config)
     assert [len(training), len(held_out)] == [3, 2]
     assert {record.path.parent for record in training} == {pics}
     inward = config.model_copy(update={"path": pics / "held-out", "validation_path": pics})
-    assert [len(part) for part in folder.load(inward)] == [2, 3]
+    assert [len(part) for part in load_listings(inward)] == [2, 3]
 
 
 def test_the_held_out_share(captioned, tmp_path):
-    listing, apart = folder.load(CONFIG.model_copy(update={"path": captioned(tmp_path / "p", 16)}))
+    listing, apart = load_listings(CONFIG.model_copy(update={"path": captioned(tmp_path / "p", 16)}))
     assert apart is None
     training, held_out = folder.hold_out(listing, 0.125)
     assert len(held_out) == 2
@@ -312,3 +316,142 @@ def test_the_share_is_the_same_on_every_system(tmp_path):
     )
     assert composed == decomposed
     assert 0 < len(composed) < 40
+
+
+def test_several_captions_in_one_column(captioned, tmp_path):
+    pics = captioned(tmp_path / "p", 3)
+    rows = [("000.png", [" a bee ", "a wasp"]), ("001.png", "an ant"), ("002.png", ["a cat", " "])]
+    write_jsonl(pics, [{"file_name": name, "text": text} for name, text in rows])
+    listing = read_folder(pics, CONFIG)
+    assert [record.captions for record in listing] == [("a bee", "a wasp"), ("an ant",)]
+    reason = "its caption 2 of 2 is empty: write it, or take it out (row 3 of metadata.jsonl)"
+    assert told(listing) == {"002.png": reason}
+    parquet.write_table(
+        pyarrow.table({"file_name": [name for name, _ in rows[::2]], "text": [texts for _, texts in rows[::2]]}),
+        pics / "metadata.parquet",
+    )
+    (pics / "metadata.jsonl").unlink()
+    again = read_folder(pics, CONFIG)
+    assert [record.captions for record in again] == [("a bee", "a wasp")]
+    assert told(again)["002.png"] == reason.replace("row 3 of metadata.jsonl", "row 2 of metadata.parquet")
+    accounted(again)
+
+
+def test_masks_are_files_of_the_folder(captioned, tmp_path):
+    pics = captioned(tmp_path / "p", 9)
+    for path in pics.glob("*.txt"):
+        path.unlink()
+    (pics / "masks").mkdir()
+    for name in ("005", "006", "007", "008"):
+        (pics / f"{name}.png").rename(pics / "masks" / f"{name}.png")
+    masks = ["masks/005.png", None, "masks/gone.png", "masks/005.png", "000.png", "masks/007.png"]
+    rows = [{"file_name": f"{i:03d}.png", "text": "x", "m": mask} for i, mask in enumerate(masks)]
+    rows[5] |= {"file_name": "absent.png"}
+    rows += [{"file_name": "masks/008.png", "text": ["", "x"], "m": "masks/006.png"}]
+    write_jsonl(pics, rows)
+    listing = read_folder(pics, DataConfig(mask_column="m"))
+    assert [(record.path.name, record.mask) for record in listing] == [
+        ("000.png", pics / "masks/005.png"),
+        ("001.png", None),
+    ]
+    assert told(listing) == {
+        "002.png": "its mask masks/gone.png: missing (row 3 of metadata.jsonl)",
+        "003.png": "its mask 005.png is that of row 1 too (row 4 of metadata.jsonl)",
+        "004.png": "its mask 000.png is the picture of row 1 (row 5 of metadata.jsonl)",
+        "absent.png": "missing (row 6 of metadata.jsonl)",
+        "masks/006.png": "no row of metadata.jsonl names it",
+        "masks/007.png": "no row of metadata.jsonl names it",
+        "masks/008.png": "its caption 1 of 2 is empty: write it, or take it out (row 7 of metadata.jsonl)",
+    }
+    write_jsonl(pics, [*rows[:2], {"file_name": "002.png", "text": " ", "m": "masks/007.png"}])
+    listing = read_folder(pics, DataConfig(mask_column="m"))
+    assert (pics / "masks/007.png", "the mask of a picture that is not used") in listing.aside
+    accounted(listing)
+    write_jsonl(pics, [{"file_name": "000.png", "text": "x", "m": "../outside.png"}])
+    assert "its mask ../outside.png: lies outside" in told(read_folder(pics, DataConfig(mask_column="m")))["000.png"]
+
+
+def test_columns_of_weights_and_repeats(captioned, tmp_path):
+    pics = captioned(tmp_path / "p", 2)
+    (pics / "metadata.csv").write_text("file_name,text,w,r\n000.png,x,0.5,3\n001.png,x,,\n")
+    listing = read_folder(pics, DataConfig(weight_column="w", repeat_column="r"))
+    assert [(record.weight, record.repeats) for record in listing] == [(0.5, 3), (1.0, 1)]
+    (pics / "metadata.csv").unlink()
+    with pytest.raises(ConfigError, match=r"data.weight_column names a column, and .* has no metadata.jsonl or"):
+        read_folder(pics, DataConfig(weight_column="w"))
+
+
+def test_one_prompt_for_pictures_without_captions(captioned, tmp_path, caplog):
+    pics = captioned(tmp_path / "p", 4)
+    (pics / "001.txt").unlink()
+    (pics / "002.txt").unlink()
+    (pics / "003.txt").write_text(" ")
+    prompted = DataConfig(prompt=" a photo of sks cat")
+    with caplog.at_level(logging.INFO, "t2ilib"):
+        listing = read_folder(pics, prompted)
+    assert [record.caption for record in listing] == ["caption 0", "a photo of sks cat", "a photo of sks cat"]
+    assert told(listing) == {"003.png": "has an empty caption: write one"}
+    assert (
+        "2 of 4 pictures have no .txt beside them and take data.prompt as their caption: a photo of sks" in caplog.text
+    )
+    accounted(listing)
+    write_jsonl(pics, [{"file_name": "000.png", "text": "x"}])
+    listing = read_folder(pics, prompted)
+    assert told(listing)["001.png"] == "no row of metadata.jsonl names it"
+    assert "data.prompt is not used" in caplog.text
+    with pytest.raises(ConfigError, match=r"data.prompt is empty"):
+        read_folder(captioned(tmp_path / "q", 1), DataConfig(prompt=" "))
+
+
+@pytest.fixture
+def nested(captioned, tmp_path):
+    """Pictures in 10_cat, 10_cat/black, 2_dog and in the folder itself."""
+    for place in ("", "10_cat", "10_cat/black", "2_dog"):
+        captioned(tmp_path / "n" / place, 1)
+    return tmp_path / "n"
+
+
+def emphasis(folder, **fields):
+    found = {}
+    for record in read_folder(folder, DataConfig(**fields)):
+        found[record.path.parent.relative_to(folder).as_posix()] = (record.weight, record.repeats)
+    return found
+
+
+def test_subfolders_and_patterns_say_how_much_pictures_count(nested, caplog):
+    caplog.set_level(logging.INFO, "t2ilib")
+    once = (1.0, 1)
+    assert set(emphasis(nested).values()) == {once}
+    hints = [record.getMessage() for record in caplog.records if "folder_repeats" in record.getMessage()]
+    assert len(hints) == 1
+    assert "subfolders such as 10_cat" in hints[0]
+    by_name = emphasis(nested, weights={"10_cat": 2, "black/": 0.5}, repeats={"2_dog/*.png": 4})
+    assert by_name == {".": once, "10_cat": (2.0, 1), "10_cat/black": (0.5, 1), "2_dog": (1.0, 4)}
+    assert "an epoch shows its 4 pictures 7 times in all" in caplog.text
+    assert emphasis(nested, weights={"*": 3, "10_cat/black": 1})["10_cat/black"] == once
+    kohyas = emphasis(nested, folder_repeats=True, repeats={"2_dog": 3})
+    assert {place: repeats for place, (_, repeats) in kohyas.items()} == {
+        ".": 1,
+        "10_cat": 10,
+        "10_cat/black": 10,
+        "2_dog": 3,
+    }
+
+
+def test_patterns_that_match_nothing_are_told(nested, captioned, tmp_path):
+    with pytest.raises(ConfigError, match=r"data.weights: '10_cats' matches no picture.*Did you mean '10_cat'"):
+        emphasis(nested, weights={"10_cats": 2})
+    with pytest.raises(ConfigError, match=r"data.repeats: 'x/\*' matches no picture.*\(10_cat, 10_cat/black, 2_dog\)"):
+        emphasis(nested, repeats={"x/*": 2})
+    with pytest.raises(
+        ConfigError, match=r"data.folder_repeats: .*no subfolder with pictures that is called like 10_cat"
+    ):
+        emphasis(captioned(tmp_path / "flat", 1), folder_repeats=True)
+
+
+def test_a_rows_own_numbers_are_multiplied(captioned, tmp_path):
+    pics = captioned(tmp_path / "p" / "3_cat", 2).parent
+    rows = [{"file_name": f"3_cat/00{i}.png", "text": "x", "w": i or None, "r": i + 1} for i in range(2)]
+    write_jsonl(pics, rows)
+    config = DataConfig(weight_column="w", repeat_column="r", weights={"3_cat": 0.5}, folder_repeats=True)
+    assert [(r.weight, r.repeats) for r in read_folder(pics, config)] == [(0.5, 3), (0.5, 6)]

@@ -8,9 +8,10 @@ import pytest
 from PIL import Image
 
 from t2ilib.config import ConfigError, DataConfig
-from t2ilib.data.manifest import FEW_HELD_OUT, examine, load_datasets
+from t2ilib.data.dataset import FEW_HELD_OUT, build_dataset, load_datasets
+from t2ilib.data.manifest import examine
 from t2ilib.data.pictures import open_picture
-from t2ilib.data.sources.folder import Listing, Record
+from t2ilib.data.records import Listing, Record
 from t2ilib.runfile import build_run
 
 STOP, SKIP = DataConfig(), DataConfig(on_error="skip")
@@ -46,7 +47,7 @@ def test_every_unusable_picture_is_named(damaged):
     assert all(f"{name}: cannot be decoded" in text for name in ("half.jpg", "noise.png", "empty.png"))
     assert "a.jpg" not in text
     assert "b.png" not in text
-    assert "data.on_error to skip" in text
+    assert "data.max_rejected to " in text
 
 
 def test_skip_counts_and_logs_what_it_rejects(damaged, caplog):
@@ -61,7 +62,7 @@ def test_skip_counts_and_logs_what_it_rejects(damaged, caplog):
 def test_skip_is_not_advised_where_it_is_set(damaged):
     with pytest.raises(ConfigError, match="1 file cannot be used, 0 pictures can") as error:
         examine(Listing(damaged.folder, damaged[1:2]), SKIP)
-    assert "on_error" not in str(error.value)
+    assert "max_rejected" not in str(error.value)
 
 
 def test_ten_are_listed_and_the_rest_counted(pictures):
@@ -166,7 +167,7 @@ def test_names_that_are_not_utf8_are_shown_and_hashed(captioned, tmp_path, caplo
 
 def test_the_digest_covers_pixels_captions_and_order(pictures):
     def digest(records, config=STOP):
-        return examine(Listing(pictures, tuple(records)), config).dataset("x", "white", records).digest
+        return build_dataset("x", examine(Listing(pictures, tuple(records)), config), records, config, rest=True).digest
 
     records = [Record(pictures / name, f"caption of {name}") for name in ("a.jpg", "b.png")]
     before = digest(records)
@@ -192,9 +193,7 @@ def test_datasets_by_source(captioned, tmp_path):
     assert (training.name, len(training), held_out.name, len(held_out)) == ("pets", 7, "pets-held-out", 1)
     apart = run_of(path=tmp_path / "pets", validation_path=captioned(tmp_path / "v", 3))
     assert [len(part) for part in load_datasets(apart)] == [8, 3]
-    with pytest.raises(
-        ConfigError, match=r"data.source: 'foldr' does not exist; choose 'folder'.*Did you mean 'folder'"
-    ):
+    with pytest.raises(ConfigError, match=r"data.source: 'foldr' does not exist; choose folder.*Did you mean 'folder'"):
         run_of(source="foldr")
 
 

@@ -1,13 +1,24 @@
+import hashlib
 import struct
 import warnings
 import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, features
+from matplotlib import cbook
+from PIL import Image, ImageOps, features
 
 from t2ilib.config import ConfigError
-from t2ilib.data.pictures import PictureError, compose, load_picture, open_picture, scale_greys
+from t2ilib.data.pictures import (
+    PictureError,
+    compose,
+    examine_picture,
+    load_picture,
+    load_view,
+    open_picture,
+    scale_greys,
+)
+from t2ilib.data.views import view_of
 from t2ilib.runfile import build_run
 
 RAMP = np.arange(0, 65536, 256, dtype=np.uint16).reshape(16, 16)
@@ -257,6 +268,15 @@ def test_pictures_above_pillows_limit_are_refused(tmp_path, picture, monkeypatch
         open_picture(tmp_path / "x.png")
 
 
+def verdict(function, path, *arguments):
+    """Why a picture is refused; None where it is not, and nothing but a PictureError is caught."""
+    try:
+        function(path, *arguments)
+    except PictureError as error:
+        return str(error)
+    return None
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("ending", ["png", "jpg", "webp", "gif", "tiff", "bmp", "avif", "jp2", "qoi"])
 def test_a_picture_cut_off_or_scrambled_anywhere_raises_one_kind(tmp_path, picture, ending):
@@ -267,16 +287,17 @@ def test_a_picture_cut_off_or_scrambled_anywhere_raises_one_kind(tmp_path, pictu
     else:
         picture(0).save(tmp_path / f"x.{ending}")
         whole = (tmp_path / f"x.{ending}").read_bytes()
-    rng, refused = np.random.default_rng(0), 0
+    rng, refused, path = np.random.default_rng(0), 0, tmp_path / f"y.{ending}"
     for trial in range(60):
         data = bytearray(whole[: rng.integers(len(whole))] if trial % 2 else whole)
         for place in rng.integers(0, min(len(data), 80), 3) if data else ():
             data[place] = rng.integers(256)
-        (tmp_path / f"y.{ending}").write_bytes(data)
-        try:
-            open_picture(tmp_path / f"y.{ending}")
-        except PictureError as error:  # and nothing else
-            refused += error.reason.startswith("cannot be decoded: ") and f"y.{ending}" in str(error)
+        path.write_bytes(data)
+        verdicts = [verdict(open_picture, path), verdict(examine_picture, path), verdict(load_picture, path, 4)]
+        assert len({told is None for told in verdicts}) == 1
+        if verdicts[0] is not None:
+            refused += 1
+            assert all(told.startswith(f"{path}: cannot be decoded: ") for told in verdicts)
     assert refused > 10
 
 
@@ -333,3 +354,208 @@ def test_load_picture_cuts_the_centre_square(tmp_path, size, crop):
 def test_a_picture_of_the_right_size_is_untouched(tmp_path, picture):
     picture(0, (16, 16)).save(tmp_path / "x.png")
     assert np.array_equal(load_picture(tmp_path / "x.png", 16).pixels, np.asarray(picture(0, (16, 16))))
+
+
+@pytest.fixture(scope="module")
+def photograph():
+    """512 x 600 pixels, which matplotlib ships."""
+    with cbook.get_sample_data("grace_hopper.jpg") as file:
+        return Image.open(file).convert("RGB")
+
+
+def saved_jpeg(image, path, orientation=1, **options):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image.save(path, format=options.pop("format", "JPEG"), quality=95, exif=exif, **options)
+
+
+def psnr(a, b):
+    return 10 * np.log10(255**2 / np.mean((np.asarray(a, float) - np.asarray(b, float)) ** 2))
+
+
+def scaled_in_full(path, target):
+    """A centred view without any help: decode all, turn, scale all, cut."""
+    with Image.open(path) as image:
+        upright = ImageOps.exif_transpose(image).convert("RGB")
+    view = view_of((upright.height, upright.width), target)
+    left, top = view.left, view.top
+    whole = upright.resize(view.scaled[::-1], Image.Resampling.LANCZOS)
+    return np.asarray(whole.crop((left, top, left + target[1], top + target[0])))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_jpeg_decoded_at_a_scale_shows_the_same_however_it_lies(tmp_path, photograph, orientation):
+    """427 x 509 pixels: at a quarter each side has a part of a pixel too much, which turns with the picture."""
+    saved_jpeg(photograph.crop((40, 60, 467, 569)), tmp_path / "x.jpg", orientation)
+    loaded = load_view(tmp_path / "x.jpg", lambda original: view_of(original, (56, 48)))
+    assert loaded.original == ((509, 427) if orientation < 5 else (427, 509))
+    # 46 to 53 dB; 25 to 34 where the part of a pixel is thought at the side where it is stored
+    assert psnr(loaded.pixels, scaled_in_full(tmp_path / "x.jpg", (56, 48))) > 44
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind"), [("RGB", "JPEG"), ("L", "JPEG"), ("CMYK", "JPEG"), ("YCbCr", "JPEG"), ("RGB", "MPO")]
+)
+@pytest.mark.parametrize("progressive", [False, True])
+def test_every_kind_of_jpeg_is_decoded_at_the_scale_it_is_needed(tmp_path, photograph, mode, kind, progressive):
+    more = {"save_all": True, "append_images": [photograph.resize((64, 64))]} if kind == "MPO" else {}
+    saved_jpeg(photograph.convert(mode), tmp_path / "x.jpg", format=kind, progressive=progressive, **more)
+    with Image.open(tmp_path / "x.jpg") as image:
+        assert image.format == kind
+    sizes = {None: (512, 600), (301, 256): (512, 600), (300, 256): (256, 300), (151, 10): (256, 300), (150, 128): (128, 150),
+             (1, 1): (64, 75), (900, 900): (512, 600)}  # fmt: skip
+    for at_least, size in sizes.items():
+        opened = open_picture(tmp_path / "x.jpg", "white", at_least)
+        assert (opened.mode, opened.size) == ("RGB", size)
+    loaded = load_picture(tmp_path / "x.jpg", 64)
+    assert (loaded.original, loaded.crop) == ((600, 512), (5, 0))
+    assert psnr(loaded.pixels, scaled_in_full(tmp_path / "x.jpg", (64, 64))) > 42
+    assert psnr(load_picture(tmp_path / "x.jpg", 300).pixels, scaled_in_full(tmp_path / "x.jpg", (300, 300))) > 50
+
+
+@pytest.mark.parametrize("progressive", [False, True])
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+def test_a_jpeg_that_is_cut_off_is_refused_at_every_scale(tmp_path, photograph, mode, progressive):
+    saved_jpeg(photograph.convert(mode), tmp_path / "x.jpg", progressive=progressive)
+    whole = (tmp_path / "x.jpg").read_bytes()
+    for end in (len(whole) // 2, len(whole) * 9 // 10, len(whole) - 100, len(whole) - 1):
+        (tmp_path / "x.jpg").write_bytes(whole[:end])
+        for at_least in (None, (300, 256), (150, 128), (1, 1)):
+            with pytest.raises(PictureError, match="truncated"):
+                open_picture(tmp_path / "x.jpg", "white", at_least)
+        with pytest.raises(PictureError, match="truncated"):
+            examine_picture(tmp_path / "x.jpg")
+
+
+class Counted:
+    """Bytes that count how often they are read."""
+
+    def __init__(self, path):
+        self.name, self.data, self.times = path.name, path.read_bytes(), 0
+
+    def read_bytes(self):
+        self.times += 1
+        return self.data
+
+
+@pytest.mark.parametrize(("ending", "orientation"), [("jpg", 1), ("jpg", 6), ("png", 1), ("png", 8)])
+def test_examining_reads_a_file_once(tmp_path, picture, ending, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    picture(0, (240, 160)).save(tmp_path / f"x.{ending}", exif=exif)
+    source = Counted(tmp_path / f"x.{ending}")
+    examined = examine_picture(source, thumbnail=30)
+    assert source.times == 1
+    assert examined.sha256 == hashlib.sha256(source.data).digest()
+    assert (examined.height, examined.width) == ((160, 240) if orientation == 1 else (240, 160))
+    assert (examined.thumbnail.mode, examined.thumbnail.size) == ("RGB", (30, 20) if orientation == 1 else (20, 30))
+    assert (examined.notes, examine_picture(source).thumbnail) == ((), None)
+    load_picture(source, 16)
+    assert source.times == 3
+
+
+@pytest.mark.parametrize(
+    ("ending", "note"),
+    [("gif", "the first of 3 frames"), ("webp", "the first of 3 frames"), ("png", "the first of 3 frames"),
+     ("avif", "the first of 3 frames"), ("tiff", "the first of 3 pages"), ("mpo", None)],
+)  # fmt: skip
+def test_animations_are_noted(tmp_path, picture, ending, note):
+    if ending == "avif" and not features.check("avif"):
+        pytest.skip("a Pillow without AVIF")
+    frames = [picture(seed) for seed in range(3)]
+    frames[0].save(tmp_path / f"x.{ending}", save_all=True, append_images=frames[1:])
+    assert examine_picture(tmp_path / f"x.{ending}").notes == ((note,) if note else ())
+    frames[0].save(tmp_path / f"y.{ending}")
+    assert examine_picture(tmp_path / f"y.{ending}").notes == ()
+
+
+def test_a_gif_that_is_broken_behind_its_first_frame_is_its_first_frame(tmp_path, picture):
+    frames = [picture(seed, (64, 64)) for seed in range(3)]
+    frames[0].save(tmp_path / "x.gif", save_all=True, append_images=frames[1:])
+    whole = (tmp_path / "x.gif").read_bytes()
+    (tmp_path / "x.gif").write_bytes(whole[: len(whole) // 2])
+    assert open_picture(tmp_path / "x.gif").size == (64, 64)
+    examine_picture(tmp_path / "x.gif")
+
+
+def png_chunk(name, data):
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+@pytest.mark.parametrize(
+    ("size", "told"), [((100_000, 100_000), "more than .* pixels"), ((9500, 9500), "more than .* pixels")]
+)  # fmt: skip
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+def test_a_png_whose_header_lies(tmp_path, size, told):
+    """It says that it is large and holds one row."""
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", *size, 8, 2, 0, 0, 0))
+    data = png_chunk(b"IDAT", zlib.compress(bytes(1 + 3 * 3000)))
+    (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + data + png_chunk(b"IEND", b""))
+    for function in (open_picture, examine_picture):
+        with pytest.raises(PictureError, match=rf"x\.png: cannot be decoded: .*{told}"):
+            function(tmp_path / "x.png")
+
+
+def test_a_png_whose_text_is_a_bomb(tmp_path, picture):
+    picture(0).save(tmp_path / "x.png")
+    whole = (tmp_path / "x.png").read_bytes()
+    bomb = png_chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(20_000_000)))
+    (tmp_path / "x.png").write_bytes(whole[:33] + bomb + whole[33:])  # behind IHDR
+    with pytest.raises(PictureError, match="too large"):
+        examine_picture(tmp_path / "x.png")
+
+
+def test_a_png_with_more_data_than_its_header_says(tmp_path):
+    """Decoding ends with the picture: 40 MB of data behind 4 rows are not decompressed."""
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", 4, 4, 8, 2, 0, 0, 0))
+    data = png_chunk(b"IDAT", zlib.compress(bytes(40_000_000)))
+    (tmp_path / "x.png").write_bytes(b"\x89PNG\r\n\x1a\n" + header + data + png_chunk(b"IEND", b""))
+    assert open_picture(tmp_path / "x.png").size == (4, 4)
+
+
+def test_a_huge_picture_is_a_sample(tmp_path):
+    """72 megapixels, of which no more is decoded than is needed."""
+    grey = Image.linear_gradient("L").resize((9000, 8000), Image.Resampling.NEAREST)
+    grey.save(tmp_path / "x.jpg", quality=60)
+    loaded = load_picture(tmp_path / "x.jpg", 16)
+    assert loaded.original == (8000, 9000)
+    assert np.abs(loaded.pixels[:, 8, 0] - np.arange(7.5, 256, 16)).max() < 3
+    Image.new("RGB", (20_000, 2), (10, 20, 30)).save(tmp_path / "x.png")
+    assert (load_picture(tmp_path / "x.png", 64).pixels == (10, 20, 30)).all()
+
+
+def test_a_tiny_picture_is_scaled_up(tmp_path):
+    Image.fromarray(np.array([[0, 255]], np.uint8).repeat(3, axis=0)).save(tmp_path / "x.png")
+    loaded = load_picture(tmp_path / "x.png", 16)
+    assert (loaded.pixels.shape, loaded.original, loaded.crop) == ((16, 16, 3), (3, 2), (4, 0))
+    assert loaded.pixels[:, 0].max() < 10
+    assert loaded.pixels[:, -1].min() > 245
+
+
+@pytest.mark.parametrize(
+    ("data", "told"),
+    [(b"", "the file is empty"), (b"<html>404</html>", "it is not a picture"), ("größe".encode("utf-16"), "it is not a picture")],
+)  # fmt: skip
+def test_files_that_are_no_pictures(tmp_path, data, told):
+    (tmp_path / "x.jpg").write_bytes(data)
+    for function in (open_picture, examine_picture):
+        with pytest.raises(PictureError, match=rf"x\.jpg: cannot be decoded: {told}"):
+            function(tmp_path / "x.jpg")
+
+
+def test_nothing_global_is_changed_while_decoding(tmp_path, picture, monkeypatch):
+    """Python's warning filters belong to all threads: one that sets them for itself sets them for others, who may restore them later."""
+    picture(0).save(tmp_path / "x.jpg")
+    monkeypatch.setattr(warnings, "catch_warnings", None)
+    open_picture(tmp_path / "x.jpg")
+    (tmp_path / "y.jpg").write_bytes(b"no picture")
+    with pytest.raises(PictureError, match="it is not a picture"):
+        open_picture(tmp_path / "y.jpg")
+
+
+def test_what_is_enough_is_meant_upright(tmp_path, photograph):
+    """600 x 512 (high x wide) as it is stored, 512 x 600 upright: the half is 256 x 300."""
+    saved_jpeg(photograph, tmp_path / "x.jpg", 6)
+    assert open_picture(tmp_path / "x.jpg", "white", (256, 300)).size == (300, 256)
+    assert open_picture(tmp_path / "x.jpg", "white", (300, 256)).size == (600, 512)
+    assert open_picture(tmp_path / "x.jpg", "white", (100, 150)).size == (150, 128)

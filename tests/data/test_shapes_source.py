@@ -3,7 +3,7 @@ import shutil
 import pytest
 
 from t2ilib.config import DataConfig, ShapesConfig
-from t2ilib.data.manifest import load_datasets
+from t2ilib.data.dataset import load_datasets
 from t2ilib.data.sources import folder
 from t2ilib.runfile import build_run
 from t2ilib.shapes import source as shapes_source

@@ -1,6 +1,8 @@
 import json
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from t2ilib.config import ConfigError, DataConfig
 from t2ilib.data.sources.table import read_table
@@ -33,7 +35,7 @@ def test_a_missing_column_is_named_with_those_there_are(tmp_path, kind):
     assert str(error.value).count("has no text") == 1
 
 
-@pytest.mark.parametrize("value", ["3", "null", "true", '["a"]', '{"a": 1}'])
+@pytest.mark.parametrize("value", ["3", "null", "true", "[]", "[3]", '["a", null]', '[["a"]]', '{"a": 1}'])
 def test_what_is_no_text_is_not_made_text(tmp_path, value):
     with pytest.raises(ConfigError, match=r"row 1 has no text in 'text'"):
         read_table(jsonl(tmp_path, f'{{"file_name": "b.png", "text": {value}}}\n'), CONFIG)
@@ -106,3 +108,82 @@ def test_other_column_names(tmp_path):
     config = DataConfig(image_column="image", caption_column="prompt")
     row = {"image": "b.png", "prompt": "a bee", "text": 5}
     assert read_table(jsonl(tmp_path, json.dumps(row)), config) == [(1, row)]
+
+
+@pytest.fixture
+def columns(tmp_path):
+    """`columns(file_name=[...], ...)` writes them as metadata.parquet."""
+
+    def write(**values):
+        parquet.write_table(pyarrow.table(values), tmp_path / "metadata.parquet")
+        return tmp_path / "metadata.parquet"
+
+    return write
+
+
+def test_parquet_is_read_like_the_others_and_only_where_it_counts(columns):
+    path = columns(
+        file_name=["b.png", "c.png"], text=[["a bee", "ä wasp"], ["a cat"]], image=[b"pixels", b""], w=[2.0, None]
+    )
+    assert read_table(path, CONFIG) == [
+        (1, {"file_name": "b.png", "text": ["a bee", "ä wasp"]}),
+        (2, {"file_name": "c.png", "text": ["a cat"]}),
+    ]
+    weighed = read_table(path, DataConfig(weight_column="w"))
+    assert [row["w"] for _, row in weighed] == [2.0, None]
+    with pytest.raises(
+        ConfigError, match=r"has no column 'words' \(it has file_name, text, image, w\): set data.caption_c"
+    ):
+        read_table(path, DataConfig(caption_column="words"))
+    with pytest.raises(ConfigError, match=r"row 2 has no text in 'text'"):
+        read_table(columns(file_name=["b.png", "c.png"], text=["a bee", None]), CONFIG)
+
+
+@pytest.mark.parametrize("kept", [0, 3, 60, 0.5, -1])
+def test_parquet_that_is_cut_off(columns, kept):
+    path = columns(file_name=["b.png"] * 100, text=["a bee"] * 100)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(kept * len(whole)) if isinstance(kept, float) else kept])
+    with pytest.raises(ConfigError, match=r"metadata.parquet is not Parquet that can be read"):
+        read_table(path, CONFIG)
+
+
+COUNTS = DataConfig(weight_column="w", repeat_column="r")
+
+
+@pytest.mark.parametrize(
+    ("weight", "repeats", "read"),
+    [(2, 3, (2.0, 3)), (0, 1, (0.0, 1)), (None, None, (None, None)), ("0.5", "2", (0.5, 2)), ("", "", (None, None)),
+     (1.5, 2.0, (1.5, 2))],
+)  # fmt: skip
+def test_weights_and_repeats(tmp_path, weight, repeats, read):
+    row = {"file_name": "b.png", "text": "a bee", "w": weight, "r": repeats}
+    row = read_table(jsonl(tmp_path, json.dumps(row)), COUNTS)[0][1]
+    assert (row["w"], row["r"]) == read
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "told"),
+    [("w", -1, "-1 is no weight"), ("w", True, "True is no weight"), ("w", "much", "'much' is no weight"), ("w", "nan", "no weight"),
+     ("w", [2], "is no weight"), ("r", 0, "0 is no number of repeats"), ("r", 1.5, "1.5 is no"), ("r", True, "True is no"),
+     ("r", "inf", "'inf' is no"), ("r", "twice", "whole number from 1 up")],
+)  # fmt: skip
+def test_what_is_no_weight_or_repeat_is_told_with_its_row(tmp_path, column, value, told):
+    rows = [
+        {"file_name": "a.png", "text": "an ant", "w": 1, "r": 1},
+        {"file_name": "b.png", "text": "a bee", "w": 1, "r": 1},
+    ]
+    rows[1][column] = value
+    with pytest.raises(ConfigError) as error:
+        read_table(jsonl(tmp_path, "".join(json.dumps(row) + "\n" for row in rows)), COUNTS)
+    assert f"row 2 has a mistake in '{column}'" in str(error.value)
+    assert told in str(error.value)
+
+
+def test_a_column_that_is_named_must_be_there(tmp_path):
+    path = jsonl(tmp_path, '{"file_name": "b.png", "text": "a bee"}')
+    for field in ("mask_column", "weight_column", "repeat_column"):
+        with pytest.raises(ConfigError, match=rf"row 1 has no 'x' \(it has file_name, text\): set data.{field}"):
+            read_table(path, DataConfig(**{field: "x"}))
+    with pytest.raises(ConfigError, match=r"row 1 has no file name in 'text2'"):
+        read_table(jsonl(tmp_path, '{"file_name": "b.png", "text": "x", "text2": 3}'), DataConfig(mask_column="text2"))

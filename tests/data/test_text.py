@@ -6,7 +6,7 @@ import pytest
 
 from t2ilib.config import ConfigError
 from t2ilib.runfile import load_yaml
-from t2ilib.text import read_text, shown
+from t2ilib.text import read_text, shown, write_whole
 
 WORDS = "the cat’s café 猫 🐈\r\nsecond line\n"
 
@@ -66,3 +66,22 @@ def test_names_are_shown_in_letters_that_can_be_written():
     assert shown(os.fsdecode(b"K\xfcche.png")) == "K\\xfcche.png"
     assert shown("half \ud83d") == "half \\ud83d"
     assert shown("\udcfc and half \ud83d").encode()
+
+
+def test_a_kill_leaves_a_file_as_it_was(tmp_path, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def half(self, text, **_):
+        self.write_bytes(text.encode()[: len(text) // 2])
+        raise Killed
+
+    write_whole(tmp_path / "note.json", "before")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_text", half)
+        with pytest.raises(Killed):
+            write_whole(tmp_path / "note.json", "afterwards")
+    assert (tmp_path / "note.json").read_text() == "before"
+    write_whole(tmp_path / "note.json", WORDS)
+    assert (tmp_path / "note.json").read_bytes().decode() == WORDS.replace("\n", os.linesep)
+    assert [path.name for path in tmp_path.iterdir()] == ["note.json"]

@@ -1,1 +1,1 @@
-"""One file per source of captioned pictures, which `manifest.SOURCES` names, and how their tables are read."""
+"""One file per source of captioned pictures, which `manifest.SOURCES` names, and how their tables and shards are read."""

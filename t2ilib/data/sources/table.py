@@ -1,7 +1,7 @@
-"""metadata.jsonl and metadata.csv, read strictly: a row that is not whole is an error, not something near to what was meant.
+"""metadata.jsonl, .csv and .parquet, read strictly: a row that is not whole is an error, not something near to what was meant.
 
 Python's readers are lenient (a short CSV row ends in None, a JSON key that comes twice has its last value), and what they make of
-a mistake would be trained on.
+a mistake would be trained on. Of Parquet only the columns that count are read, for it may hold pictures too.
 """
 
 import csv
@@ -12,22 +12,26 @@ from pathlib import Path
 from typing import Any
 
 from t2ilib.config import ConfigError, DataConfig
+from t2ilib.data.sources.emphasis import as_repeats, as_weight
 from t2ilib.text import read_text, shown
 
-TABLES = ("metadata.jsonl", "metadata.csv")
+TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 """The first that is there counts."""
+FILE_NAME, TEXT, SCENE = "file_name", "text", "scene"
+"""The columns, where `data.image_column` and `data.caption_column` name no others."""
 LISTED = 10
 
 
 def read_table(path: Path, config: DataConfig) -> list[tuple[int, dict[str, Any]]]:
-    """The rows of a table, each with its number (from 1, without the header); both columns of `config` hold text in all.
+    """The rows of a table, each with its number (from 1, without the header).
 
-    Raises ConfigError that lists what is wrong with it.
+    In all of them the picture's column holds text, the captions' text or a list of it, the mask's text or None; numbers are numbers,
+    or None where nothing is written. Raises ConfigError that lists what is wrong with it.
     """
-    read = read_jsonl if path.suffix == ".jsonl" else read_csv
+    read = {".jsonl": read_jsonl, ".csv": read_csv, ".parquet": lambda path: read_parquet(path, config)}[path.suffix]
     rows, mistakes = [], {}
     for number, row in enumerate(read(path), 1):
-        wrong = row if isinstance(row, str) else missing_column(row, config)
+        wrong = row if isinstance(row, str) else missing_column(row, config) or unreadable_value(row, config)
         if wrong:
             mistakes.setdefault(wrong, []).append(number)
         else:
@@ -45,10 +49,31 @@ def and_others(count: int) -> str:
 
 def missing_column(row: Any, config: DataConfig) -> str | None:
     """What to say of a row in which a column holds no text."""
-    for column in (config.image_column, config.caption_column):
-        if not isinstance(row, dict) or not isinstance(row.get(column), str):
-            found = ", ".join(map(shown, row)) if isinstance(row, dict) else type(row).__name__
+    found = ", ".join(map(shown, row)) if isinstance(row, dict) else type(row).__name__
+    for column, several in ((config.image_column or FILE_NAME, False), (config.caption_column or TEXT, True)):
+        value = row.get(column) if isinstance(row, dict) else None
+        texts = value if several and isinstance(value, list) else [value]
+        if not texts or not all(isinstance(text, str) for text in texts):
             return f"has no text in {column!r} (it has {found}): set data.image_column and data.caption_column"
+    for field in ("mask_column", "weight_column", "repeat_column"):
+        column = getattr(config, field)
+        if column is not None and column not in row:
+            return f"has no {column!r} (it has {found}): set data.{field}, or leave it out"
+    return None
+
+
+def unreadable_value(row: dict[str, Any], config: DataConfig) -> str | None:
+    """What to say of a row whose mask or numbers cannot be meant; otherwise they are made what they say."""
+    if config.mask_column:
+        row[config.mask_column] = row[config.mask_column] or None
+        if not isinstance(row[config.mask_column], str | None):
+            return f"has no file name in {config.mask_column!r}: write one, or nothing where there is no mask"
+    for column, convert in ((config.weight_column, as_weight), (config.repeat_column, as_repeats)):
+        if column:
+            try:
+                row[column] = convert(row[column])
+            except ValueError as error:
+                return f"has a mistake in {column!r}: {error}"
     return None
 
 
@@ -102,3 +127,30 @@ def check_header(path: Path, header: list[str]) -> None:
     separator = next((mark for mark in ";\t|" if len(header) == 1 and mark in header[0]), None)
     if separator:
         raise ConfigError(f"{shown(path)}: its fields are separated by {separator!r}: save it with commas")
+
+
+def read_parquet(path: Path, config: DataConfig) -> Iterator[dict[str, Any]]:
+    """Rows of the columns that `config` names."""
+    import pyarrow
+    from pyarrow import parquet
+
+    named = {
+        "data.image_column": config.image_column or FILE_NAME,
+        "data.caption_column": config.caption_column or TEXT,
+        "data.mask_column": config.mask_column,
+        "data.weight_column": config.weight_column,
+        "data.repeat_column": config.repeat_column,
+    }
+    try:
+        with parquet.ParquetFile(path) as file:
+            there = file.schema_arrow.names
+            check_header(path, there)
+            for field, column in named.items():
+                if column is not None and column not in there:
+                    raise ConfigError(
+                        f"{shown(path)} has no column {column!r} (it has {', '.join(map(shown, there))}): set {field}"
+                    )
+            for batch in file.iter_batches(columns=[name for name in there if name in (*named.values(), SCENE)]):
+                yield from batch.to_pylist()
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ConfigError(f"{shown(path)} is not Parquet that can be read: {error}") from None
