@@ -9,7 +9,8 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,19 +22,22 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MIB, GIB = 2**20, 2**30
+SECONDS_BETWEEN_READINGS = 10.0
+"""While a run takes its steps."""
 
 
 def read_memory(folder: Path) -> dict[str, float]:
-    """Process, system, device memory and free disk under `folder`, in MiB. Device keys only where there is a CUDA device."""
+    """Process, system, device memory and free disk under `folder`, in MiB. Device keys only where there is a CUDA device and torch is
+    loaded: without it nothing here is on one."""
     import psutil
-    import torch
 
     readings = {
         "process_mib": psutil.Process().memory_info().rss / MIB,
-        "system_available_mib": psutil.virtual_memory().available / MIB,
+        "system_available_mib": available_memory() / MIB,
         "disk_free_mib": shutil.disk_usage(existing(folder)).free / MIB,
     }
-    if torch.cuda.is_available():
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info()
         readings |= {
             "device_allocated_mib": torch.cuda.memory_allocated() / MIB,
@@ -42,19 +46,30 @@ def read_memory(folder: Path) -> dict[str, float]:
     return readings
 
 
+def readings_told(values: Mapping[str, float]) -> str:
+    """Readings in words."""
+    return ", ".join(f"{k.removesuffix('_mib').replace('_', ' ')} {v:,.0f} MiB" for k, v in values.items())
+
+
 class MemoryLog:
-    """Readings at named moments, each a line in the log and `memory/<moment>/<reading>` metrics."""
+    """Readings at named moments, each a line in the log and `memory/<moment>/<reading>` metrics; and between them at an interval."""
 
     def __init__(self, folder: Path):
         self.folder, self.readings = folder, {}
+        self.read = time.monotonic()
 
     def note(self, moment: str) -> None:
         self.readings[moment] = values = read_memory(self.folder)
-        log.info(
-            "memory at %s: %s",
-            moment,
-            ", ".join(f"{k.removesuffix('_mib').replace('_', ' ')} {v:,.0f} MiB" for k, v in values.items()),
-        )
+        self.read = time.monotonic()
+        log.info("memory at %s: %s", moment, readings_told(values))
+
+    def now(self, step: int, tell: Callable[[str], None] = log.debug) -> dict[str, float]:
+        """`memory/<reading>` where SECONDS_BETWEEN_READINGS have passed since the last reading, told as a line of `step`; else {}."""
+        if time.monotonic() - self.read < SECONDS_BETWEEN_READINGS:
+            return {}
+        values, self.read = read_memory(self.folder), time.monotonic()
+        tell(f"memory at step {step}: {readings_told(values)}")
+        return {f"memory/{name}": value for name, value in values.items()}
 
     def metrics(self) -> dict[str, float]:
         return {
@@ -172,6 +187,16 @@ def process_peak_mib() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (MIB if sys.platform == "darwin" else 1024)
 
 
+def release() -> None:
+    """Gives back what nothing refers to any more, of a GPU too."""
+    import gc
+
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def require_disk(
     folder: Path,
     bytes_needed: int,
@@ -213,8 +238,9 @@ def available_memory(control_group: Path = Path("/sys/fs/cgroup")) -> int:
 
 
 def usable_cores() -> int:
-    """Cores this process may use, which in a container are fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores this process may use: in a container fewer than the machine has, and its share of those where a launcher has started several."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def existing(folder: Path) -> Path:

@@ -14,7 +14,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from t2ilib.config import ConfigError, RunConfig, did_you_mean
-from t2ilib.text import read_text
+from t2ilib.text import read_text, write_whole
 
 
 def build_run(values: Mapping[str, Any], source: str = "the run config") -> RunConfig:
@@ -90,18 +90,20 @@ def load_yaml(path: Path) -> dict[str, Any]:
 def save_run(run: RunConfig, path: Path) -> None:
     """Writes the resolved config, with every default filled in, as YAML that `load_run` reads back."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False))
+    write_whole(path, yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False))
 
 
-def describe_mistakes(error: ValidationError) -> Iterator[tuple[tuple[int | str, ...], str]]:
-    """Address and message of every mistake in a config; the address of a combination that cannot be is ()."""
+def describe_mistakes(
+    error: ValidationError, kind: type[BaseModel] = RunConfig
+) -> Iterator[tuple[tuple[int | str, ...], str]]:
+    """Address and message of every mistake in a config of this kind; the address of a combination that cannot be is ()."""
     for mistake in error.errors():
         place = mistake["loc"]
         if mistake["type"] == "extra_forbidden":
             *section, name = place
-            homes = [other for other in RunConfig.model_fields if name in known_fields([other])]
+            homes = [other for other in kind.model_fields if name in known_fields([other], kind)]
             elsewhere = f" It is a field of {' and of '.join(homes)}." if homes else ""
-            yield place, "no such field." + (elsewhere or did_you_mean(name, known_fields(section)))
+            yield place, "no such field." + (elsewhere or did_you_mean(name, known_fields(section, kind)))
         elif mistake["type"] == "literal_error":
             allowed = mistake["ctx"]["expected"]
             hint = did_you_mean(mistake["input"], allowed.replace("'", "").replace(" or ", ", ").split(", "))
@@ -111,18 +113,22 @@ def describe_mistakes(error: ValidationError) -> Iterator[tuple[tuple[int | str,
             yield place, f"{mistake['msg'].removeprefix('Value error, ')}{value}"
 
 
-def describe_errors(error: ValidationError, source: str) -> ConfigError:
-    """All mistakes of a config in one message, one line each."""
-    lines = [f"{'.'.join(map(str, place)) or 'the run'}: {message}" for place, message in describe_mistakes(error)]
+def describe_errors(
+    error: ValidationError, source: str, kind: type[BaseModel] = RunConfig, whole: str = "the run"
+) -> ConfigError:
+    """All mistakes of a config of this kind in one message, one line each. `whole`: what mistakes of no field in particular are about."""
+    lines = [f"{'.'.join(map(str, place)) or whole}: {message}" for place, message in describe_mistakes(error, kind)]
     return ConfigError(f"{len(lines)} mistake{'s' * (len(lines) > 1)} in {source}:\n  " + "\n  ".join(lines))
 
 
-def known_fields(location: Sequence[int | str]) -> set[str]:
-    section: Any = RunConfig
+def known_fields(location: Sequence[int | str], kind: type[BaseModel] = RunConfig) -> set[str]:
+    section: Any = kind
     for part in location:
+        if isinstance(part, int):  # of a list, whose kind of parts is its field's
+            continue
         field = section.model_fields.get(part)
         kinds = getattr(field.annotation, "__args__", (field.annotation,)) if field else ()
-        section = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
+        section = next((other for other in kinds if isinstance(other, type) and issubclass(other, BaseModel)), None)
         if section is None:
             return set()
     return set(section.model_fields)

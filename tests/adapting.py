@@ -1,5 +1,7 @@
 """What the tests of adapters share: small models with random weights, a few steps of training, and their output."""
 
+from copy import deepcopy
+
 import torch
 
 from t2ilib.models.components import Components
@@ -35,7 +37,11 @@ def copy_parts(components):
 
 def copy_of(model):
     """`copy.deepcopy` without what other tests may have attached: the same class, config and weights."""
-    twin = type(model).from_config(model.config) if hasattr(type(model), "from_config") else type(model)(model.config)
+    twin = (
+        type(model).from_config(model.config)
+        if hasattr(type(model), "from_config")
+        else type(model)(deepcopy(model.config))
+    )
     twin.load_state_dict(model.state_dict())
     return twin.requires_grad_(False).eval()
 

@@ -86,13 +86,14 @@ def test_a_checkpoint_comes_back_aligned(tmp_path: Path) -> None:
 def test_adapters_and_resumed_state_are_aligned(float32_folder: Path, tmp_path: Path, monkeypatch) -> None:
     """What a resumed run trains on, optimizer state included, and an adapter that was read from its file."""
     from t2ilib.adapters.load import load_adapter
+    from t2ilib.training.resume import Beginning
     from t2ilib.training.state import TrainState
 
     states, resume = [], TrainState.resume
 
-    def watched(state: TrainState) -> int:
+    def watched(state: TrainState, beginning: Beginning) -> int:
         states.append(state)
-        return resume(state)
+        return resume(state, beginning)
 
     monkeypatch.setattr(TrainState, "resume", watched)
     values = {

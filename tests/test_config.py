@@ -7,12 +7,12 @@ import pytest
 from t2ilib.config import (
     AdapterSpec,
     ConfigError,
-    DataConfig,
     ModelConfig,
     ObjectiveConfig,
     OptimizerConfig,
     RunConfig,
     ShapesConfig,
+    TrackingConfig,
     TrainingConfig,
     check_choice,
 )
@@ -132,17 +132,35 @@ def test_prodigy_with_a_second_learning_rate_is_refused_with_the_reason():
         ({"adapter": {}, "training": {"trains": "unet"}}, "trains unet, so its adapter section must be null"),
         ({"adapter": {}, "training": {"trains": "nothing", "steps": 0}}, "trains nothing, so its adapter section must be null"),
         ({"training": {"trains": "nothing"}}, "steps must be 0"),
-        ({"adapter": {}, "training": {"ema_decay": 0.9}}, "ema_decay"),
+        ({"adapter": {}, "training": {"ema_horizon": 10}}, "ema_horizon"),
         ({"training": {"trains": "unet"}, "model": {"quantization": "nf4"}}, "quantized base cannot be trained"),
         ({"adapter": {}, "training": {"batch_size": 6, "accumulation": 4}}, "6 is not a multiple of accumulation 4"),
         ({"adapter": {}, "training": {"batch_size": 0}}, "batch_size"),
         ({"adapter": {}, "shapes": {}}, "data.source is folder: set shapes to null"),
-        ({"adapter": {}, "data": {"source": "shapes", "path": "x"}}, "data.path is about picture folders"),
+        ({"adapter": {}, "data": {"source": "shapes", "path": "x"}}, "data.path is about pictures that are there"),
         ({"data": {"source": "shapes"}, "shapes": {"trains": "vae"}, "training": {"trains": "unet"}}, "leave one of them out"),
         ({"adapter": {}, "data": {"source": "shapes"}, "shapes": {"trains": "clip"}}, "trains clip, so its adapter section"),
         ({"adapter": {}, "data": {"source": "shapes"}, "shapes": {"crop": 32}}, "crop is about training the VAE"),
         ({"adapter": {}, "data": {"source": "shapes"}, "shapes": {"scenes": []}}, "at least one"),
+        ({"adapter": {}, "training": {"trains": "adapter"}, "scratch": {}}, "this run trains adapter: set scratch to null"),
+        ({"scratch": {}, "adapter": {}}, "adapter section must be null"),
+        ({"scratch": {}, "prior": {"prompts": ["a dog"]}}, "begins with fresh weights"),
+        ({"scratch": {}, "model": {"quantization": "nf4"}}, "quantized base cannot be trained"),
+        ({"scratch": {}, "objective": {"name": "epsilon", "zero_terminal_snr": True}}, "says nothing about the picture"),
+        ({"scratch": {}, "objective": {"huber_delta": 0.2}}, "huber_delta is about loss huber"),
+        ({"scratch": {}, "objective": {"timestep_std": 2.0}}, "about timesteps logit_normal"),
+        ({"scratch": {}, "objective": {"timestep_range": [0.5, 0.5]}}, "is empty"),
+        ({"scratch": {}, "data": {"stages": {"32": 400}}, "training": {"steps": 400}}, "none is left for data.resolution"),
+        ({"scratch": {}, "data": {"stages": {"64": 10, "32": 10}}}, "must rise to resolution 64"),
+        ({"scratch": {}, "data": {"stages": {"32": 10}, "source": "webdataset", "streaming": True}}, "read twice"),
+        ({"adapter": {}, "optimizer": {"token_learning_rate": 1e-3}}, "about adapter.tokens, and there are none"),
+        ({"adapter": {"token_vectors": 2}}, "about tokens, and there are none"),
+        ({"adapter": {"start": "a", "init": "pissa"}}, "would be lost"),
+        ({"adapter": {"tokens": {"<c>": "cat"}}, "optimizer": {"name": "prodigy", "token_learning_rate": 1.0}}, "one step size"),
         ({"adapter": {}, "data": {"source": "shapes"}, "shapes": {"scenes": ["base", "base"]}}, "name each kind once"),
+        ({"adapter": {}, "evaluation": {"sample_every": 50, "sample_every_epochs": 1}}, "both say when to draw"),
+        ({"adapter": {}, "evaluation": {"strip_steps": [1, 21]}}, "sampling step 21, and num_inference_steps is 20"),
+        ({"adapter": {}, "evaluation": {"sample_every_epochs": 1}, "data": {"source": "webdataset", "streaming": True}}, "not known before its end"),
     ],
 )  # fmt: skip
 def test_sections_that_contradict_each_other(values, reason):
@@ -154,9 +172,10 @@ def test_sections_that_contradict_each_other(values, reason):
     "values",
     [
         {"adapter": {}, "training": {"batch_size": 6, "accumulation": 3}},
-        {"training": {"trains": "unet", "ema_decay": 0.9}},
+        {"training": {"trains": "unet", "ema_horizon": 10}},
         {"training": {"trains": "nothing", "steps": 0}, "model": {"quantization": "nf4"}},
         {"adapter": {}, "model": {"quantization": "nf4"}},
+        {"adapter": {}, "evaluation": {"sample_every": 0, "sample_every_epochs": 2, "strip_steps": [1, 20]}},
     ],
 )
 def test_sections_that_agree(values):
@@ -182,6 +201,10 @@ def test_flat_has_the_same_keys_for_every_run():
     assert {name for name, value in with_adapter.items() if isinstance(value, dict)} == {
         "adapter.ranks",
         "adapter.alphas",
+        "adapter.tokens",
+        "data.repeats",
+        "data.stages",
+        "data.weights",
     }
 
 
@@ -268,12 +291,15 @@ def test_merged_parts_lie_over_one_another_field_by_field():
 
 def test_names_in_the_config_are_those_of_the_dictionaries():
     from t2ilib.adapters.dropout import DROPOUTS
+    from t2ilib.config import data as config_data
     from t2ilib.data.manifest import SOURCES
     from t2ilib.evaluation.measures import MEASURES
     from t2ilib.evaluation.metrics import BUILT_IN
+    from t2ilib.models.noise import BETAS
     from t2ilib.models.quantize import METHODS
+    from t2ilib.tracking.beside import BESIDE
     from t2ilib.training.loop import SETUPS
-    from t2ilib.training.objectives import OBJECTIVES
+    from t2ilib.training.objectives import LOSSES, OBJECTIVES, TIMESTEPS
     from t2ilib.training.optim import OPTIMIZERS
 
     def named(section, field):
@@ -281,12 +307,16 @@ def test_names_in_the_config_are_those_of_the_dictionaries():
         inner = [kind for kind in get_args(annotation) if get_args(kind)] or [annotation]
         return set(get_args(inner[0]))
 
-    assert named(DataConfig, "source") == set(SOURCES)
+    assert set(config_data.SOURCES) == {*SOURCES, "shapes"}
     assert named(OptimizerConfig, "name") == set(OPTIMIZERS)
     assert named(ObjectiveConfig, "name") == {"auto", *OBJECTIVES}
+    assert named(ObjectiveConfig, "beta_schedule") == {"auto", *BETAS}
+    assert named(ObjectiveConfig, "loss") == set(LOSSES)
+    assert named(ObjectiveConfig, "timesteps") == set(TIMESTEPS)
     assert named(ModelConfig, "quantization") == {"none", *METHODS}
     assert named(AdapterSpec, "dropout_kind") == {"input", *DROPOUTS}
     assert named(TrainingConfig, "trains") | named(ShapesConfig, "trains") == set(SETUPS)
+    assert named(TrackingConfig, "beside") == set(BESIDE)
     assert set(BUILT_IN) == set(MEASURES)
 
 
@@ -311,8 +341,8 @@ def test_the_users_own_folder_is_meant_by_a_tilde(monkeypatch, tmp_path):
     run = build_run({"adapter": {}, "output": "~/out", "data": {"path": "~/pics", "validation_path": "~/held"}})
     assert (run.output, run.data.path, run.data.validation_path) == (
         tmp_path / "out",
-        tmp_path / "pics",
-        tmp_path / "held",
+        str(tmp_path / "pics"),
+        str(tmp_path / "held"),
     )
 
 
@@ -337,4 +367,31 @@ def test_prodigys_rate_is_one_unless_it_is_given():
     assert (
         build_run({"adapter": {}, "optimizer": {"name": "prodigy", "learning_rate": 0.5}}).optimizer.learning_rate
         == 0.5
+    )
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("11h30m", 41400), ("90m", 5400), ("45s", 45), ("1h1m1s", 3661)])
+def test_a_length_of_time_says_of_what(text: str, seconds: int) -> None:
+    from t2ilib.config.section import seconds_in
+
+    run = build_run({"adapter": {}, "training": {"time_budget": text}})
+    assert seconds_in(run.training.time_budget) == seconds
+    assert build_run(run.model_dump(mode="json")) == run
+
+
+@pytest.mark.parametrize("value", [90, "90", "", "0m", "1.5h", "30m11h", "ten minutes"])
+def test_a_length_of_time_that_does_not_is_refused(value: object) -> None:
+    with pytest.raises(
+        ConfigError, match=r"training.time_budget: .* is no length of time: write it as 11h30m, 45m or 90s"
+    ):
+        build_run({"adapter": {}, "training": {"time_budget": value}})
+
+
+def test_when_a_run_stops_decides_none_of_its_steps() -> None:
+    plain = build_run({"adapter": {}})
+    stops = {"time_budget": "1h", "least_free_disk_mib": 9, "least_free_memory_mib": 0}
+    assert build_run({"adapter": {}, "training": stops}).training_digest() == plain.training_digest()
+    assert (
+        build_run({"adapter": {}, "training": {"steps": 9, "batch_size": 3}}).training_digest()
+        != plain.training_digest()
     )

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+from t2ilib.adapters.load import adapter_file, load_adapter, read_metadata
 from t2ilib.cli import app
 from t2ilib.evaluation.sampling import draw
 from t2ilib.models.files.locate import SHIPPED
@@ -89,3 +90,55 @@ def test_generate_command_with_adapter_checkpoint_and_scale(trained, tmp_path: P
     base = generate()
     assert abs(generate("--adapter", str(run.output), "--scale", "0") - base).max() == 0
     assert abs(adapted - base).max() > 8
+
+
+def test_clip_skip_and_negative_prompts_reach_every_picture(tmp_path: Path, caplog) -> None:
+    """Trained on an earlier layer, an adapter is drawn on it by the command, which reads its run; a base without is warned of."""
+    run = build_run(
+        {
+            "output": str(tmp_path / "run"),
+            "model": {"base": "tiny-sd15", "clip_skip": 1},
+            "adapter": {"rank": 2, "text_encoder_targets": "many"},
+            "data": {"source": "shapes"},
+            "shapes": {"scenes": ["heart"], "num_pictures": 4},
+            "optimizer": {"learning_rate": 5e-3},
+            "training": {"steps": 2, "batch_size": 2},
+            "evaluation": {
+                "validate_every": 0,
+                "validation_timesteps": 1,
+                "prompts": [PROMPT],
+                "num_inference_steps": 2,
+            }
+            | {"guidance_scale": 2.0, "negative_prompt": "a blue square"},
+        }
+    )
+    result = train(run)
+    assert read_metadata(adapter_file(run.output))["ss_clip_skip"] == "2"
+    ours = np.asarray(draw(result.components, [PROMPT], run.evaluation)[0], int)
+
+    def generate(*arguments: str) -> np.ndarray:
+        words = [
+            "-q",
+            "generate",
+            "--prompt",
+            PROMPT,
+            "--steps",
+            "2",
+            "--guidance",
+            "2.0",
+            "--adapter",
+            str(run.output),
+        ]
+        number = len(list(tmp_path.glob("*.png")))
+        done = CliRunner().invoke(app, [*words, "--out", str(tmp_path), *arguments])
+        assert done.exit_code == 0, done.output
+        return np.asarray(Image.open(tmp_path / f"{number:02d}.png"), int)
+
+    away = ("--negative-prompt", "a blue square")
+    assert abs(generate(*away) - ours).max() <= 1
+    assert abs(generate() - ours).max() > 1
+    assert "clip_skip" not in caplog.text
+    components = load_base(run.model.model_copy(update={"clip_skip": 0}))
+    load_adapter(components, run.output)
+    assert "was trained with model.clip_skip 1, and the base has 0: set it to 1" in caplog.text
+    assert abs(np.asarray(draw(components, [PROMPT], run.evaluation)[0], int) - ours).max() > 1

@@ -63,3 +63,39 @@ def test_what_is_parked_leaves_the_gpu_and_comes_back(quantization: str) -> None
     assert {device for part in components.parked for device in devices_of(part)} == {"cpu"}
     for name, value in before.items():
         assert torch.equal(value, after[name]), name
+
+
+@pytest.mark.parametrize(
+    "compute",
+    [
+        {"attention": "math"},
+        {"attention": "flash"},
+        {"compile": True},
+        {"channels_last": True, "cudnn_benchmark": True},
+        {"offload": ["activations", "average"]},
+    ],
+    ids=str,
+)
+def test_steps_computed_otherwise_are_the_same_steps(compute: dict, tmp_path: Path) -> None:
+    """In float32, but for flash, which has none; what waits on the host is copied there and back, and changes nothing."""
+    precision = "bf16" if compute.get("attention") == "flash" else "no"
+    losses, peaks = [], []
+    for number, section in enumerate(({}, compute)):
+        run = build_run(
+            {
+                "output": str(tmp_path / str(number)),
+                "data": {"source": "shapes"},
+                "shapes": {"num_pictures": 16, "checked_prompts": 0},
+                "optimizer": {"learning_rate": 1e-5},
+                "training": {"trains": "unet", "steps": 5, "batch_size": 16, "mixed_precision": precision, "ema_horizon": 4},
+                "compute": section,
+                "evaluation": {"prompts": ["a red circle"], "num_inference_steps": 1, "validation_timesteps": 2},
+            }
+        )  # fmt: skip
+        metrics = train(run).metrics
+        rows = [json.loads(line) for line in (run.output / "metrics.jsonl").read_text().splitlines()]
+        losses.append([row["loss"] for row in rows if "grad_norm" in row])
+        peaks.append(metrics["memory/training/peak_device_mib"])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2 if precision == "bf16" else 1e-3)
+    if "offload" in compute:
+        assert peaks[1] < peaks[0]

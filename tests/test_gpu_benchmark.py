@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import gpu
 import gpu_correctness
+import gpu_scratch
 import gpu_speed
 import pytest
 import torch
@@ -24,6 +25,7 @@ from gpu_background import Background, in_fresh_process
 from gpu_compare import bytes_on, compare
 from gpu_correctness import CASES, Case, Correctness, train_run
 from gpu_record import Figures, NotHere, Record, Row, limited, take_rows
+from gpu_scratch import Scratch
 from gpu_speed import REAL, Measured, Sizes, Speed
 from gpu_study import COMMON as STUDY
 from gpu_study import VARIANTS, Study
@@ -33,7 +35,7 @@ from t2ilib.models.files import layouts
 from t2ilib.models.load import load_base
 from t2ilib.models.quantize import weight_bytes
 from t2ilib.runfile import build_run, merge
-from t2ilib.training import loop
+from t2ilib.training import compute, loop
 
 CPU = torch.device("cpu")
 BENCHMARKS = Path(gpu.__file__).parent
@@ -88,6 +90,34 @@ class Sparing(Background):
             return super().submit(function, *arguments)
         there = arguments[0]["output"]
         return lambda: shutil.copytree(there.removesuffix("cpu") + "here", there)
+
+
+def test_every_row_from_scratch(monkeypatch, tmp_path: Path) -> None:
+    """With few of the levers, and a compiler that takes no time."""
+    kept = {name: gpu_scratch.LEVERS[name] for name in ("", "checkpointing", "channels last")}
+    monkeypatch.setattr(gpu_scratch, "LEVERS", kept | {"attention xformers": {"compute": {"attention": "xformers"}}})
+    monkeypatch.setattr(gpu_scratch, "BATCH", 1)
+    monkeypatch.setattr(gpu_scratch, "BATCHES", (2,))
+    monkeypatch.setattr(compute, "COMPILER", "eager")
+    monkeypatch.setattr(compute, "BLOCKS", ("BasicTransformerBlock",))
+    sizes = Sizes({"tiny-sd15": (64, (1.0, 1.0, 1.0))}, steps=1)
+    found = taken(Scratch(Background(0), sizes).rows(), tmp_path)
+    xformers = found.pop("from scratch 64 batch 1, attention xformers")
+    assert (xformers["status"], xformers["figures"].get("steps_per_second")) == ("left out", None)
+    assert "pip install xformers" in xformers["why"][0]
+    all_ok(found)
+    assert list(found) == [
+        "from scratch: build",
+        "from scratch 64 batch 1",
+        "from scratch 64 batch 1, checkpointing",
+        "from scratch 64 batch 1, channels last",
+        "from scratch 64 batch 2, checkpointing",
+        "from scratch 32 batch 4",
+        "from scratch 32 batch 4, compile",
+    ]
+    plain, compiled = (found[f"from scratch 32 batch 4{name}"]["figures"] for name in ("", ", compile"))
+    assert plain["trained_parameters"] == found["from scratch: build"]["figures"]["unet_parameters"]
+    assert compiled["steps_per_second"] > 0
 
 
 @pytest.fixture
@@ -251,6 +281,10 @@ def test_rows_know_the_real_layouts_and_have_names_of_their_own() -> None:
     rows = Speed(Background(0), REAL).rows()
     assert len({row.name for row in rows}) == len(rows) == 2 * 2 * (1 + 2 * (2 * 2 + 1))
     assert {row.settings["data"]["resolution"] for row in rows if row.name.startswith("sdxl")} == {1024}
+    rows = Scratch(Background(0), gpu_scratch.REAL).rows()
+    assert len({row.name for row in rows}) == len(rows) == 1 + len(gpu_scratch.LEVERS) + 2 + 1 + 1
+    assert {row.settings["training"]["trains"] for row in rows} == {"unet"}
+    assert sum(row.expected for row in rows) < 180
     assert gpu.parse(["--rows", "speed,correctness"]).rows == ("correctness", "speed")
     with pytest.raises(SystemExit):
         gpu.parse(["--rows", "sped"])

@@ -160,3 +160,21 @@ def test_an_earlier_attempt_counts_in_its_phase():
         "peak_process_mib": 950.0,
         "peak_device_mib": 90.0,
     }
+
+
+def test_readings_at_an_interval_after_the_last_of_any_kind(tmp_path, monkeypatch):
+    from t2ilib import memory
+
+    clock, told = [0.0], []
+    monkeypatch.setattr(memory.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(memory, "read_memory", lambda folder: {"process_mib": 100.0, "disk_free_mib": 2048.0})
+    log = memory.MemoryLog(tmp_path)
+    clock[0] = 8.0
+    log.note("loaded")
+    clock[0] = 17.0
+    assert log.now(3, told.append) == {}
+    clock[0] = 18.0
+    assert log.now(4, told.append) == {"memory/process_mib": 100.0, "memory/disk_free_mib": 2048.0}
+    assert log.now(5, told.append) == {}
+    assert told == ["memory at step 4: process 100 MiB, disk free 2,048 MiB"]
+    assert log.metrics() == {"memory/loaded/process_mib": 100.0, "memory/loaded/disk_free_mib": 2048.0}

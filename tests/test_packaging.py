@@ -10,10 +10,16 @@ import yaml
 from typer.testing import CliRunner
 
 from t2ilib.cli import app
+from t2ilib.data.captions import build_captions
+from t2ilib.runfile import build_run
 from t2ilib.studies.notebooks import SHIPPED
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+PAGES = "".join(
+    (ROOT / page).read_text()
+    for page in ("experiments/data.md", "experiments/training.md", "experiments/pipeline.md", "inference/README.md")
+)
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]
 
@@ -36,7 +42,9 @@ def test_environment_yml_installs_the_project_and_nothing_else() -> None:
 def test_every_dependency_is_pinned_in_constraints() -> None:
     pins = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
     assert all(re.fullmatch(r"[\w.\-]+==[\w.]+", pin) for pin in pins)
-    wanted = {name_of(item) for item in PROJECT["dependencies"] + PROJECT["optional-dependencies"]["dev"]}
+    extras = PROJECT["optional-dependencies"]
+    wanted = {name_of(item) for group in (PROJECT["dependencies"], *extras.values()) for item in group} - {"t2ilib"}
+    assert f"t2ilib[{','.join(name for name in extras if name != 'dev')}]" in extras["dev"], "what tests need"
     assert wanted <= {name_of(pin) for pin in pins}
 
 
@@ -56,8 +64,10 @@ def test_ci_calls_the_readme_test_command() -> None:
 
 
 def bash_commands() -> list[str]:
-    blocks = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
-    return [line for block in blocks for line in block.splitlines() if line and not line.startswith("#")]
+    blocks = re.findall(r"```bash\n(.*?)```", README + PAGES, re.DOTALL)
+    return [
+        line.rpartition("| ")[2] for block in blocks for line in block.splitlines() if line and not line.startswith("#")
+    ]
 
 
 @pytest.mark.parametrize("command", bash_commands())
@@ -76,6 +86,12 @@ def test_readme_command_exists_with_its_options(command: str) -> None:
         assert option in text, f"{option} is not an option of {' '.join(words[:depth])}"
     for path in re.findall(r"experiments/\S+\.yaml", command):
         assert (ROOT / path).exists()
+
+
+@pytest.mark.parametrize("block", re.findall(r"```yaml\n(.*?)```", PAGES, re.DOTALL))
+def test_sections_on_the_pages_make_runs(block: str) -> None:
+    run = build_run({"adapter": {}, "training": {"batch_size": 4}, **yaml.safe_load(block)})
+    assert build_captions(run.data.captions).specs or run.prior or run.adapter.tokens
 
 
 def test_bare_make_lists_the_targets() -> None:

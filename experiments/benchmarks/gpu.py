@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-GROUPS = ("correctness", "study", "speed")
+GROUPS = ("correctness", "study", "scratch", "speed")
 """In this order: what fails is known first, and speed takes what time is left."""
 PACKAGES = (
     *("torch", "diffusers", "transformers", "peft", "bitsandbytes", "accelerate", "safetensors", "prodigyopt"),
@@ -96,6 +96,10 @@ def rows_of(wanted: Sequence[str], scratch: Path, comparing: Any, planning: Any)
         from gpu_study import Study
 
         rows += Study(scratch).rows()
+    if "scratch" in wanted:
+        from gpu_scratch import scratch_rows
+
+        rows += scratch_rows(planning)
     if "speed" in wanted:
         from gpu_speed import REAL, TINY, Speed
 

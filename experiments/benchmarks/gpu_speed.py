@@ -5,10 +5,11 @@ part of the work is the run's own: its encoding, its step, its drawing. Steps ar
 and norm) in them, and the median counts.
 """
 
+import contextlib
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -19,17 +20,25 @@ from gpu_record import Figures, NotHere, Row, tidy, told
 from torch import nn
 
 from t2ilib.config import RunConfig
-from t2ilib.data.cache import PICTURES_AT_ONCE, EncodedDataset
+from t2ilib.data.cache import CAPTIONS_AT_ONCE, EncodedDataset
 from t2ilib.evaluation.sampling import draw
 from t2ilib.memory import MIB, Peaks, pictures_at_once
 from t2ilib.models.components import Components
 from t2ilib.models.files.layouts import build_layout, is_layout
 from t2ilib.models.load import choose_device, choose_dtype, load_base, quantize_parts
+from t2ilib.planning.blank import BlankTokenizer, encode_blank
 from t2ilib.planning.fit import available_bytes, needed_bytes
-from t2ilib.planning.trace import BlankTokenizer, MemoryPlan, encode_blank, plan_memory
+from t2ilib.planning.trace import MemoryPlan, plan_memory
 from t2ilib.runfile import build_run
+from t2ilib.training.compute import computing, require_possible
 from t2ilib.training.loop import build_accelerator
-from t2ilib.training.setups import checkpoint_gradients, encoders, learn_to_denoise, trained_modules
+from t2ilib.training.setups import (
+    checkpoint_gradients,
+    learn_to_denoise,
+    needed_in_steps,
+    trained_modules,
+    trained_precision,
+)
 from t2ilib.training.state import TrainState
 from t2ilib.training.step import take_gradients
 
@@ -39,6 +48,8 @@ WARM_UP = 2
 LEAST_TIMED = 3
 SECONDS_TIMED = 5.0
 PROMPTS = 4
+SECTIONS = ("model", "adapter", "data", "optimizer", "training", "compute", "evaluation")
+"""What of a run decides its speed and memory."""
 
 
 @dataclass(frozen=True)
@@ -79,12 +90,14 @@ class Base:
 class Speed:
     """Keeps one base at a time, and the plans that other cores trace meanwhile."""
 
+    group = "speed"
+
     def __init__(self, background: Background, sizes: Sizes):
         self.sizes, self.background = sizes, background
         self.device = choose_device()
-        self.of: tuple[str, str] | None = None
+        self.of: tuple[str, str, int] | None = None
         self.base: Base | None = None
-        self.broken: set[tuple[str, str]] = set()
+        self.broken: set[tuple[str, str, int]] = set()
         self.plans: dict[str, Callable[[], MemoryPlan]] = {}
 
     def run(self, layout: str, quantization: str, kind: str, batch: int, checkpointing: bool) -> RunConfig:
@@ -119,7 +132,7 @@ class Speed:
 
     def ready(self, run: RunConfig) -> Base:
         """The base of `run`, encoded data included; whatever was there before is dropped first."""
-        wanted = run.model.base, run.model.quantization
+        wanted = run.model.base, run.model.quantization, run.data.resolution
         if wanted in self.broken:
             raise NotHere("the base could not be built: see the row that failed first")
         if self.of != wanted or self.base is None:
@@ -127,19 +140,19 @@ class Speed:
             tidy()
             self.broken.add(wanted)
             components = build_base(run, self.device)
-            with torch.no_grad(), components.awake(*encoders(run, components)):
-                encoded = encode_blank(run, components, max(self.sizes.batches))
-            components.park(())
+            components.park(needed_in_steps(run, components))
+            with torch.no_grad():
+                encoded = encode_blank(run, components)
             fill(encoded)
             self.broken.remove(wanted)
             self.of, self.base = wanted, Base(components, encoded)
         return self.base
 
     def attached(self, run: RunConfig) -> Base:
-        """The same with the adapter of `run`, in place of another one."""
+        """The same with the adapter of `run`, in place of another one; without one the whole UNet is trained."""
         base = self.ready(run)
-        unet = base.components.unet
-        if base.kind != run.adapter.kind:
+        unet, kind = base.components.unet, run.adapter.kind if run.adapter else run.trains
+        if base.kind != kind:
             if base.kind is not None:
                 base.kind, base.modules = None, {}
                 unet.unload_lora()
@@ -147,7 +160,7 @@ class Speed:
                 tidy()
             self.base = None  # half an adapter must not stay, should this fail
             base.modules = trained_modules(run, base.components)
-            self.base, base.kind = base, run.adapter.kind
+            self.base, base.kind = base, kind
         unet.disable_gradient_checkpointing()
         if run.training.gradient_checkpointing:
             checkpoint_gradients(base.components, base.modules)
@@ -161,12 +174,11 @@ class Speed:
         figures["build_seconds"] = time.perf_counter() - started
         components = base.components
         measured = Measured("encoding", self.plan(run, figures), figures, self.device)
-        with torch.no_grad(), components.awake(*encoders(run, components)):
+        with torch.no_grad():
             tidy()
             with measured:
-                seconds = self.timed(lambda: encode_blank(run, components, max(self.sizes.batches)))
-        pictures = pictures_at_once(run.data.resolution, PICTURES_AT_ONCE)
-        figures |= {"pictures": pictures, "captions": max(self.sizes.batches) + 1, "encoding_seconds": seconds}
+                seconds = self.timed(lambda: encode_blank(run, components))
+        figures |= {"pictures": 1, "captions": CAPTIONS_AT_ONCE, "encoding_seconds": seconds}
 
     def train(self, run: RunConfig, figures: Figures) -> None:
         self.ready(run)
@@ -175,13 +187,15 @@ class Speed:
         base = self.attached(run)
         tidy()
         accelerator = build_accelerator(run)
-        with Measured("training", plan, figures, self.device):
+        require_possible(run, accelerator)
+        with contextlib.ExitStack() as scope, Measured("training", plan, figures, self.device):
             setup = learn_to_denoise(run, base.components, base.modules, base.encoded, self.device)
             state = TrainState(run, setup, accelerator, "")
+            setup = scope.enter_context(computing(run, setup, accelerator))
             figures["trained_parameters"] = sum(parameter.numel() for parameter in state.parameters)
 
             def step(number: int) -> None:
-                ids = [i % setup.num_samples for i in range(run.training.batch_size)]
+                ids = list(range(run.training.batch_size))
                 losses, norm = take_gradients(run, setup, state.model, state.parameters, accelerator, number, ids)
                 figures["loss"], figures["grad_norm"] = float(losses.mean()), float(norm)
                 state.step()
@@ -264,8 +278,8 @@ class Speed:
             f"{phase}_planned_mib",
             "measured_to_planned",
         )
-        settings = run.model_dump(mode="json", include={"model", "adapter", "data", "training", "evaluation"})
-        return Row("speed", name, expected, partial(take, run), settings, shown, partial(self.begin, run))
+        settings = run.model_dump(mode="json", include=set(SECTIONS))
+        return Row(self.group, name, expected, partial(take, run), settings, shown, partial(self.begin, run))
 
 
 class Measured:
@@ -301,15 +315,15 @@ class Measured:
 
 
 def key_of(run: RunConfig) -> str:
-    return run.model_dump_json(include={"model", "adapter", "data", "training", "evaluation"})
+    return run.model_dump_json(include=set(SECTIONS))
 
 
 def build_base(run: RunConfig, device: torch.device) -> Components:
     """The layout with random weights, made on the device; or, where `model.base` is none, the model of that name."""
     if not is_layout(run.model.base):
-        return load_base(run.model, device)
+        return load_base(trained_precision(run), device)
     torch.manual_seed(run.seed)
-    dtype = choose_dtype(run.model.dtype, device)
+    dtype = choose_dtype(trained_precision(run).dtype, device)
     components = build_layout(run.model.base, dtype, str(device))
     components.vae.float()
     components.tokenizers = {
@@ -324,6 +338,5 @@ def build_base(run: RunConfig, device: torch.device) -> Components:
 def fill(encoded: EncodedDataset) -> None:
     """Numbers in place of the zeros that `encode_blank` keeps: zeros can be faster to multiply than pictures are."""
     generator = torch.Generator().manual_seed(0)
-    tensors: Sequence[torch.Tensor] = [encoded.latents, *(encoded.text or {}).values()]
-    for tensor in tensors:
+    for tensor in (*encoded.latents.held.values(), *encoded.text.held.values()):
         tensor.copy_(torch.randn(tensor.shape, generator=generator))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from t2ilib.adapters.dropout import DROPOUTS
 from t2ilib.adapters.spec import resolve_sizes, weight_shape
+from t2ilib.adapters.tokens import VECTORS, attach_tokens, distances, file_names
 from t2ilib.config import AdapterSpec, ConfigError
 from t2ilib.models.components import Components
 from t2ilib.models.load import load_full
@@ -27,10 +28,11 @@ class AdapterError(ValueError):
 
 
 def attach_adapters(components: Components, spec: AdapterSpec, seed: int) -> dict[str, nn.Module]:
-    """Attaches `spec` to the UNet and, where asked, the text encoders; returns the components that now have adapters.
+    """Attaches `spec` to the UNet and, where asked, the text encoders, with its new words; returns the components that now have
+    something to train.
 
     Everything else stays frozen, and a module in eval mode has its adapter in eval mode. Raises ConfigError for targets that
-    match nothing and for initialisations that a layer cannot have.
+    match nothing, for initialisations that a layer cannot have, and for words that cannot be added.
     """
     adapted = {}
     full = load_full(components) if spec.init == "loftq" else None
@@ -63,7 +65,7 @@ def attach_adapters(components: Components, spec: AdapterSpec, seed: int) -> dic
             len(sizes),
             f"{sum(p.numel() for p in module.parameters() if p.requires_grad):,}",
         )
-    return adapted
+    return adapted | attach_tokens(components, spec)
 
 
 def peft_config(sizes: dict[str, tuple[int, float]], spec: AdapterSpec):
@@ -173,7 +175,8 @@ def base_digest(components: Components) -> str:
 class AdapterProof:
     """Watches a run: did every adapter get a finite, non-zero gradient, and did it move, while the base stood still?
 
-    Gradients are collected over the first `observed_steps` steps, not the very first alone: while B is zero, A has none.
+    Gradients are collected over the first `observed_steps` steps, not the very first alone: while B is zero, A has none. A new word may
+    come later than that; it has no weight decay, so that at the end one that moved has had a gradient.
     """
 
     observed_steps = 8  # a float16 run may lose its first few steps to finding its loss scale
@@ -213,10 +216,14 @@ class AdapterProof:
                 )  # fmt: skip
 
     def unmoved(self) -> list[str]:
-        return sorted(name for name, p in self.parameters().items() if torch.equal(p.detach().cpu(), self.start[name]))
+        return sorted(
+            name
+            for name, p in self.parameters().items()
+            if not name.endswith(VECTORS) and torch.equal(p.detach().cpu(), self.start[name])
+        )
 
     def require_gradients(self) -> None:
-        without = sorted(set(self.start) - self.got_gradient)
+        without = sorted(name for name in set(self.start) - self.got_gradient if not name.endswith(VECTORS))
         if without:
             raise AdapterError(
                 f"{len(without)} of {len(self.start)} adapter weights got no finite, non-zero gradient in {self.observed} steps:"
@@ -228,6 +235,14 @@ class AdapterProof:
         if self.observed > 1:
             self.require_gradients()
         change: dict[str, Tensor] = {n: p.detach().cpu() - self.start[n] for n, p in self.parameters().items()}
+        words = distances(self.components, self.start) if self.spec.tokens else {}
+        if unlearned := [
+            f"{word} in {name}" for word, own in words.items() for name, share in own.items() if not share > 0
+        ]:
+            raise AdapterError(
+                f"new words never moved, or are not finite: {', '.join(unlearned)}. No step has seen a caption with them: take more steps,"
+                " or write them into more captions"
+            )
         still = sorted(name for name, delta in change.items() if not bool(delta.any() and torch.isfinite(delta).all()))
         if still:
             raise AdapterError(
@@ -241,4 +256,8 @@ class AdapterProof:
         magnitudes = [delta.norm() for name, delta in change.items() if "magnitude" in name]
         if self.spec.kind == "dora":
             moved["adapter/magnitude_change_norm"] = float(torch.stack(magnitudes).norm())
+        for word, own in words.items():
+            log.info("%s moved by %s of its length", word, ", ".join(f"{share:.1%} in {n}" for n, share in own.items()))
+            plain = file_names(words)[word].removesuffix(".safetensors")
+            moved |= {f"adapter/words/{plain}/{name}": share for name, share in own.items()}
         return moved

@@ -13,7 +13,17 @@ from torch import Tensor
 
 from t2ilib.adapters.dora import SAID, check_options, for_program
 from t2ilib.adapters.formats import by_component, write_diffusers, write_kohya, write_peft
-from t2ilib.adapters.load import FILE_NAME, adapter_file, holds_dora, load_adapter, read_metadata, recorded_run
+from t2ilib.adapters.load import (
+    BETA_SCHEDULE,
+    FILE_NAME,
+    ZERO_TERMINAL_SNR,
+    adapter_file,
+    holds_dora,
+    load_adapter,
+    read_metadata,
+    recorded_run,
+)
+from t2ilib.adapters.tokens import WORDS, fold_words, save_words, stored_words
 from t2ilib.adapters.weights import AdapterLayer, WeightDifference, read_layers
 from t2ilib.config import ConfigError, ModelConfig, RunConfig, check_choice
 from t2ilib.models.components import Components
@@ -30,14 +40,15 @@ def save_adapter(
     start: Mapping[str, Tensor] | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> Path:
-    """Writes the attached adapter as one file that diffusers' `load_lora_weights` reads; returns the file.
+    """Writes the attached adapter as one file that diffusers' `load_lora_weights` reads, and new words beside it; returns the file.
 
     `start`: see `read_layers`. `metadata`: what to say about it, see `describe`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     layers = read_layers(components, start)
     warn_of_lost_magnitudes(layers)
-    write_diffusers(layers, components, folder / FILE_NAME, metadata or {})
+    words = save_words(components, folder / FILE_NAME)
+    write_diffusers(layers, components, folder / FILE_NAME, {**(metadata or {}), **words})
     return folder / FILE_NAME
 
 
@@ -58,6 +69,7 @@ def write_merged(
     with quiet_libraries():
         pipeline.fuse_lora(components=list(by_component(layers)), safe_fusing=True)
         pipeline.unload_lora_weights()
+    fold_words(components)
     save_pipeline(components, folder)
     told = f"An adapter merged into {components.path} in {components.unet.dtype}."
     trained_on = metadata.get("t2ilib.quantization", "none")
@@ -90,6 +102,8 @@ def export_adapter(
 ) -> Path:
     """Writes the adapter of a run's folder, or of a diffusers file, in another format; returns the file or folder.
 
+    Words that were learned beside it are files beside the target, or are part of what is merged.
+
     `model`: the base it goes with; without it that of the run, in full precision, loaded in `dtype`. A DoRA in kohya's layout
     says for whose arithmetic it is, `program` (one of `dora.PROGRAMS`), or what is written in its place, `form` (one of
     `dora.FORMS`; a LoRA of `rank`); a LoRA is the same for all. Raises ConfigError for a format that does not exist, a target that
@@ -106,6 +120,10 @@ def export_adapter(
         key: value for key, value in read_metadata(file).items() if key.startswith(("modelspec.", "ss_", "t2ilib."))
     }
     check_options(source, holds_dora(file), format, program, form, rank)
+    named = target / FILE_NAME if format == "peft" else target
+    beside = [] if format == "merged" else [named.with_name(path.name) for path in stored_words(file).values()]
+    if taken := [path for path in beside if path.exists()]:
+        raise ConfigError(f"{taken[0]} exists already, and a word of the adapter would go there: name another folder")
     recorded = recorded_run(file)
     if model is None and recorded is None:
         raise ConfigError(f"{source} is not a run's folder, so nothing says which base it goes with: give --model")
@@ -121,6 +139,11 @@ def export_adapter(
             metadata = (metadata if form is None else in_another_form(layers, metadata)) | told
     if format == "diffusers":
         warn_of_lost_magnitudes(layers)
+    if format == "merged":
+        metadata = {key: value for key, value in metadata.items() if key != WORDS}
+    else:
+        named.parent.mkdir(parents=True, exist_ok=True)
+        metadata = {**metadata, **save_words(components, named)}
     writer(layers, components, target, metadata)
     return target
 
@@ -149,15 +172,15 @@ def describe(
     run: RunConfig, components: Components, data_digest: str, layers: Sequence[AdapterLayer]
 ) -> dict[str, str]:
     """modelspec (github.com/Stability-AI/ModelSpec) and `ss_` metadata of a run's adapter; what is not known is not there."""
-    spec, side = run.adapter, run.data.resolution
+    spec, side, noise = run.adapter, run.data.resolution, components.scheduler.config
     values = {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": f"{components.family.architecture}/{spec.kind}",
         "modelspec.implementation": "diffusers",
         "modelspec.title": run.name,
         "modelspec.resolution": f"{side}x{side}",
-        "modelspec.prediction_type": components.scheduler.config.prediction_type.removesuffix("_prediction"),
-        "modelspec.trigger_phrase": ", ".join(spec.trigger_words),
+        "modelspec.prediction_type": noise.prediction_type.removesuffix("_prediction"),
+        "modelspec.trigger_phrase": ", ".join(dict.fromkeys((*spec.trigger_words, *spec.tokens))),
         "ss_sd_model_name": components.path,
         "ss_base_model_version": components.family.version,
         **about_network(layers),
@@ -167,6 +190,10 @@ def describe(
         "ss_learning_rate": f"{run.optimizer.learning_rate:g}",
         "ss_optimizer": run.optimizer.name,
         "ss_min_snr_gamma": f"{run.objective.snr_gamma:g}" if run.objective.snr_gamma else "",
+        "ss_noise_offset": f"{run.objective.noise_offset:g}" if run.objective.noise_offset else "",
+        "ss_clip_skip": str(run.model.clip_skip + 1) if run.model.clip_skip else "",  # where 1 leaves nothing out
+        ZERO_TERMINAL_SNR: "True" if noise.get("rescale_betas_zero_snr") else "",
+        BETA_SCHEDULE: noise.beta_schedule if run.objective.beta_schedule != "auto" else "",
         "t2ilib.data_digest": data_digest,
         "t2ilib.training_digest": run.training_digest(),
         "t2ilib.quantization": run.model.quantization,

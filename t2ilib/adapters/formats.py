@@ -12,6 +12,7 @@ from itertools import accumulate
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from t2ilib.adapters.dora import AS, FOR, PROGRAMS, SAID, with_magnitudes
@@ -232,6 +233,15 @@ def with_text_model(name: str) -> str:
 
 def in_text_model(components: Components, component: str) -> bool:
     return component == "unet" or hasattr(components.modules()[component], "text_model")
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+    """What a safetensors file says about itself. Raises ConfigError for a file that is none."""
+    try:
+        with safe_open(file, "pt") as stored:
+            return stored.metadata() or {}
+    except SafetensorError as error:
+        raise ConfigError(f"{file} is not a whole safetensors file: {error}") from None
 
 
 DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}

@@ -6,15 +6,17 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from t2ilib.adapters.formats import is_kohya, read_kohya, refuse_others, write_diffusers
-from t2ilib.config import ConfigError
+from t2ilib.adapters.formats import is_kohya, read_kohya, read_metadata, refuse_others, write_diffusers
+from t2ilib.adapters.tokens import add_words, read_words
+from t2ilib.config import ConfigError, check_choice
 from t2ilib.memory import align
 from t2ilib.models.components import Components
 from t2ilib.models.files.locate import in_small_letters
+from t2ilib.models.noise import BETAS
 from t2ilib.models.pipeline import build_pipeline, quiet_libraries
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
@@ -28,9 +30,13 @@ DIFFUSERS = re.compile(
 ALPHA = re.compile(r"(\.lora(_A|_B|_linear_layer)?)?\.alpha$")
 UP = re.compile(r"(\.lora_B|\.lora\.up|\.lora_linear_layer\.up|(?<=_lora)\.up)\.weight$")
 """What stands behind a module's name in that of its alpha, and in that of the second of its two matrices."""
+KOHYA_LAYER = re.compile(r"(lora_te\d?)_text_model_encoder_layers_(\d+)_")
 PARTS = ("unet.", "text_encoder.", "text_encoder_2.")
 PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_prediction", "sample": "sample"}
 """`modelspec.prediction_type` of an adapter -> diffusers' name."""
+ZERO_TERMINAL_SNR, BETA_SCHEDULE = "ss_zero_terminal_snr", "t2ilib.beta_schedule"
+"""What an adapter's file says of the noise that it was trained by: "True", as kohya's scripts write it; and the betas, where they
+are not its base's."""
 
 
 def adapter_file(path: Path) -> Path:
@@ -55,15 +61,6 @@ def recorded_run(path: Path) -> Path | None:
     return next((file for place in (path, *path.parents[:4]) if (file := place / "run.yaml").is_file()), None)
 
 
-def read_metadata(file: Path) -> dict[str, str]:
-    """What a safetensors file says about itself. Raises ConfigError for a file that is none."""
-    try:
-        with safe_open(file, "pt") as stored:
-            return stored.metadata() or {}
-    except SafetensorError as error:
-        raise ConfigError(f"{file} is not a whole safetensors file: {error}") from None
-
-
 def holds_dora(file: Path) -> bool:
     """Whether an adapter's file, in any layout, has magnitudes."""
     with safe_open(file, "pt") as stored:
@@ -71,31 +68,84 @@ def holds_dora(file: Path) -> bool:
 
 
 def load_adapter(components: Components, path: Path, name: str = "default") -> None:
-    """Attaches a saved adapter, frozen, to `components`. `path`: the file, or a run's or adapter's folder.
+    """Attaches a saved adapter, frozen, to `components`, with the words that were learned beside it. `path`: the file, or a run's or
+    adapter's folder.
 
     Several may be attached under different names; `weigh_adapters` says how strongly each acts. Raises ConfigError where there
     is no adapter file, or its layers are not this model's.
     """
     file = adapter_file(path)
-    metadata = read_metadata(file)
     if (note := file.parent / UNPROVEN).exists():
         log.warning("%s is marked as unproven: %s", file, note.read_text().strip())
-    tensors = load_file(file)
-    if is_kohya(tensors) and not any(key.startswith(PARTS) for key in tensors):
-        with tempfile.TemporaryDirectory(prefix="t2ilib-") as folder:
-            converted = Path(folder) / FILE_NAME
-            write_diffusers(read_kohya(components, tensors, file, metadata), components, converted, metadata)
-            attach_file(components, converted, name, file)
-    else:
-        refuse_others([key for key in tensors if not DIFFUSERS.search(key)], file)
-        with tempfile.TemporaryDirectory(prefix="t2ilib-") as folder:
-            attach_file(components, readable(file, tensors, metadata, Path(folder)), name, file)
-    if told := PREDICTIONS.get(metadata.get("modelspec.prediction_type", "")):
-        if told != components.scheduler.config.prediction_type:
-            log.info("%s was trained for %s: pictures are drawn so", file, told)
-        components.predict(told)
+    attach_layers(components, file, name)
+    add_words(components, read_words(components, file))
+    metadata = read_metadata(file)
+    take_up_noise(components, metadata, file)
+    tell_clip_skip(components, metadata, file)
     for module in components.modules().values():
         align(module.requires_grad_(False))
+
+
+def attach_layers(components: Components, file: Path, name: str) -> None:
+    """Attaches the layers of a file, in whatever layout, as the adapter `name`; nothing else of `components` changes."""
+    metadata, tensors = read_metadata(file), load_file(file)
+    with tempfile.TemporaryDirectory(prefix="t2ilib-") as folder:
+        if is_kohya(tensors) and not any(key.startswith(PARTS) for key in tensors):
+            converted = Path(folder) / FILE_NAME
+            there = without_skipped_layers(components, tensors)
+            write_diffusers(read_kohya(components, there, file, metadata), components, converted, metadata)
+        else:
+            refuse_others([key for key in tensors if not DIFFUSERS.search(key)], file)
+            converted = readable(file, tensors, metadata, Path(folder))
+        attach_file(components, converted, name, file)
+
+
+def without_skipped_layers(components: Components, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A kohya file without the layers that `model.clip_skip` leaves out: sd-scripts adapt those too, and they have no effect."""
+    if not (components.config and components.config.clip_skip):
+        return dict(tensors)
+    first = {
+        components.family.kohya_prefixes[name]: encoder.config.num_hidden_layers
+        for name, encoder in components.text_encoders.items()
+    }
+    found = {name: KOHYA_LAYER.match(name) for name in tensors}
+    return {name: x for name, x in tensors.items() if not ((place := found[name]) and int(place[2]) >= first[place[1]])}
+
+
+def take_up_noise(components: Components, metadata: Mapping[str, str], file: Path) -> None:
+    """Has the model draw by what an adapter says that it was trained for; what it does not say stays as it is."""
+    prediction = PREDICTIONS.get(metadata.get("modelspec.prediction_type", ""), "auto")
+    betas, zero = metadata.get(BETA_SCHEDULE, "auto"), True if metadata.get(ZERO_TERMINAL_SNR) == "True" else None
+    rescaled = bool(components.scheduler.config.get("rescale_betas_zero_snr"))
+    if prediction == "epsilon" and (zero or rescaled):
+        log.warning(
+            "%s says that it predicts noise, by which nothing can be drawn at zero terminal SNR: pictures are drawn %s",
+            file,
+            "as its base draws them" if rescaled else "without that",
+        )
+        prediction, zero = "auto" if rescaled else prediction, None
+    before = components.scheduler
+    components.noise_as(prediction, check_choice(betas, ("auto", *BETAS), f"{BETA_SCHEDULE} of {file}"), zero)
+    if components.scheduler is not before:
+        now = components.scheduler.config
+        told = f"{now.prediction_type}, betas {now.beta_schedule}{', zero terminal SNR' if zero else ''}"
+        log.info("%s was trained for another noise than its base: pictures are drawn so (%s)", file, told)
+
+
+def tell_clip_skip(components: Components, metadata: Mapping[str, str], file: Path) -> None:
+    """Warns where an adapter was trained on another layer of the text encoder than the one that is read here."""
+    told = metadata.get("ss_clip_skip", "")
+    if not components.family.clip_skip or not told.isdecimal():
+        return
+    trained, here = max(0, int(told) - 1), components.config.clip_skip if components.config else 0
+    if trained != here:
+        log.warning(
+            "%s was trained with model.clip_skip %d, and the base has %d: set it to %d to draw as it learned",
+            file,
+            trained,
+            here,
+            trained,
+        )
 
 
 def readable(file: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], scratch: Path) -> Path:

@@ -6,7 +6,21 @@ from typing import Annotated
 
 import typer
 
-from t2ilib.cli import adapters, planning, shapes, studies, training
+from t2ilib.cli import (
+    adapters,
+    captions,
+    download,
+    drawing,
+    hub,
+    inspection,
+    pipeline,
+    planning,
+    shapes,
+    shards,
+    studies,
+    training,
+)
+from t2ilib.cli.launcher import launched_as
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -15,30 +29,39 @@ app = typer.Typer(
     help="Which way of fine-tuning Stable Diffusion suits your pictures and your GPU?",
 )
 study_app = typer.Typer(no_args_is_help=True, help="Write a study of variants, run it, and see how far it is.")
-data_app = typer.Typer(no_args_is_help=True, help="Make data sets.")
+data_app = typer.Typer(
+    no_args_is_help=True, help="Get data sets, make them, look into them, and see what is done to captions."
+)
 tiny_app = typer.Typer(no_args_is_help=True, help="Rebuild the tiny models that ship with the package.")
 
 
 @app.callback()
 def main(quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings.")] = False) -> None:
-    logging.basicConfig(level=logging.WARNING if quiet else logging.INFO, format="%(message)s", stream=sys.stderr)
+    level = logging.ERROR if launched_as()[0] else logging.WARNING if quiet else logging.INFO
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
     logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
 for command in (
     training.train,
-    training.generate,
+    drawing.generate,
+    pipeline.pipeline,
     adapters.adapters,
     adapters.quantization,
     planning.plan,
     adapters.export,
+    hub.push,
 ):
     app.command()(command)
 study_app.command("new")(studies.study_new)
 study_app.command("run")(studies.study_run)
 study_app.command("status")(studies.study_status)
 study_app.command("show")(studies.study_show)
+data_app.command("inspect")(inspection.data_inspect)
 data_app.command("shapes")(shapes.data_shapes)
+data_app.command("captions")(captions.data_captions)
+data_app.command("download")(download.data_download)
+data_app.command("shard")(shards.data_shard)
 tiny_app.command("build")(shapes.tiny_build)
 tiny_app.command("pack")(shapes.tiny_pack)
 app.add_typer(study_app, name="study")

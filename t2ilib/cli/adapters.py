@@ -129,11 +129,12 @@ def export(
 
 
 def tell_of(file: Path) -> None:
-    """Prints an exported file's size, and where it approximates a DoRA, how near every layer of it is."""
+    """Prints an exported file's size, the files of its words, and where it approximates a DoRA, how near every layer of it is."""
     import json
 
     from t2ilib.adapters.dora import ERROR, ERRORS, SAID, megabytes
     from t2ilib.adapters.load import read_metadata
+    from t2ilib.adapters.tokens import stored_words
     from t2ilib.report import format_table
 
     told = read_metadata(file)
@@ -142,6 +143,11 @@ def tell_of(file: Path) -> None:
         print(f"\nrelative error of all layers together: {told[ERROR]}")
     if SAID in told:
         print(told[SAID])
+    for word, embeddings in stored_words(file).items():
+        name = embeddings.stem
+        print(
+            f"{word}: {embeddings}, for an embeddings folder, where A1111 calls it {name} and ComfyUI embedding:{name}"
+        )
     print(megabytes(file.stat().st_size))
 
 

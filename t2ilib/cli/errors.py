@@ -5,6 +5,8 @@ from collections.abc import Iterator
 
 import typer
 
+from t2ilib.cli.launcher import tells_mistakes
+
 
 @contextlib.contextmanager
 def readable_errors() -> Iterator[None]:
@@ -16,5 +18,7 @@ def readable_errors() -> Iterator[None]:
     except (ValueError, OSError) as error:
         if isinstance(error, ValidationError):
             raise
+        if not tells_mistakes():
+            raise SystemExit(2) from None
         typer.secho(f"{type(error).__name__}: {error}", fg=typer.colors.RED, err=True)
         raise SystemExit(2) from None

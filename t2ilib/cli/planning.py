@@ -48,11 +48,14 @@ def describe_plan(run: "RunConfig", plan: "MemoryPlan", card: float | None = Non
         run.model.quantization if run.model.quantization != "none" else "",
         f"accumulation {run.training.accumulation}" if run.training.accumulation > 1 else "",
         "gradient checkpointing" if run.training.gradient_checkpointing else "",
+        f"attention {run.compute.attention}" if run.compute.attention != "sdpa" else "",
+        *(f"{name} on the host" for name in run.compute.offload if plan.device_type == "cuda"),
         run.optimizer.name if plan.phases.get("training") else "",
     ]
     side = run.data.resolution
+    scratch = f"{run.scratch.unet} from scratch in {run.scratch.space}, by parts of " if run.scratch else ""
     yield (
-        f"{run.model.base} at {side}x{side}, batch {run.training.batch_size}, {', '.join(filter(None, [adapter, *options]))},"
+        f"{scratch}{run.model.base} at {side}x{side}, batch {run.training.batch_size}, {', '.join(filter(None, [adapter, *options]))},"
         f" on {plan.device_type}; traced in {plan.seconds:.0f} s\n"
     )
     rows = [
@@ -67,6 +70,8 @@ def describe_plan(run: "RunConfig", plan: "MemoryPlan", card: float | None = Non
         f"\nneeded: {needed / GIB:.1f} GiB, while {plan.largest}: {plan.peak_bytes / GIB:.2f} traced and"
         f" {(needed - plan.peak_bytes) / GIB:.2f} assumed for {reserve}"
     )
+    if plan.kept:
+        yield from describe_cache(run, plan)
     fit = [str(size) for size in CARDS_GB if needed <= size * GIB]
     yield f"cards that hold it, in GB: {', '.join(fit) or 'none'} (of {', '.join(map(str, CARDS_GB))})"
     available = card and card * GIB
@@ -86,3 +91,30 @@ def describe_plan(run: "RunConfig", plan: "MemoryPlan", card: float | None = Non
             yield f"  {needed_bytes(smaller) / GIB:5.1f} GiB with {flags} ({cost})"
         if not advice.fitting:
             yield f"  {remedy(advice)}"
+
+
+def describe_cache(run: "RunConfig", plan: "MemoryPlan") -> Iterator[str]:
+    """What `data.cache` keeps on disk, and what encoding it costs, in steps of this run: for its pictures where they can be listed, otherwise
+    for a thousand."""
+    from t2ilib.data.cache import encoded_folder
+    from t2ilib.planning.fit import count_samples
+
+    kept = {name: size for name, size in plan.kept.items() if size}
+    if not kept:
+        yield "nothing is kept on disk: pictures and captions are encoded in every step"
+        return
+    counted = count_samples(run)
+    numbers = counted or {"picture": 1000, "caption": 1000}
+    size = sum(numbers[name] * kept[name] for name in kept)
+    told = " and ".join(f"{numbers[name]:,} {name}s ({bytes_told(kept[name])} each)" for name in kept)
+    steps = ""
+    if plan.flops.get("sample"):
+        work = sum(numbers[name] * plan.flops[name] for name in kept)
+        steps = f"; encoding them once takes about as long as {work / plan.flops['sample'] / run.training.batch_size:,.0f} steps of this run"
+    yield f"kept on disk: {bytes_told(size)} for {told}, in {encoded_folder(run.data.cache_path)}{steps}"
+
+
+def bytes_told(size: float) -> str:
+    from tqdm import tqdm
+
+    return f"{tqdm.format_sizeof(size)}B"

@@ -8,19 +8,25 @@ from typing import Annotated, Any
 
 from pydantic import Field, model_validator
 
+from t2ilib.config.data import DataConfig, PriorConfig, ShapesConfig
+from t2ilib.config.section import Place, Section
 from t2ilib.config.sections import (
     AdapterSpec,
-    DataConfig,
+    ComputeConfig,
     EvaluationConfig,
     ModelConfig,
     ObjectiveConfig,
     OptimizerConfig,
-    Place,
-    Section,
-    ShapesConfig,
+    ScratchConfig,
     TrackingConfig,
     TrainingConfig,
 )
+
+LEFT_OUT = (
+    *("checkpoint_every", "keep_checkpoints", "keep_adapters", "require_fit", "deterministic"),
+    *("time_budget", "least_free_disk_mib", "least_free_memory_mib"),
+)
+"""Fields of `training` that decide no step."""
 
 
 class RunConfig(Section):
@@ -31,19 +37,27 @@ class RunConfig(Section):
     seed: Annotated[int, Field(ge=0)] = 0
     output: Place = Path("results/run")
     model: ModelConfig = ModelConfig()
+    scratch: ScratchConfig | None = None
     adapter: AdapterSpec | None = None
     data: DataConfig = DataConfig()
     shapes: ShapesConfig | None = None
+    prior: PriorConfig | None = None
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     training: TrainingConfig = TrainingConfig()
+    compute: ComputeConfig = ComputeConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     tracking: TrackingConfig = TrackingConfig()
 
     @property
     def trains(self) -> str:
         """adapter, unet, vae, clip or nothing."""
-        return self.training.trains or (self.shapes and self.shapes.trains) or "adapter"
+        return (
+            self.training.trains
+            or (self.shapes and self.shapes.trains)
+            or ("unet" if self.scratch else None)
+            or "adapter"
+        )
 
     @model_validator(mode="before")
     @classmethod
@@ -65,7 +79,11 @@ class RunConfig(Section):
                 f"the shapes section is about data.source shapes, and data.source is {self.data.source}: set shapes to null"
             )
         if self.data.source == "shapes" and self.data.path is not None:
-            raise ValueError("data.path is about picture folders: leave it out, or set data.source to folder")
+            raise ValueError("data.path is about pictures that are there: leave it out, or set data.source to folder")
+        if self.prior is not None and trains in ("vae", "clip", "nothing"):
+            raise ValueError(
+                f"the prior section is about adapters and the UNet, and this run trains {trains}: leave it out"
+            )
         if self.shapes is not None and self.shapes.trains and self.training.trains:
             raise ValueError(
                 f"training.trains is {self.training.trains} and shapes.trains is {self.shapes.trains}: leave one of them out"
@@ -76,6 +94,32 @@ class RunConfig(Section):
                 if self.adapter is not None
                 else "this run has no adapter section: add one, or set training.trains to unet or nothing"
             )
+        if self.scratch is not None and trains != "unet":
+            raise ValueError(
+                f"the scratch section is about training a UNet, and this run trains {trains}: set scratch to null"
+            )
+        if self.scratch is not None and self.objective.timestep_range != (0.0, 1.0):
+            raise ValueError(
+                "objective.timestep_range leaves timesteps untrained, and a network that begins with fresh weights knows none of them: leave"
+                " it out"
+            )
+        if self.scratch is not None and self.scratch.space == "pixels" and self.model.vae is not None:
+            raise ValueError("model.vae is about latents, and scratch.space is pixels: leave one of them out")
+        if self.scratch is not None and self.prior is not None and self.prior.path is None:
+            raise ValueError(
+                "prior.path: a network that begins with fresh weights can draw no pictures of the class; give them"
+            )
+        if sum(self.data.stages.values()) >= self.training.steps and self.data.stages and self.training.steps:
+            raise ValueError(
+                f"data.stages takes {sum(self.data.stages.values())} steps, and training.steps is {self.training.steps}: none is left for"
+                f" data.resolution {self.data.resolution}"
+            )
+        if self.evaluation.sample_every_epochs and self.data.streaming:
+            raise ValueError(
+                "evaluation.sample_every_epochs: how long a pass over a stream is, is not known before its end; use sample_every"
+            )
+        if self.optimizer.token_learning_rate is not None and not (self.adapter and self.adapter.tokens):
+            raise ValueError("optimizer.token_learning_rate is about adapter.tokens, and there are none")
         if self.adapter is not None:
             residual, base = self.adapter.init in ("pissa", "olora"), self.model.quantization
             if residual and base != "none":
@@ -89,10 +133,28 @@ class RunConfig(Section):
             raise ValueError("optimizer.lora_plus_ratio is about the B of adapters, and this run trains none")
         if trains == "nothing" and self.training.steps:
             raise ValueError("training.trains is 'nothing', so training.steps must be 0")
-        if self.training.ema_decay and trains == "adapter":
-            raise ValueError("training.ema_decay is for training whole models; set it to 0 for an adapter")
+        if self.training.ema_horizon and trains == "adapter":
+            raise ValueError("training.ema_horizon is for training whole models; set it to 0 for an adapter")
         if self.training.keep_adapters == "all" and trains != "adapter":
             raise ValueError(f"training.keep_adapters is about adapters, and this run trains {trains}: leave it out")
+        of_unet = [name for name in ("compile", "channels_last") if getattr(self.compute, name)]
+        of_unet += ["attention"] if self.compute.attention != "sdpa" else []
+        if of_unet and trains in ("vae", "clip"):
+            raise ValueError(f"compute.{of_unet[0]} is about the UNet, and this run trains {trains}: leave it out")
+        if self.compute.channels_last and trains == "unet" and self.optimizer.name == "adamw8bit":
+            raise ValueError(
+                "compute.channels_last: bitsandbytes' 8-bit optimizer lays the weights that it trains out channel by channel again, in every"
+                " step: leave one of them out"
+            )
+        if self.compute.cudnn_benchmark and self.training.deterministic:
+            raise ValueError(
+                "compute.cudnn_benchmark may choose other kernels in every process, and training.deterministic asks for the same bits:"
+                " leave one of them out"
+            )
+        if "average" in self.compute.offload and not self.training.ema_horizon:
+            raise ValueError(
+                "compute.offload: there is no average to wait in host memory; set training.ema_horizon, or leave it out"
+            )
         if self.model.quantization != "none" and trains not in ("adapter", "nothing"):
             raise ValueError(
                 f"a quantized base cannot be trained itself: set model.quantization to none to train {trains}"
@@ -100,26 +162,30 @@ class RunConfig(Section):
         return self
 
     def training_digest(self) -> str:
-        """12 hex digits of what decides the steps of a run: all but output, name, tracking and evaluation, and, under a constant
-        schedule, how many steps there are, so that a finished run can go on."""
-        left_out = dict.fromkeys(
-            ("checkpoint_every", "keep_checkpoints", "keep_adapters", "require_fit", "deterministic"), True
-        )
+        """12 hex digits of what decides the steps of a run."""
+        return hashlib.sha256(json.dumps(self.deciding(), sort_keys=True).encode()).hexdigest()[:12]
+
+    def deciding(self) -> dict[str, Any]:
+        """What decides the steps of a run: all but output, name, tracking, evaluation and compute, and, under a constant schedule, how
+        many steps there are, so that a finished run can go on (unless a share of them is asked for)."""
+        left_out = dict.fromkeys(LEFT_OUT, True)
         values = self.model_dump(
             mode="json",
-            exclude={"output": True, "name": True, "tracking": True, "evaluation": True, "training": left_out}
-            | {"shapes": {"checked_prompts": True}},
+            exclude=dict.fromkeys(("output", "name", "tracking", "evaluation", "compute"), True)
+            | {"training": left_out}
+            | {"shapes": {"checked_prompts": True}, "data": dict.fromkeys(("cache", "cache_path", "workers"), True)},
         )
         values["training"]["trains"] = self.trains
-        if self.optimizer.schedule == "constant":
+        if self.optimizer.schedule == "constant" and (self.adapter is None or self.adapter.token_share == 1):
             del values["training"]["steps"]
-        return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:12]
+        return values
 
     def flat(self) -> dict[str, Any]:
         """`section.field` -> JSON-like value; the same keys for every run, whatever it trains."""
         values = self.model_dump(mode="json", exclude={"output", "name", "tracking"})
         values["training"]["trains"] = self.trains
-        for section, kind in (("adapter", AdapterSpec), ("shapes", ShapesConfig)):
+        kinds = {"adapter": AdapterSpec, "scratch": ScratchConfig, "shapes": ShapesConfig, "prior": PriorConfig}
+        for section, kind in kinds.items():
             values[section] = values[section] or dict.fromkeys(kind.model_fields)
         return {
             f"{section}.{field}" if isinstance(content, dict) else section: value

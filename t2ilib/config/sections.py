@@ -1,21 +1,11 @@
-"""The sections of a run config, one for each stage of a run, and one for the drawn world: every option, with its default and its source."""
+"""The sections of a run config, one for each stage of a run but its data (`data`): every option, with its default and its source."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
-
-
-Positive = Annotated[int, Field(ge=1)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, lt=1)]
-Place = Annotated[Path, AfterValidator(Path.expanduser)]
-"""A file or folder; `~` is the user's own, as in a shell."""
+from t2ilib.config.section import Duration, Location, Place, Positive, PositiveFloat, Section, Share
 
 
 class ModelConfig(Section):
@@ -40,6 +30,9 @@ class ModelConfig(Section):
     quantize_text_encoders: bool = True
     quantization_skip: tuple[str, ...] = ()
     """Module names, or endings of them, that keep their precision, such as `conv_in` or `time_embedding.linear_1`."""
+    clip_skip: Annotated[int, Field(ge=0)] = 0
+    """How many of the last layers of SD1.x's text encoder are left out, in training and drawing alike, as diffusers counts them: 1 is what
+    others call clip skip 2 (NovelAI, 2022). SDXL reads its penultimate layer already."""
 
     def in_full(self) -> "ModelConfig":
         """The same base without quantization."""
@@ -53,6 +46,18 @@ class ModelConfig(Section):
         if self.quantization == "none" and self.quantization_skip:
             raise ValueError("quantization_skip names layers, but quantization is none")
         return self
+
+
+class ScratchConfig(Section):
+    """A UNet with fresh weights, conditioned on the text encoders of `model.base`, which stay frozen."""
+
+    unet: str = "small"
+    """`tiny`, `small`, `base`, `sd15`, `sdxl` (`models.sizes.SIZES`), or a config: a .json file, or a folder or Hub id that has one."""
+    space: Literal["latents", "pixels"] = "latents"
+    """latents: of the base's VAE, or of `model.vae`. pixels: no VAE; the UNet sees and draws `data.resolution` pixels."""
+    text_encoder: Location | None = None
+    """Another CLIP text encoder than the base's, with its tokenizer: a folder or Hub id of one, or of a pipeline, whose first is taken. The model
+    then has this one alone, as SD1.x has. None: the base's; in pixels its first."""
 
 
 class AdapterSpec(Section):
@@ -82,6 +87,16 @@ class AdapterSpec(Section):
     text_encoder_rank: Positive | None = None
     """None: as the UNet's; likewise the alpha."""
     text_encoder_alpha: PositiveFloat | None = None
+    start: Place | None = None
+    """An adapter to go on from: its file, or a run's folder. Its layers, ranks and kind must be those that this section says."""
+    tokens: dict[str, str] = {}
+    """New words of the text encoders, learned beside the adapter: word -> the words whose embeddings it starts as (textual inversion,
+    arXiv 2208.01618; beside an adapter, pivotal tuning, arXiv 2106.05744). Captions use them as they stand here. They have no weight
+    decay, which would draw them to nothing instead of to where they started."""
+    token_vectors: Positive = 1
+    """How many embeddings each of these words is."""
+    token_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """The share of the steps, from the first, in which they learn; afterwards they stand still."""
     dropout: Share = 0.0
     dropout_kind: Literal["input", "rank", "rows_columns"] = "input"
     """What `dropout` zeroes in training: elements of the adapter's input (peft's `lora_dropout`), elements of its rank
@@ -99,71 +114,23 @@ class AdapterSpec(Section):
         of_text = (self.text_encoder_rank, self.text_encoder_alpha)
         if self.text_encoder_targets is None and any(value is not None for value in of_text):
             raise ValueError("text_encoder_rank and text_encoder_alpha need text_encoder_targets")
-        return self
-
-
-class DataConfig(Section):
-    """Which captioned pictures."""
-
-    source: Literal["folder", "shapes"] = "folder"
-    path: Place | None = None
-    """For `folder`: an image folder with metadata.jsonl, metadata.csv, or a .txt caption beside each picture."""
-    validation_path: Place | None = None
-    """Held-out pictures; without it `validation_share` of the pictures is held out."""
-    validation_share: Share = 0.125
-    image_column: str = "file_name"
-    caption_column: str = "text"
-    resolution: Annotated[int, Field(ge=8, multiple_of=8)] = 64
-    on_error: Literal["stop", "skip"] = "stop"
-    """What a file that cannot be used does (a corrupt picture, one without caption): stop the run, or be rejected, counted, logged."""
-    ground: str = "white"
-    """What is transparent in a picture is laid over this colour: a name, or "#rrggbb" in quotes."""
-
-    @field_validator("ground", mode="before")
-    @classmethod
-    def an_opaque_colour(cls, value: Any) -> Any:
-        from PIL import ImageColor
-
-        hint = """name a colour as CSS does, or write "#rrggbb" with its quotes, without which YAML reads a comment or a number"""
-        try:
-            channels = ImageColor.getrgb(value)
-        except (ValueError, TypeError, AttributeError):
-            raise ValueError(f"{value!r} is not a colour: {hint}") from None
-        if len(channels) > 3:
-            raise ValueError(f"{value!r} has alpha, and nothing lies below the ground: leave it out")
-        return value
-
-
-class ShapesConfig(Section):
-    """The drawn world, for `data.source: shapes`: which pictures are drawn, how many are checked, and which part of a tiny model
-    is trained on them alone."""
-
-    scenes: tuple[Literal["base", "heart", "striped", "blueprint"], ...] = ("base",)
-    """What is drawn, in equal shares: `base` and the concepts outside it."""
-    num_pictures: Positive = 48
-    """How many training pictures are drawn."""
-    jitter: Annotated[float, Field(ge=0, le=1)] = 1.0
-    """How far position, size, tilt and colour stray from their nominal values."""
-    seed: int = 0
-    """Which pictures are drawn. Apart from the run's seed, so that all seeds of a study share their data."""
-    checked_prompts: Annotated[int, Field(ge=0)] = 48
-    """How many prompts of the concepts, and of the base world, the checker judges at the end."""
-    trains: Literal["vae", "clip"] | None = None
-    """The parts of a tiny model that come before its UNet, in place of what `training.trains` names."""
-    crop: Annotated[int, Field(ge=8, multiple_of=8)] | None = None
-    """For the VAE: the side of random crops; None trains on whole pictures."""
-
-    @field_validator("scenes")
-    @classmethod
-    def each_once(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        if not value or len(set(value)) < len(value):
-            raise ValueError(f"name each kind once, and at least one, not {', '.join(value) or 'none'}")
-        return value
-
-    @model_validator(mode="after")
-    def crops_are_the_autoencoders(self) -> "ShapesConfig":
-        if self.crop is not None and self.trains != "vae":
-            raise ValueError("crop is about training the VAE: set trains to vae, or leave it out")
+        if self.start is not None and self.init != "default":
+            raise ValueError(
+                f"start brings its own weights, so init {self.init!r} would be lost: leave one of them out"
+            )
+        if not self.tokens and (self.token_vectors, self.token_share) != (1, 1.0):
+            raise ValueError("token_vectors and token_share are about tokens, and there are none")
+        for word, start in self.tokens.items():
+            if not word or word.split() != [word] or word != word.lower():
+                raise ValueError(
+                    f"tokens: {word!r} must be one word in small letters, as text encoders read them, such as <cat>"
+                )
+            if not start.strip():
+                raise ValueError(f"tokens: {word} needs words to start as, such as {word}: cat")
+            if inside := [other for other in self.tokens if other != word and word in other]:
+                raise ValueError(
+                    f"tokens: {word} is a part of {inside[0]}, and would be found in it: rename one of them"
+                )
         return self
 
 
@@ -176,6 +143,45 @@ class ObjectiveConfig(Section):
     """min-SNR weighting (arXiv 2303.09556); None for the plain mean squared error."""
     caption_dropout: Share = 0.0
     """Probability of an empty caption, for classifier-free guidance (arXiv 2207.12598)."""
+    beta_schedule: Literal["auto", "linear", "scaled_linear", "squaredcos_cap_v2"] = "auto"
+    """How noise grows with the timestep: linear (DDPM, arXiv 2006.11239), scaled_linear (latent diffusion, arXiv 2112.10752),
+    squaredcos_cap_v2 (arXiv 2102.09672); "auto" takes the base's."""
+    zero_terminal_snr: bool | None = None
+    """Whether nothing of the picture is left at the last timestep (arXiv 2305.08891, sec. 3.1); None takes the base's."""
+    loss: Literal["squared", "huber"] = "squared"
+    """huber: the pseudo-Huber loss, which a few large errors sway less (arXiv 2403.16728; in diffusion since arXiv 2310.14189, sec. 3.3)."""
+    huber_delta: PositiveFloat = 0.1
+    """Far below this an error counts as its square, far above as twice this times itself."""
+    noise_offset: Annotated[float, Field(ge=0)] = 0.0
+    """So much noise of one value a channel on top, for pictures that are dark or bright as a whole (N. Guttenberg, "Diffusion with Offset
+    Noise", 2023)."""
+    timesteps: Literal["uniform", "logit_normal"] = "uniform"
+    """How often each timestep is trained; logit_normal: those in the middle more often (arXiv 2403.03206, sec. 3.1)."""
+    timestep_mean: float = 0.0
+    timestep_std: PositiveFloat = 1.0
+    """Of the normal distribution whose logistic function says where in the schedule a timestep lies."""
+    timestep_range: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(gt=0, le=1)]] = (0.0, 1.0)
+    """Which part of the schedule is trained, as shares of it: (0.0, 0.5) is its less noisy half."""
+
+    @model_validator(mode="after")
+    def holds_together(self) -> "ObjectiveConfig":
+        if self.name == "epsilon" and self.zero_terminal_snr:
+            raise ValueError(
+                "with zero_terminal_snr the last timestep is noise alone, of which predicting the noise (epsilon) says nothing about the"
+                " picture: take name v_prediction or sample, or leave zero_terminal_snr out"
+            )
+        if self.loss != "huber" and self.huber_delta != 0.1:
+            raise ValueError(f"huber_delta is about loss huber, and loss is {self.loss}: leave it out")
+        if self.timesteps != "logit_normal" and (self.timestep_mean, self.timestep_std) != (0.0, 1.0):
+            raise ValueError(f"timestep_mean and timestep_std are about timesteps logit_normal, not {self.timesteps}")
+        if self.timestep_range[0] >= self.timestep_range[1]:
+            raise ValueError(f"timestep_range {self.timestep_range} is empty: give a share from, and a larger one to")
+        if self.timestep_range != (0.0, 1.0) and (self.beta_schedule != "auto" or self.zero_terminal_snr):
+            raise ValueError(
+                f"timestep_range {self.timestep_range} trains a part of the schedule, and beta_schedule or zero_terminal_snr changes all of"
+                " it: what is not trained would be drawn by noise it never saw. Leave one of them out"
+            )
+        return self
 
 
 class OptimizerConfig(Section):
@@ -185,6 +191,8 @@ class OptimizerConfig(Section):
     learning_rate: PositiveFloat = 1e-3
     """Left out, it is 1 for prodigy, which estimates the step size itself and multiplies it by this."""
     text_encoder_learning_rate: PositiveFloat | None = None
+    token_learning_rate: PositiveFloat | None = None
+    """Of `adapter.tokens`; None: as the UNet's."""
     lora_plus_ratio: Annotated[float, Field(ge=1)] | None = None
     """LoRA+ (arXiv 2402.12354): the learning rate of B is this many times that of A."""
     weight_decay: Annotated[float, Field(ge=0)] = 1e-2
@@ -201,9 +209,10 @@ class OptimizerConfig(Section):
 
     @model_validator(mode="after")
     def one_rate_for_prodigy(self) -> "OptimizerConfig":
-        if self.name == "prodigy" and self.text_encoder_learning_rate is not None:
+        apart = ("text_encoder_learning_rate", "token_learning_rate")
+        if self.name == "prodigy" and (given := [name for name in apart if getattr(self, name) is not None]):
             raise ValueError(
-                "prodigy estimates one step size for all parameters together, so a separate text_encoder_learning_rate"
+                f"prodigy estimates one step size for all parameters together, so a separate {given[0]}"
                 " would only distort that estimate: leave it out, or use adamw"
             )
         if self.name == "prodigy" and self.lora_plus_ratio is not None:
@@ -224,7 +233,9 @@ class TrainingConfig(Section):
     accumulation: Positive = 1
     mixed_precision: Literal["auto", "no", "bf16", "fp16"] = "auto"
     gradient_checkpointing: bool = False
-    ema_decay: Share = 0.0
+    ema_horizon: Annotated[int, Field(ge=0)] = 0
+    """Steps that an average of the weights reaches back: its decay is 1 - 1 / horizon, less in the first steps. It is what is measured, drawn
+    and saved. 0: no average."""
     require_fit: bool = False
     """Refuse a run whose predicted memory (`t2ilib plan`) the device has not, instead of warning of it."""
     deterministic: bool = False
@@ -233,6 +244,13 @@ class TrainingConfig(Section):
     keep_checkpoints: Positive = 2
     keep_adapters: Literal["last", "all"] = "last"
     """`all`: the adapter of every checkpoint too, each as a file under `steps/`, to choose among."""
+    time_budget: Duration | None = None
+    """What a call of `train` may take, such as 11h30m: before that the run stops with a checkpoint, with time left to write it and to end,
+    and the same command goes on in another session. At least one step is taken. None: as long as it takes."""
+    least_free_disk_mib: Annotated[int, Field(ge=0)] = 256
+    """Of the disk under `output`, besides what a checkpoint takes. A run that finds less warns, then writes a checkpoint and stops."""
+    least_free_memory_mib: Annotated[int, Field(ge=0)] = 256
+    """The same of the memory that the system can still give (not the GPU's)."""
 
     @field_validator("mixed_precision", mode="before")
     @classmethod
@@ -247,6 +265,31 @@ class TrainingConfig(Section):
         return self
 
 
+class ComputeConfig(Section):
+    """How steps are computed: what changes speed and memory, and results by rounding alone, so that a run may go on with other settings."""
+
+    attention: Literal["sdpa", "math", "xformers", "flash"] = "sdpa"
+    """Of the UNet in training steps. sdpa: torch's scaled dot product attention, which chooses its kernel; math: the same by plain matrix
+    products; xformers: the package of that name; flash: torch's flash kernel or none (arXiv 2307.08691)."""
+    compile: bool = False
+    """torch.compile, of the UNet's repeated blocks, in training steps; once for each size of pictures, in the first step that has it."""
+    channels_last: bool = False
+    """The weights of the UNet's convolutions lie pixel by pixel, as tensor cores want them. Dropout of what they give draws in another order."""
+    fused_adapters: bool = True
+    """Adapters' forward and backward pass as one function of ours instead of peft's modules; equal to rounding."""
+    tf32: bool = False
+    """Products of float32 matrices on an NVIDIA GPU in TF32: 10 bits of mantissa, several times as fast. Convolutions are computed so in any case,
+    unless torch is told otherwise."""
+    cudnn_benchmark: bool = False
+    """cuDNN tries its kernels at each new shape and keeps the fastest."""
+    shard: bool = False
+    """Of several processes each holds a slice of every weight, moment and average (FSDP, arXiv 2304.11277): for whole UNets that do not fit
+    one GPU, at the price of putting each block together whenever it is computed."""
+    offload: tuple[Literal["activations", "average"], ...] = ()
+    """What waits in a GPU's host memory: activations between forward and backward pass, and the average of the weights between steps. (Text
+    encoders and VAE are there whenever a step does not need them.)"""
+
+
 class EvaluationConfig(Section):
     """What is measured and drawn, and when. Step counts of 0 mean only before and after training."""
 
@@ -255,9 +298,19 @@ class EvaluationConfig(Section):
     validation_pictures: Positive = 64
     """How many of the held-out pictures are measured at most: always the same ones."""
     sample_every: Annotated[int, Field(ge=0)] = 100
+    sample_every_epochs: Annotated[int, Field(ge=0)] = 0
+    """The same in passes over the training pictures, in place of `sample_every`."""
+    animation: Literal["none", "gif", "webp"] = "gif"
+    """What the samples of a run become at its end, under `progress/`: every prompt's picture as it changes with the steps. gif has 256
+    colours and plays everywhere; webp has all of them, for photographs."""
+    strip_steps: tuple[Positive, ...] | None = None
+    """At the end, for each prompt, the picture that the network predicts in each of these sampling steps (the first is 1), under
+    `denoising/`; empty: in eight, spread evenly. None: no strips."""
     prompts: tuple[str, ...] = ()
     """Fixed prompts of the sample grids; empty takes captions, held-out ones first. On pictures of one's own they are also what is drawn
     and measured at the end."""
+    negative_prompt: str = ""
+    """What guidance leads away from, in everything that a run draws."""
     num_inference_steps: Positive = 20
     guidance_scale: Annotated[float, Field(ge=1)] = 3.0
     vae_tiling: bool = False
@@ -269,6 +322,24 @@ class EvaluationConfig(Section):
     clip_model: str | None = None
     """Folder or Hub id of the CLIP that scores pictures; None takes the base's own `clip` folder, if it has one."""
 
+    @model_validator(mode="after")
+    def holds_together(self) -> "EvaluationConfig":
+        if self.sample_every_epochs and self.sample_every not in (0, 100):
+            raise ValueError(
+                f"sample_every {self.sample_every} and sample_every_epochs {self.sample_every_epochs} both say when to draw: leave one of"
+                " them out"
+            )
+        if self.strip_steps and max(self.strip_steps) > self.num_inference_steps:
+            raise ValueError(
+                f"strip_steps names sampling step {max(self.strip_steps)}, and num_inference_steps is {self.num_inference_steps}: name"
+                " steps up to it"
+            )
+        if self.negative_prompt and self.guidance_scale == 1:
+            raise ValueError(
+                "negative_prompt is what guidance leads away from, and at guidance_scale 1 there is none: raise it, or leave it out"
+            )
+        return self
+
 
 class TrackingConfig(Section):
     """Where the run is logged. `experiment` None: not to MLflow."""
@@ -276,5 +347,7 @@ class TrackingConfig(Section):
     experiment: str | None = None
     uri: str | None = None
     """None: MLFLOW_TRACKING_URI, else SQLite beside the results."""
+    beside: tuple[Literal["tensorboard", "wandb"], ...] = ()
+    """Trackers that are told the same, beside MLflow or without it; they write below `output`, wandb without a login only there."""
     parent_run_id: str | None = None
     tags: dict[str, str] = {}

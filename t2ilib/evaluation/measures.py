@@ -5,15 +5,12 @@ shapes world, the CLIP score and a user's own are the same to `measure`, which d
 measure about it. A metric that was not measured is missing, never zero.
 """
 
-import importlib.util
 import json
 import shutil
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from PIL import Image
@@ -24,8 +21,10 @@ from t2ilib.evaluation.metrics import ENTRY_POINTS, Metric, check_measures, decl
 from t2ilib.evaluation.sampling import draw, save_pictures
 from t2ilib.memory import Peaks
 from t2ilib.models.components import Components
+from t2ilib.pyfile import module_at
 from t2ilib.shapes import checker
 from t2ilib.shapes.world import Scene, caption
+from t2ilib.text import write_whole
 from t2ilib.tracking.tracker import NullTracker, Tracker
 
 SHOWN = 8
@@ -98,7 +97,7 @@ def find_measure(name: str) -> Measure:
     check_measures([name])
     path, colon, attribute = name.rpartition(":")
     if colon:
-        module = module_at(Path(path).expanduser())
+        module = module_at(Path(path), "evaluation.measures")
         offered = [key for key, value in vars(module).items() if isinstance(value, Measure)]
         return getattr(module, check_choice(attribute, offered, f"evaluation.measures: in {path}, a Measure called"))
     if name in MEASURES:
@@ -107,14 +106,6 @@ def find_measure(name: str) -> Measure:
     if not isinstance(found, Measure):
         raise ConfigError(f"evaluation.measures: the entry point {name} gives a {type(found).__name__}, not a Measure")
     return found
-
-
-def module_at(file: Path) -> ModuleType:
-    """A Python file as a module; what is wrong in it is raised as it is, since the traceback is its author's to read."""
-    spec = importlib.util.spec_from_file_location(f"t2ilib_measures_{file.stem}", file)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def prompt_groups(run: RunConfig, prompts: Sequence[str] = ()) -> dict[str, tuple[list[str], tuple[Scene, ...] | None]]:
@@ -168,5 +159,5 @@ def measure(
     found |= {name: max(value, metrics.get(name, 0.0)) for name, value in peaks.metrics().items()}
     (tracker or NullTracker()).log_metrics(found, run.training.steps)
     metrics |= found
-    (run.output / "metrics.json").write_text(json.dumps(metrics, indent=1))
+    write_whole(run.output / "metrics.json", json.dumps(metrics, indent=1))
     return metrics

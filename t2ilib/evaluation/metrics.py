@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from t2ilib.config import ConfigError, check_choice
+from t2ilib.text import write_whole
 
 UNITS = ("share", "loss", "score", "count", "mib", "rate")
 ROLES = ("learned", "kept", "loss", "followed", "memory", "host", "size", "speed")
@@ -31,7 +32,8 @@ class Metric:
     `exact`: decided by the settings, not by the seed: two values differ or they do not, and there is nothing to test.
     `table`: the report's table that shows it; None keeps it out of the report. `role`: what it says about a variant (`followed` its
     prompts; `memory` is the device's, `host` that of the process); of the metrics of one role the first that was measured speaks for it. `headline`: how
-    the report's first lines name the leader.
+    the report's first lines name the leader. `quantity`: what exactly a run measured, where runs may mean different things by one name:
+    numbers of different quantities are shown and not compared.
     """
 
     title: str
@@ -41,6 +43,7 @@ class Metric:
     table: str | None = "Measured"
     role: str | None = None
     headline: str | None = None
+    quantity: str | None = None
 
     def __post_init__(self) -> None:
         """Raises ConfigError for a unit, direction or role that does not exist."""
@@ -66,7 +69,7 @@ def declare(folder: Path, metrics: Mapping[str, Metric]) -> None:
     path = folder / DECLARATIONS
     known = json.loads(path.read_text()) if path.exists() else {}
     new = {name: as_written(metric) for name, metric in metrics.items() if metric.table}
-    path.write_text(json.dumps(new | {name: about for name, about in known.items() if name not in new}, indent=1))
+    write_whole(path, json.dumps(new | {name: about for name, about in known.items() if name not in new}, indent=1))
 
 
 BUILT_IN = ("checker", "clip")

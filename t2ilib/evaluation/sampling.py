@@ -3,13 +3,19 @@
 A picture of prompt i is the same whatever the batch size and whichever variant draws it: variants differ by their weights.
 """
 
-from collections.abc import Sequence
+import contextlib
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from diffusers.image_processor import VaeImageProcessor
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from t2ilib.config import EvaluationConfig
+from t2ilib.evaluation.watching import Look, watched
 from t2ilib.memory import pictures_at_once
 from t2ilib.models.components import Components
 from t2ilib.models.pipeline import build_pipeline
@@ -17,6 +23,8 @@ from t2ilib.seeds import generator_for
 
 DRAW_SEED = 0
 """Sample grids use the same starting noise in every run, so that runs can be compared picture by picture."""
+ROW_LABEL = 240
+"""Pixels after which the label of a grid's row goes on in a new line."""
 
 
 @torch.no_grad()
@@ -27,27 +35,58 @@ def draw(
     seed: int = DRAW_SEED,
     batch_size: int = 32,
     resolution: int | None = None,
+    first: int = 0,
+    *,
+    size: tuple[int, int] | None = None,
+    noise: Sequence[tuple[int, int]] | None = None,
+    scheduler: Any = None,
+    look: Look | None = None,
 ) -> list[Image.Image]:
-    """One picture a prompt, in order. Modules are put in eval mode for drawing and back afterwards."""
+    """One picture a prompt, in order, from noise by number, `first` and on. Modules are put in eval mode for drawing and back afterwards.
+
+    `size`: (width, height) in pixels, in place of `resolution`. `noise`: of each picture seed and number, in place of `seed` and `first`.
+    `scheduler`: draws in place of the base's own. `look`: is called at every call of the network (see `watching`); what it raises ends
+    the drawing.
+    """
+    noise = noise or [(seed, first + i) for i in range(len(prompts))]
+    sides = size or (resolution or components.native_side,) * 2
+    at_once = pictures_at_once(math.ceil(math.sqrt(math.prod(sides))), batch_size)
+    options = {"num_inference_steps": settings.num_inference_steps, "guidance_scale": settings.guidance_scale}
+    if size or resolution:
+        options |= {"width": sides[0], "height": sides[1]}
+    latents = []
+    with evaluating(components), components.awake():
+        pipeline = build_pipeline(components, scheduler)
+        with watched(pipeline.scheduler, look) if look else contextlib.nullcontext():
+            for start in range(0, len(prompts), at_once):
+                part = list(prompts[start : start + at_once])
+                generators = [generator_for(s, "picture", number) for s, number in noise[start : start + at_once]]
+                if settings.negative_prompt:  # else the pipeline's own, which for some bases is zeros
+                    options["negative_prompt"] = [settings.negative_prompt] * len(part)
+                latents.append(pipeline(part, generator=generators, output_type="latent", **options).images.cpu())
+    return decode(components, latents, settings.vae_tiling)
+
+
+@contextlib.contextmanager
+def evaluating(components: Components) -> Iterator[None]:
+    """All modules in eval mode for as long as the scope lasts, and then as they were."""
     training = [module for module in components.modules().values() if module.training]
     for module in training:
         module.eval()
-    size = {} if resolution is None else {"height": resolution, "width": resolution}
-    options = {"num_inference_steps": settings.num_inference_steps, "guidance_scale": settings.guidance_scale, **size}
-    batch_size = pictures_at_once(resolution or components.unet.config.sample_size * components.vae_scale, batch_size)
-    pictures, latents = [], []
-    with components.awake():
-        pipeline = build_pipeline(components)
-        for start in range(0, len(prompts), batch_size):
-            part = list(prompts[start : start + batch_size])
-            generators = [generator_for(seed, "picture", start + i) for i in range(len(part))]
-            latents.append(pipeline(part, generator=generators, output_type="latent", **options).images.cpu())
+    try:
+        yield
+    finally:
+        for module in training:
+            module.train()
+
+
+def decode(components: Components, latents: Sequence[torch.Tensor], tiled: bool = False) -> list[Image.Image]:
+    """Pictures of batches of latents (B, C, h, w), in order."""
+    pictures = []
     with components.awake("unet", "vae"):  # decoding is the peak: the text encoders make room for it
         for part in latents:
-            decoded = components.decode_latents(part.to(components.device), settings.vae_tiling)
-            pictures += pipeline.image_processor.postprocess(decoded)
-    for module in training:
-        module.train()
+            decoded = components.decode_latents(part.to(components.device), tiled)
+            pictures += VaeImageProcessor().postprocess(decoded)
     return pictures
 
 
@@ -58,7 +97,8 @@ def make_grid(
     cell: int = 128,
     most_columns: int | None = None,
 ) -> Image.Image:
-    """Pictures in rows and columns with their labels; small pictures are enlarged without smoothing to `cell` pixels.
+    """Pictures in rows and columns with their labels. Each keeps its proportions, its longer side `cell` pixels; small ones are enlarged
+    without smoothing.
 
     More than `most_columns` go on below, all rows anew: programs that show a wide picture small leave nothing to see.
     """
@@ -72,22 +112,38 @@ def make_grid(
         return sheet
     font = ImageFont.load_default(12)
     pad, line = 6, 15
-    label_width = max([int(font.getlength(label)) for label in row_labels] or [0]) + 2 * pad
-    wrapped = [wrap(label, font, cell) for label in column_labels]
+    sizes = [fitted(picture, cell) for pictures in rows for picture in pictures] or [(cell, cell)]
+    across, down = max(width for width, _ in sizes), max(height for _, height in sizes)
+    beside = [wrap(label, font, ROW_LABEL) for label in row_labels]
+    label_width = max([int(font.getlength(text)) for lines in beside for text in lines] or [0]) + 2 * pad
+    wrapped = [wrap(label, font, across) for label in column_labels]
     header = line * max([len(lines) for lines in wrapped] or [0]) + 2 * pad
-    width, height = label_width + len(column_labels) * (cell + pad), header + len(rows) * (cell + pad)
+    width, height = label_width + len(column_labels) * (across + pad), header + len(rows) * (down + pad)
     grid = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(grid)
     for column, lines in enumerate(wrapped):
         for number, text in enumerate(lines):
-            pen.text((label_width + column * (cell + pad), pad + number * line), text, "black", font)
-    for row, (label, pictures) in enumerate(zip(row_labels, rows, strict=True)):
-        top = header + row * (cell + pad)
-        pen.text((pad, top + cell // 2 - line // 2), label, "black", font)
+            pen.text((label_width + column * (across + pad), pad + number * line), text, "black", font)
+    for row, (lines, pictures) in enumerate(zip(beside, rows, strict=True)):
+        top = header + row * (down + pad)
+        for number, text in enumerate(lines):
+            pen.text((pad, top + down // 2 - line // 2 * len(lines) + number * line), text, "black", font)
         for column, picture in enumerate(pictures):
-            sampling = Image.Resampling.NEAREST if picture.width < cell else Image.Resampling.LANCZOS
-            grid.paste(picture.resize((cell, cell), sampling), (label_width + column * (cell + pad), top))
+            sampling = Image.Resampling.NEAREST if max(picture.size) < cell else Image.Resampling.LANCZOS
+            shown = picture.resize(fitted(picture, cell), sampling)
+            grid.paste(shown, (label_width + column * (across + pad), top))
     return grid
+
+
+def fitted(picture: Image.Image, cell: int) -> tuple[int, int]:
+    """Width and height of a picture whose longer side is `cell` pixels."""
+    longer = max(picture.size)
+    return tuple(max(1, round(side * cell / longer)) for side in picture.size)
+
+
+def shown_side(side: int, least: int, most: int) -> int:
+    """Pixels at which a picture of `side` is shown: the first whole multiple that is `least` or more; of a large one, `most`."""
+    return side * -(-least // side) if side < least else min(side, most)
 
 
 def wrap(text: str, font, width: int) -> list[str]:
@@ -102,12 +158,42 @@ def wrap(text: str, font, width: int) -> list[str]:
     return [*lines, current]
 
 
-def save_pictures(pictures: Sequence[Image.Image], folder: Path, after: bool = False) -> None:
-    """Writes 00.png, 01.png, ... into `folder`; `after`: behind the numbers that are there, instead of over them."""
+def save_pictures(
+    pictures: Sequence[Image.Image], folder: Path, after: bool = False, texts: Sequence[Mapping[str, str]] | None = None
+) -> list[Path]:
+    """Writes 00.png, 01.png, ... into `folder`, and returns their paths; `after`: behind the numbers that are there, instead of over them.
+
+    `texts`: of each picture what its file says of it, as text chunks (PNG specification, section 11.3.3), key -> text.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    taken = [int(path.stem) for path in folder.glob("*.png") if path.stem.isdecimal()] if after else []
-    for number, picture in enumerate(pictures, max(taken, default=-1) + 1):
-        picture.save(folder / f"{number:02d}.png")
+    start = next_number(folder) if after else 0
+    paths = [folder / f"{number:02d}.png" for number in range(start, start + len(pictures))]
+    for path, picture, text in zip(paths, pictures, texts or [{}] * len(pictures), strict=True):
+        save_png(picture, path, text)
+    return paths
+
+
+def next_number(folder: Path) -> int:
+    """The first behind all numbers that pictures in `folder` have."""
+    return 1 + max((int(path.stem) for path in folder.glob("*.png") if path.stem.isdecimal()), default=-1)
+
+
+def free_path(folder: Path) -> Path:
+    """The path of a picture behind those that are in `folder`, taken by an empty file, so that nobody who saves at the same time gets it too."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in itertools.count(next_number(folder)):
+        with contextlib.suppress(FileExistsError):
+            path = folder / f"{number:02d}.png"
+            path.touch(exist_ok=False)
+            return path
+
+
+def save_png(picture: Image.Image, path: Path, texts: Mapping[str, str]) -> None:
+    """Writes a PNG with text chunks: tEXt where a text is Latin-1, iTXt where it is not."""
+    chunks = PngImagePlugin.PngInfo()
+    for key, text in texts.items():
+        chunks.add_text(key, text)
+    picture.save(path, pnginfo=chunks)
 
 
 def load_pictures(folder: Path) -> list[Image.Image]:

@@ -3,7 +3,7 @@ precision, and perhaps quantized. `load` makes them, `pipeline` makes them a dif
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import nn
 from t2ilib.config import ModelConfig
 from t2ilib.memory import pictures_at_once
 from t2ilib.models.families import Family
+from t2ilib.models.noise import scheduler_for
 from t2ilib.models.quantize import QuantizationReport, move
 
 VAE_PIXELS = 2**18
@@ -26,7 +27,8 @@ class Components:
     """A model in parts. `text_encoders` and `tokenizers` keep the pipeline's names; `path`: `model.base`.
 
     `zero_empty`: the pipeline conditions its unconditional half on zeros, not on the encoded "" (SDXL's
-    `force_zeros_for_empty_prompt`); a dropped caption must then be zeros in training too.
+    `force_zeros_for_empty_prompt`); a dropped caption must then be zeros in training too. `words`: those that were added to the
+    vocabulary (`adapters.tokens`), each with the tokens that it is.
     """
 
     family: Family
@@ -39,6 +41,7 @@ class Components:
     zero_empty: bool = False
     config: ModelConfig | None = None
     quantization: dict[str, QuantizationReport] = field(default_factory=dict)
+    words: dict[str, tuple[str, ...]] = field(default_factory=dict)
     parked: list[nn.Module] = field(default_factory=list)
     home: torch.device | None = None
 
@@ -52,17 +55,28 @@ class Components:
         """Pixels a latent, along one side."""
         return 2 ** (len(self.vae.config.block_out_channels) - 1)
 
+    @property
+    def native_side(self) -> int:
+        """Pixels along a side of the pictures that the UNet was made for."""
+        return self.unet.config.sample_size * self.vae_scale
+
+    @property
+    def side_multiple(self) -> int:
+        """Pixels that a picture's sides are multiples of, where the UNet halves them evenly down to its middle."""
+        return min(64, self.vae_scale * 2 ** (len(self.unet.config.block_out_channels) - 1))
+
     def modules(self) -> dict[str, nn.Module]:
         """Pipeline name -> trainable-in-principle part: the UNet and the text encoders."""
         return {"unet": self.unet, **self.text_encoders}
 
-    def parkable(self, trained: Iterable[str]) -> list[nn.Module]:
-        """What a training step does without: the VAE and the text encoders that nothing trains."""
-        return [self.vae, *(encoder for name, encoder in self.text_encoders.items() if name not in trained)]
+    def parkable(self, needed: Iterable[str]) -> list[nn.Module]:
+        """The VAE and the text encoders, but for those `needed`, by name."""
+        parts = {"vae": self.vae, **self.text_encoders}
+        return [part for name, part in parts.items() if name not in needed]
 
-    def park(self, trained: Iterable[str]) -> None:
-        """Moves the VAE and the text encoders that nothing trains from the device to host memory until they are needed."""
-        self.parked = self.parkable(trained)
+    def park(self, needed: Iterable[str]) -> None:
+        """Moves the VAE and the text encoders, but for those that steps need, from the device to host memory until they are needed."""
+        self.parked = self.parkable(needed)
         for module in self.parked:
             self.place(module, at_work=False)
 
@@ -73,13 +87,13 @@ class Components:
         waking = [part for name, part in parts.items() if part in self.parked and (not names or name in names)]
         resting = [part for name, part in parts.items() if part not in self.parked and names and name not in names]
         self.home = self.device
-        for module in resting:
-            self.place(module, at_work=False)
-        for module in waking:
-            self.place(module, at_work=True)
         try:
+            for module in resting:
+                self.place(module, at_work=False)
+            for module in waking:
+                self.place(module, at_work=True)
             yield
-        finally:
+        finally:  # also where the device has no room for what wakes
             for module in waking:
                 self.place(module, at_work=False)
             for module in resting:
@@ -118,14 +132,24 @@ class Components:
             vae.disable_tiling()
         return torch.cat(decoded)
 
-    def predict(self, kind: str) -> None:
-        """Has the model draw, and be saved, as one that predicts `kind` (epsilon, v_prediction, sample), whatever it came with."""
-        if kind != self.scheduler.config.prediction_type:
-            self.scheduler = type(self.scheduler).from_config(self.scheduler.config, prediction_type=kind)
+    def noise_as(
+        self, prediction: str = "auto", beta_schedule: str = "auto", zero_terminal_snr: bool | None = None
+    ) -> None:
+        """Has the model be trained, draw and be saved as one of this prediction and noise schedule (see `noise.scheduler_for`),
+        whatever it came with."""
+        self.scheduler = scheduler_for(self.scheduler, prediction, beta_schedule, zero_terminal_snr)
+
+    def spelled(self, captions: Sequence[str]) -> list[str]:
+        """Captions with the tokens of every added word in its place, as diffusers' pipelines spell prompts (`maybe_convert_prompt`)."""
+        several = {word: " ".join(tokens) for word, tokens in self.words.items() if len(tokens) > 1}
+        found = list(captions)
+        for word, tokens in several.items():
+            found = [caption.replace(word, tokens) for caption in found]
+        return found
 
     def encode_text(self, captions: list[str]) -> dict[str, torch.Tensor]:
         """What the UNet is conditioned on (see `families`), without time ids; an empty caption as the pipeline has it."""
-        encoded = self.family.encode_text(self.text_encoders, self.tokenizers, captions)
+        encoded = self.family.encode_text(self.text_encoders, self.tokenizers, self.spelled(captions))
         if self.zero_empty and "" in captions:
             kept = torch.tensor([float(caption != "") for caption in captions])
             encoded = {name: x * kept.to(x).view(-1, *[1] * (x.ndim - 1)) for name, x in encoded.items()}

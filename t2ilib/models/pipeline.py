@@ -5,9 +5,13 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from t2ilib.models.components import Components
 from t2ilib.models.files.locate import SHIPPED
+
+INDEX = "model_index.json"
+"""What makes a folder a pipeline's."""
 
 
 @contextlib.contextmanager
@@ -32,17 +36,17 @@ def quiet_libraries() -> Iterator[None]:
                 library.enable_progress_bar()
 
 
-def build_pipeline(components: Components):
-    """The diffusers pipeline of these parts, attached adapters included; without safety checker, progress bar off."""
-    import diffusers
-
+def build_pipeline(components: Components, scheduler: Any = None):
+    """The diffusers pipeline of these parts, attached adapters included; without safety checker, progress bar off. `scheduler`: in place
+    of the base's own."""
     options = dict(components.family.left_out)
+    if components.family.has_vae:
+        options["vae"] = components.vae
     if components.family.pooled_conditioning:
         options["force_zeros_for_empty_prompt"] = components.zero_empty
-    pipeline = getattr(diffusers, components.family.pipeline_class)(
-        vae=components.vae,
+    pipeline = components.family.load_pipeline_class()(
         unet=components.unet,
-        scheduler=components.scheduler,
+        scheduler=scheduler or components.scheduler,
         **components.text_encoders,
         **components.tokenizers,
         **options,
@@ -52,12 +56,33 @@ def build_pipeline(components: Components):
 
 
 def save_pipeline(components: Components, folder: Path) -> None:
-    """Writes the pipeline as a diffusers folder, and takes along the base's `clip` folder, if it has one."""
+    """Writes the pipeline as a diffusers folder, and takes along the base's `clip` folder, if it has one.
+
+    A kill leaves no folder, or what was there, or one without its `model_index.json`, which nobody takes for a whole one.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    draft = folder.with_name(f".{folder.name}.saving")
+    shutil.rmtree(draft, ignore_errors=True)
     with quiet_libraries():
-        build_pipeline(components).save_pretrained(folder)
+        build_pipeline(components).save_pretrained(draft)
     clip = clip_folder(components.path)
     if clip is not None:
-        shutil.copytree(clip, folder / "clip", dirs_exist_ok=True)
+        shutil.copytree(clip, draft / "clip")
+    put_in_place(draft, folder)
+
+
+def put_in_place(draft: Path, folder: Path) -> None:
+    """Gives a pipeline that is whole its name. Where one was, its parts are replaced, and what lies beside them stays."""
+    if folder.exists():
+        (folder / INDEX).unlink(missing_ok=True)
+        parts = [part for part in draft.iterdir() if part.name != INDEX]
+        for part in [*parts, draft / INDEX]:
+            if (folder / part.name).is_dir():
+                shutil.rmtree(folder / part.name)
+            part.replace(folder / part.name)
+        draft.rmdir()
+    else:
+        draft.rename(folder)
 
 
 def clip_folder(base: str) -> Path | None:

@@ -25,12 +25,14 @@ TENSORS_A_LAYER = 8
 
 def memory_bound(run: RunConfig) -> int | None:
     """A crude upper bound, in bytes, on what training `run` can take, from the headers of its base's weight files alone; None
-    where they do not lie in a folder here.
+    where they do not lie in a folder here, and for a network from scratch, which has no file yet.
 
     As if everything were float32 and trained, every layer's output were kept TENSORS_A_LAYER times over, and no block worked at
     less than the full size of the latents. Many times the truth, and enough to tell a small model from one that must be traced
     (`planning`) in a millisecond; no torch is imported.
     """
+    if run.scratch is not None:
+        return None
     shipped, named = SHIPPED / run.model.base, Path(run.model.base).expanduser()
     folder = shipped if shipped.is_dir() else named
     parts = ("unet", "vae", "text_encoder", "text_encoder_2")

@@ -13,12 +13,14 @@ from pathlib import Path
 import torch
 
 from t2ilib.config import ConfigError, RunConfig
+from t2ilib.data.manifest import load_listings
 from t2ilib.memory import GIB, available_memory
 from t2ilib.models.load import choose_device
 from t2ilib.planning.bound import surely_fits
 from t2ilib.planning.trace import MemoryPlan, plan_memory
 from t2ilib.planning.unloaded import native_resolution
 from t2ilib.runfile import build_run, load_run, override_values
+from t2ilib.shapes import source as shapes
 
 log = logging.getLogger(__name__)
 
@@ -86,9 +88,7 @@ class Advice:
     least: MemoryPlan
 
 
-def advise(
-    run: RunConfig, plan: MemoryPlan, available: float, num_pictures: int | None = None, most: int = 4
-) -> Advice:
+def advise(run: RunConfig, plan: MemoryPlan, available: float, most: int = 4) -> Advice:
     """Up to `most` ways of making `run` (whose `plan` needs too much) fit into `available` bytes: single changes, or if
     none is enough the smallest combination of them.
 
@@ -102,7 +102,7 @@ def advise(
 
     def fits(overrides: tuple[str, ...]) -> bool:
         if overrides not in traced:
-            traced[overrides] = plan_memory(changed(run, overrides), plan.device_type, num_pictures)
+            traced[overrides] = plan_memory(changed(run, overrides), plan.device_type)
         return needed_bytes(traced[overrides]) <= available
 
     found: list[tuple[str, ...]] = []
@@ -156,7 +156,7 @@ def available_bytes(device: torch.device) -> int:
     return available_memory()
 
 
-def misfit(run: RunConfig, device: torch.device, num_pictures: int | None = None, sharing: int = 1) -> str | None:
+def misfit(run: RunConfig, device: torch.device, sharing: int = 1) -> str | None:
     """Why `run` will probably not fit `device`: what is needed, what is available and the cheapest change; None where it fits.
 
     `sharing`: how many such runs go on at a time. A run whose bound is far below what is available is not traced, and
@@ -166,7 +166,7 @@ def misfit(run: RunConfig, device: torch.device, num_pictures: int | None = None
     if run.trains in ("vae", "clip") or surely_fits(run, available):
         return None
     try:
-        plan = plan_memory(run, device.type, num_pictures)
+        plan = plan_memory(run, device.type)
         log.info(
             "planned: %.1f GiB at the peak, while %s; %.1f GiB needed, %.1f available (%.0f s)",
             plan.peak_bytes / GIB,
@@ -177,7 +177,7 @@ def misfit(run: RunConfig, device: torch.device, num_pictures: int | None = None
         )
         if needed_bytes(plan) <= available:
             return None
-        advice = remedy(advise(run, plan, available, num_pictures, most=1))
+        advice = remedy(advise(run, plan, available, most=1))
     except ConfigError:
         raise
     except Exception as error:
@@ -227,3 +227,17 @@ def planned_run(model: str, overrides: Sequence[str]) -> RunConfig:
     if "resolution" in run.data.model_fields_set:
         return run
     return changed(run, [f"data.resolution={native_resolution(run.model)}"])
+
+
+def count_samples(run: RunConfig) -> dict[str, int] | None:
+    """How many views of pictures and how many different captions a run encodes, as they are listed; None where that would fetch something,
+    or there is nothing to list."""
+    data = run.data
+    if data.source == "shapes":
+        listing = shapes.load(run.shapes)[0]
+    elif data.path is None or data.streaming or not Path(data.path).exists():
+        return None
+    else:
+        listing = load_listings(data)[0]
+    captions = {caption for record in listing for caption in record.captions}
+    return {"picture": len(listing) * data.views, "caption": len(captions) + 1}

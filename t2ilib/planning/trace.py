@@ -14,8 +14,8 @@ import logging
 import time
 import warnings
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
-from types import SimpleNamespace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,23 +23,24 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from t2ilib.config import ConfigError, RunConfig
-from t2ilib.data.cache import CAPTIONS_AT_ONCE, PICTURES_AT_ONCE, EncodedDataset, encode_captions
 from t2ilib.memory import pictures_at_once
 from t2ilib.models.components import Components
 from t2ilib.models.denoiser import Denoiser
 from t2ilib.models.load import quantize_parts
 from t2ilib.models.pipeline import quiet_libraries
+from t2ilib.planning.blank import BlankTokenizer, counting_flops, encode_blank, kept_on_disk
 from t2ilib.planning.ledger import CUDA_BLOCK, Ledger, autocast, checkpoint_options, materialize, state_tensors
-from t2ilib.planning.unloaded import build_unloaded
+from t2ilib.planning.unloaded import begin_unloaded, build_unloaded
+from t2ilib.training.compute import activations_elsewhere, attending
 from t2ilib.training.setups import (
     GRID_PROMPTS,
     Setup,
     checkpoint_gradients,
-    encoders,
     learn_to_denoise,
+    needed_in_steps,
     trained_modules,
     trained_precision,
-    trains_text,
+    with_its_cache,
 )
 from t2ilib.training.state import TrainState
 from t2ilib.training.step import take_gradients
@@ -47,16 +48,20 @@ from t2ilib.training.step import take_gradients
 CPU = torch.device("cpu")
 CATEGORIES = ("weights", "quantization state", "adapters", "gradients", "optimizer", "activations", "caches")
 """Adapters: their float32 weights. Optimizer: its state, and with EMA the averaged weights. Caches: the batch, and on a CPU the
-encoded pictures and captions, which otherwise stay in host memory."""
+few pictures and captions that are being encoded."""
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """`phases`: encoding, training, drawing -> category -> bytes at the moment of that phase's peak. `seconds`: of tracing."""
+    """`phases`: encoding, training, drawing -> category -> bytes at the moment of that phase's peak. `seconds`: of tracing. `kept`: bytes
+    on disk of a picture's view and of a caption, 0 for what is encoded in the steps. `flops`: of encoding a picture and a caption
+    for that, and of training on one sample, forward and backward; the products of int8 layers are not counted."""
 
     phases: dict[str, dict[str, int]]
     device_type: str
     seconds: float
+    kept: dict[str, int] = field(default_factory=dict)
+    flops: dict[str, float] = field(default_factory=dict)
 
     def bytes_of(self, phase: str) -> int:
         return sum(self.phases[phase].values())
@@ -71,18 +76,18 @@ class MemoryPlan:
         return self.bytes_of(self.largest)
 
 
-def plan_memory(run: RunConfig, device_type: str = "cuda", num_pictures: int | None = None) -> MemoryPlan:
-    """Traces `run` for a GPU ("cuda": parked parts and encoded data are on the host and do not count) or for "cpu".
+def plan_memory(run: RunConfig, device_type: str = "cuda") -> MemoryPlan:
+    """Traces `run` for a GPU ("cuda": parked parts are on the host and do not count) or for "cpu". How many pictures there are does not
+    matter: what is encoded of them is on disk.
 
-    `num_pictures`: how many there are to encode and keep; None takes a batch of them (only on a CPU does it matter). Raises
-    ConfigError for what the run itself would refuse: an unknown base, targets that match nothing, an unknown optimizer.
+    Raises ConfigError for what the run itself would refuse: an unknown base, targets that match nothing, an unknown optimizer.
     """
-    begun = time.perf_counter()
+    begun, run = time.perf_counter(), with_its_cache(run)
     if run.trains in ("vae", "clip"):
         raise ConfigError(f"this run trains {run.trains}: only adapter, unet and nothing can be planned")
     dtype = planned_dtype(trained_precision(run).dtype, device_type) or torch.float32
     with undisturbed():
-        components = build_unloaded(trained_precision(run), dtype)
+        components = begin_unloaded(run, dtype) if run.scratch else build_unloaded(trained_precision(run), dtype)
         components.tokenizers = {
             name.replace("text_encoder", "tokenizer"): BlankTokenizer(encoder)
             for name, encoder in components.text_encoders.items()
@@ -96,16 +101,16 @@ def plan_memory(run: RunConfig, device_type: str = "cuda", num_pictures: int | N
         with FakeTensorMode(allow_non_fake_inputs=True):
             for module in (*components.modules().values(), components.vae):
                 materialize(module)
-            phases = trace_run(run, components, modules, device_type, num_pictures)
-    return MemoryPlan(phases, device_type, time.perf_counter() - begun)
+            phases, kept, flops = trace_run(run, components, modules, device_type)
+    return MemoryPlan(phases, device_type, time.perf_counter() - begun, kept, flops)
 
 
 def without_init(run: RunConfig) -> RunConfig:
-    """The run with the default initialisation: others take decompositions of real weights, and nothing after them."""
+    """The run with the default initialisation: others take decompositions of real weights or those of a file, and nothing after them."""
     return (
         run
         if run.adapter is None
-        else run.model_copy(update={"adapter": run.adapter.model_copy(update={"init": "default"})})
+        else run.model_copy(update={"adapter": run.adapter.model_copy(update={"init": "default", "start": None})})
     )
 
 
@@ -130,20 +135,10 @@ def undisturbed() -> Iterator[None]:
         logging.disable(level)
 
 
-class BlankTokenizer:
-    """Token ids (B, T) of the length that a CLIP text encoder takes, and of no words."""
-
-    def __init__(self, encoder: nn.Module):
-        self.model_max_length = encoder.config.max_position_embeddings
-
-    def __call__(self, captions: list[str], **options) -> SimpleNamespace:
-        return SimpleNamespace(input_ids=torch.zeros(len(captions), self.model_max_length, dtype=torch.long))
-
-
 class Foreseen:
     """What the loop asks of an `Accelerator`, on tensors that are on the CPU, by the rules of the device that is planned for."""
 
-    device, scaler = CPU, None
+    device, scaler, num_processes, process_index = CPU, None, 1, 0
 
     def __init__(self, precision: torch.dtype | None, device_type: str):
         self.precision, self.device_type = precision, device_type
@@ -153,6 +148,9 @@ class Foreseen:
 
     def autocast(self) -> contextlib.AbstractContextManager:
         return autocast(self.precision, self.device_type)
+
+    def no_sync(self, model: nn.Module) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext()
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
@@ -193,9 +191,9 @@ def trace_run(
     components: Components,
     modules: dict[str, nn.Module],
     device_type: str,
-    num_pictures: int | None = None,
-) -> dict[str, dict[str, int]]:
-    """Phase -> category -> bytes. `modules`: what `trained_modules` gave. Works on fake tensors and on real ones alike."""
+) -> tuple[dict[str, dict[str, int]], dict[str, int], dict[str, float]]:
+    """Phase -> category -> bytes; bytes that are kept on disk; and what encoding and training cost. `modules`: what `trained_modules` gave. Works on fake tensors and on
+    real ones alike."""
     ledger = Ledger(CUDA_BLOCK if device_type == "cuda" else 1)
     components = Watched(
         **vars(components),
@@ -204,35 +202,59 @@ def trace_run(
     )
     trained = [p for module in modules.values() for p in module.parameters() if p.requires_grad]
     accelerator = Foreseen(planned_dtype(run.training.mixed_precision, device_type), device_type)
-    phases = {}
+    phases, flops = {}, {}
 
     hold_weights(ledger, {*components.modules().values(), components.vae})
     if run.trains == "adapter":
         ledger.hold(trained, "adapters")
-    with ledger.measuring(), torch.no_grad(), components.awake(*encoders(run, components)):
-        encoded = encode_blank(run, components, num_pictures or run.training.batch_size)
+    components.park(needed_in_steps(run, components))
+    with ledger.measuring(), torch.no_grad():
+        encoded = encode_blank(run, components)
     phases["encoding"] = ledger.peak
-    host = [encoded.latents, encoded.time_ids, *(encoded.text or {}).values()]
+    host = [tensor for part in (encoded.latents, encoded.text) for tensor in getattr(part, "held", {}).values()]
     if device_type == "cuda":
         ledger.release(host)
     else:
         ledger.hold(host, "caches")
-    components.park(modules if trains_text(run) else ())
 
-    kept = None
+    outlives = None
     with unset_fake_temporarily():  # the schedule's tables are looked into
         setup = learn_to_denoise(run, components, modules, encoded, CPU)
     if modules:
         if run.training.gradient_checkpointing:
             checkpoint_gradients(components, modules, **checkpoint_options(device_type))
-        with ledger.measuring():
-            kept = second_step(run, setup, accelerator, ledger)
+        with ledger.measuring(), as_computed(run, setup, device_type) as computed:
+            outlives = second_step(run, computed, accelerator, ledger)
         phases["training"] = ledger.peak
     with ledger.measuring(), torch.no_grad():
-        draw_blank(run, components, setup)
+        forward = draw_blank(run, components, setup)
     phases["drawing"] = ledger.peak
-    del kept
-    return phases
+    if modules:
+        flops["sample"] = forward * passes_of_a_step(run)
+    del outlives
+    for name, part in (("picture", encoded.latents), ("caption", encoded.text)):
+        flops[name] = getattr(part, "flops", 0.0)
+    return phases, kept_on_disk(run, encoded), flops
+
+
+@contextlib.contextmanager
+def as_computed(run: RunConfig, setup: Setup, device_type: str) -> Iterator[Setup]:
+    """What section `compute` changes of memory: attention by plain matrix products keeps its weights, and what waits on the host is not
+    there. Kernels of xFormers and flash take what torch's own does; what the compiler saves is not foreseen."""
+    plain = run.compute.attention == "math"
+    with attending(setup.components.unet, "math") if plain else contextlib.nullcontext():
+        if waits(run, "activations", device_type):
+            setup = activations_elsewhere(
+                setup,
+                put=lambda tensor: partial(torch.empty_strided, tensor.size(), tensor.stride(), dtype=tensor.dtype),
+                fetch=lambda make: make(),
+            )
+        yield setup
+
+
+def waits(run: RunConfig, what: str, device_type: str) -> bool:
+    """Whether activations, or the average, wait in host memory, which then counts as elsewhere."""
+    return device_type == "cuda" and what in run.compute.offload
 
 
 def stored(module: nn.Module) -> list[Tensor]:
@@ -243,24 +265,6 @@ def hold_weights(ledger: Ledger, modules: Iterable[nn.Module]) -> None:
     for module in modules:
         ledger.hold((*module.parameters(), *module.buffers()), "weights")
         ledger.hold(state_tensors(module), "quantization state")
-
-
-def encode_blank(run: RunConfig, components: Components, num_pictures: int) -> EncodedDataset:
-    """What `encode_dataset` does, on no pictures in particular: the largest batch of them, and of captions; all are kept."""
-    side = run.data.resolution
-    pixels = torch.zeros(pictures_at_once(side, PICTURES_AT_ONCE), 3, side, side, dtype=torch.uint8)
-    latents = components.encode_pictures(pixels)
-    captions = [""] + ["a caption"] * num_pictures
-    text = None
-    if not trains_text(run):
-        text = encode_captions(components, captions[:CAPTIONS_AT_ONCE], CAPTIONS_AT_ONCE)
-    return EncodedDataset(
-        captions[1:],
-        latents.new_zeros(num_pictures, *latents.shape[1:]),
-        latents.new_zeros(num_pictures, 6),
-        list(range(1, num_pictures + 1)),
-        text and {name: values.new_zeros(len(captions), *values.shape[1:]) for name, values in text.items()},
-    )
 
 
 def second_step(run: RunConfig, setup: Setup, accelerator: Foreseen, ledger: Ledger) -> TrainState:
@@ -286,27 +290,40 @@ def second_step(run: RunConfig, setup: Setup, accelerator: Foreseen, ledger: Led
         with ledger.counting_as("caches"):
             return setup.batch(ids, step)
 
-    ids = [i % setup.num_samples for i in range(parts * size)]
+    pool = setup.order(0)
+    ids = [pool[i % len(pool)] for i in range(parts * size)]
+    average = state.ema.shadow_params if waits(run, "average", accelerator.device_type) else []
+    ledger.release(average)
     take_gradients(run, replace(setup, batch=batch), state.model, state.parameters, accelerator, 1, ids)
     with ledger.counting_as("optimizer"):
+        ledger.hold(average, "optimizer")
         state.step()
     for hook in hooks:
         hook.remove()
     return state
 
 
-def draw_blank(run: RunConfig, components: Components, setup: Setup) -> None:
+def passes_of_a_step(run: RunConfig) -> int:
+    """What a training step costs, in forward passes: one, one for the gradients of what goes in, one for those of weights where all are
+    trained, and one more where activations are computed again."""
+    return 2 + (run.trains == "unet") + run.training.gradient_checkpointing
+
+
+def draw_blank(run: RunConfig, components: Components, setup: Setup) -> float:
     """One pass of the UNet with and without caption, as guidance takes it, then decoding: both halves of `draw`, which like it are
-    not under autocast."""
+    not under autocast. Returns the operations of the UNet's pass for one picture."""
     at_once = pictures_at_once(run.data.resolution, len(run.evaluation.prompts) or GRID_PROMPTS)
     with components.awake():
         batch = setup.batch([0] * at_once * 2, 0)
         if "captions" in batch:
             batch |= components.encode_text(batch["captions"])
         latents = torch.zeros_like(batch["latents"])
-        Denoiser(components, False)(latents, torch.zeros(len(latents), dtype=torch.long), batch)
+        with counting_flops() as counter:
+            Denoiser(components, False)(latents, torch.zeros(len(latents), dtype=torch.long), batch)
+    flops = counter.get_total_flops() / len(latents)
     latents = latents[:at_once].clone()
     del batch
     with components.awake("unet", "vae"):
         pictures = components.decode_latents(latents, run.evaluation.vae_tiling)
         (pictures * 0.5 + 0.5).clamp(0, 1)
+    return flops

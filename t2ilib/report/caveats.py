@@ -5,8 +5,8 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from t2ilib.config import ModelConfig, ShapesConfig
-from t2ilib.data.manifest import FEW_HELD_OUT, NAMED
+from t2ilib.config import ModelConfig, PriorConfig, ShapesConfig
+from t2ilib.data.dataset import FEW_HELD_OUT, NAMED
 from t2ilib.evaluation.statistics import smallest_p
 from t2ilib.planning.bound import SHIPPED
 from t2ilib.report.reading import StudyReport
@@ -55,6 +55,12 @@ def caveats(report: StudyReport) -> list[str]:
             else "Runs shared a machine, or nobody knows whether they did, so **speed is not judged**: to compare speeds, run with"
             " `--jobs 1` and nothing else beside it."
         )
+    if mixed := [name for name in report.measured() if not report.one_quantity(name, *report.trained)]:
+        titles_of = ", ".join(report.metrics[name].title for name in mixed)
+        notes.append(
+            f"Not all variants mean the same by {titles_of}: other predictions, other noise or other latents are other quantities, which are"
+            " shown and **not compared**."
+        )
     on_cpu = [name for name in report.trained if not report.values(name, "peak_device_mib")]
     slow = [titles[name] for name in on_cpu if optimizer_of(report, name) == "adamw8bit"]
     if slow:
@@ -94,6 +100,8 @@ def told_fixed(report: StudyReport) -> str:
     """What no run of the study varied, as far as it is known; a warning where the held-out pictures are few."""
     trained = settings_of(report)
     told = [f"the {counted(map(training_pictures, trained))}training pictures"] if trained else []
+    if priors := [prior for settings in trained if (prior := settings.get("prior"))]:
+        told.append(f"the {counted(map(class_pictures, priors))}pictures of the class")
     if report.with_role("learned", "kept", "followed"):
         each = " of each kind" * (report.with_role("learned", "kept") != [])
         told.append(f"the {counted(map(prompts_asked, trained))}test prompts{each}, and the one starting noise of each")
@@ -137,6 +145,11 @@ def counted(numbers: Iterable[int | None]) -> str:
 def training_pictures(settings: Mapping[str, Any]) -> int | None:
     """How many pictures a run was trained on: of the drawn world it says so itself, of a folder only its log does."""
     return said_of_shapes(settings, "num_pictures")
+
+
+def class_pictures(prior: Mapping[str, Any]) -> int | None:
+    """How many pictures of the class the base drew for a run; of a folder only its log says it."""
+    return None if prior.get("path") else prior.get("num_pictures", PriorConfig.model_fields["num_pictures"].default)
 
 
 def prompts_asked(settings: Mapping[str, Any]) -> int | None:

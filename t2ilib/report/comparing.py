@@ -5,7 +5,7 @@ One test serves them all, `evaluation.statistics`: a difference is shown where t
 questions leaves out zero. The questions of a table are its trained variants; those of the leads all pairs of them, on
 every metric whose leader is named. The untouched base stands outside the family: "does training change anything?" is
 another question, and asking it must not cost the variants their power. Speed is judged only where runs did not share
-a machine.
+a machine, and losses only where they are of the same quantity: one prediction, one schedule of noise, one space.
 """
 
 from collections.abc import Iterable, Mapping
@@ -19,6 +19,7 @@ from t2ilib.studies.champion import Choice, choose
 from t2ilib.studies.file import Claim
 
 SHARED = "not judged (the runs shared a machine)"
+DIFFERENT = "not judged (it is of another quantity)"
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,16 @@ def compare(report: StudyReport, metric: str, against: str | None = None) -> dic
     found = {}
     for name, (values, other) in pairs.items():
         difference = paired_difference(values, other, 1 if name == report.base else family)
-        shared = known.role == "speed" and not report.timed_alone(name, others[name])
-        found[name] = Comparison(difference, SHARED if shared else judge(difference, known))
+        reason = why_not_judged(report, metric, name, others[name])
+        found[name] = Comparison(difference, reason or judge(difference, known))
     return found
+
+
+def why_not_judged(report: StudyReport, metric: str, *variants: str) -> str:
+    """Why a metric says nothing about which of these variants is better; "" where it does."""
+    if report.about(metric).role == "speed" and not report.timed_alone(*variants):
+        return SHARED
+    return "" if report.one_quantity(metric, *variants) else DIFFERENT
 
 
 def judge(difference: PairedDifference, metric: Metric) -> str:
@@ -77,7 +85,7 @@ def competing(report: StudyReport, metric: str) -> dict[str, dict[int, float]]:
 def is_tested(report: StudyReport, metric: str) -> bool:
     """Whether naming the leader on a metric asks whether it is seed noise."""
     known, names = report.about(metric), competing(report, metric)
-    return len(names) > 1 and not known.exact and (known.role != "speed" or report.timed_alone(*names))
+    return len(names) > 1 and not known.exact and not why_not_judged(report, metric, *names)
 
 
 def leads_on(report: StudyReport, metric: str, leader: str, named: Iterable[str]) -> dict[str, PairedDifference]:
@@ -91,7 +99,8 @@ def chosen(report: StudyReport) -> Choice | None:
     results: Mapping[str, Mapping[int, Mapping[str, float]]] = {
         name: {run.seed: run.metrics for run in runs} for name in report.trained if (runs := report.runs_of(name))
     }
-    return choose(results, report.metrics, {name: variant.title for name, variant in report.variants.items()})
+    comparable = {name: about for name, about in report.metrics.items() if report.one_quantity(name, *report.trained)}
+    return choose(results, comparable, {name: variant.title for name, variant in report.variants.items()})
 
 
 def judge_claims(report: StudyReport, name: str) -> list[Judgement]:
@@ -112,8 +121,8 @@ def judge_claims(report: StudyReport, name: str) -> list[Judgement]:
 
 def judged(known: Metric, claim: Claim, comparison: Comparison) -> str:
     difference, relative = comparison.difference, claim.direction in ("better", "worse")
-    if comparison.verdict == SHARED:
-        return SHARED
+    if comparison.verdict in (SHARED, DIFFERENT):
+        return comparison.verdict
     if relative and known.better is None:
         return "not judged (neither way is better: claim higher or lower)"
     shown = (difference.mean > 0) - (difference.mean < 0) if known.exact else difference.shown

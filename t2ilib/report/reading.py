@@ -106,6 +106,11 @@ class StudyReport:
         """What a variant is compared with: the neighbour that it names, or the reference."""
         return self.variants[variant].against or self.reference
 
+    def one_quantity(self, metric: str, *variants: str) -> bool:
+        """Whether these variants' runs mean the same by a metric."""
+        declared = [run.declared.get(metric) for name in variants for run in self.runs_of(name)]
+        return len({known.quantity for known in declared if known is not None}) <= 1
+
     def timed_alone(self, *variants: str) -> bool:
         """Whether these variants were trained one run at a time, so that their speeds can be compared."""
         return all(run.jobs == 1 for name in variants for run in self.runs_of(name))
@@ -174,7 +179,7 @@ def is_outdated(study: Mapping[str, Any], run: FinishedRun) -> bool:
     if not run.settings or "run" not in study:  # reports of before runs were recorded
         return False
     now = merge(study["run"], study["variants"][run.variant].get("run") or {})
-    return any(is_measured_again(address) for address in changes(run.settings, now))
+    return any(is_measured_again(address, now) for address in changes(run.settings, now))
 
 
 def held_out_names(folder: Path) -> tuple[str, ...]:

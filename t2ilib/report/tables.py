@@ -10,14 +10,14 @@ from collections.abc import Mapping, Sequence
 
 from t2ilib.evaluation.metrics import Metric
 from t2ilib.evaluation.statistics import PairedDifference, mean_interval
-from t2ilib.report.comparing import SHARED, compare
+from t2ilib.report.comparing import DIFFERENT, SHARED, compare
 from t2ilib.report.reading import StudyReport
 
 NOT_MEASURED = "–"
 WORDS = ("variant", "name", "against", "verdict")
 """Columns of words, which stand to the left; numbers stand to the right."""
 DIFFERENCES = ("difference", "95% interval alone", "of all together", "seeds", "p")
-SHORT = {"no difference shown": "undecided", SHARED: ""}
+SHORT = {"no difference shown": "undecided", SHARED: "", DIFFERENT: ""}
 """Verdicts in a cell, where they are not what stands before a bracket."""
 AT_A_GLANCE = ("learned", "kept", "loss", "followed", "memory", "size", "speed")
 """Roles of metrics that have a column among the verdicts."""

@@ -5,15 +5,32 @@ does not see why, so no text here reasons. Hypotheses are quoted as their author
 one, its author says as claims.
 """
 
-from t2ilib.config import check_choice
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from t2ilib.config import RunConfig, check_choice
 from t2ilib.evaluation.metrics import Metric
 from t2ilib.evaluation.statistics import mean_interval, not_tested
-from t2ilib.report.comparing import Comparison, Judgement, chosen, compare, competing, is_tested, judge_claims, leads_on
+from t2ilib.report.comparing import (
+    Comparison,
+    Judgement,
+    chosen,
+    compare,
+    competing,
+    is_tested,
+    judge_claims,
+    leads_on,
+    why_not_judged,
+)
 from t2ilib.report.reading import StudyReport
 from t2ilib.report.tables import write_mean, write_number, write_p, write_together
+from t2ilib.studies.runs import changes
 
 QUALITY, COST = ("learned", "kept", "loss", "followed"), ("memory", "size", "speed")
 """Roles of metrics."""
+NAMED = 3
+"""So many that are equal are named."""
 
 
 def headline(report: StudyReport) -> str:
@@ -32,7 +49,7 @@ def headline(report: StudyReport) -> str:
 
 def is_fair(report: StudyReport, metric: str) -> bool:
     """Whether a leader can be named at all: not the fastest of runs that shared a machine."""
-    return report.metrics[metric].role != "speed" or report.timed_alone(*competing(report, metric))
+    return not why_not_judged(report, metric, *competing(report, metric))
 
 
 def claim(report: StudyReport, metric: str) -> str:
@@ -52,6 +69,8 @@ def lead(report: StudyReport, metric: str, told: dict[str, str]) -> str:
     means = {name: mean_interval(own.values()).mean for name, own in values.items()}
     leaders = [name for name, mean in means.items() if mean == best_of(means.values())]
     titles = " and ".join(report.variants[name].title for name in leaders)
+    if len(leaders) > NAMED:
+        titles = f"{len(leaders)} of {len(means)} variants"
     line = f"**{told[metric]}: {titles}** ({write_mean(values[leaders[0]], known)})"
     others = [name for name in means if name not in leaders]
     if not others:
@@ -95,15 +114,41 @@ def champion(report: StudyReport) -> str:
 
 
 def describe_variant(report: StudyReport, name: str) -> str:
-    """Markdown: *Overview*, *How it helps*, *Origin of the idea* as the study tells them; *Result* as measured;
-    *Why*: the hypothesis as its author wrote it, and what came of its claims."""
+    """Markdown: *Overview*, *How it helps*, *Origin of the idea* as the study tells them; *Settings*, by which it differs from what it is
+    compared with; *Result* as measured; *Why*: the hypothesis as its author wrote it, and what came of its claims."""
     check_choice(name, report.variants, "variant")
     variant = report.variants[name]
     told = {"Overview": variant.overview, "How it helps": variant.how_it_helps, "Origin of the idea": variant.origin}
     parts = [f"### {variant.title} (`{name}`)"]
     parts += [f"*{heading}.* {text or 'The study file does not say.'}" for heading, text in told.items()]
+    if different := settings_text(report, name):
+        parts.append(f"*Settings.* {different}")
     parts += [f"*Result.* {result_text(report, name)}", f"*Why.* {why_text(report, name)}"]
     return "\n\n".join(parts)
+
+
+def settings_text(report: StudyReport, name: str) -> str:
+    """Every field by which a variant differs from what it is compared with, as their runs recorded them, or, where one has not run, as
+    the study file says them; "" where there is nothing to compare."""
+    other = report.against(name)
+    recorded = [next((run.settings for run in report.runs_of(one) if run.settings), None) for one in (other, name)]
+    before, now = recorded if all(recorded) else (report.variants[one].run for one in (other, name))
+    told = [] if other == name else told_changes(before, now)
+    return f"Other than {report.variants[other].title}: {'; '.join(told)}." if told else ""
+
+
+def told_changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """ "`prior.share: 0.25` instead of `0.5`", for every field that differs; a section that is not there any more as a whole."""
+    told: dict[str, str] = {}
+    for field, (old, value) in changes(before, now).items():
+        section, _, name = field.partition(".")
+        if name in (now.get(section) or {}):
+            instead = "" if old is None else f" instead of `{json.dumps(old, ensure_ascii=False)}`"
+            told[field] = f"`{field}: {json.dumps(value, ensure_ascii=False)}`{instead}"
+        else:
+            gone = section if now.get(section) is None and RunConfig.model_fields[section].default is None else field
+            told[gone] = f"no `{gone}`"
+    return list(told.values())
 
 
 def result_text(report: StudyReport, name: str) -> str:
@@ -164,6 +209,9 @@ MEANINGS = {
     "concept/shown": "share of prompts with a new concept in whose picture the checker finds it, whatever else is wrong.",
     "concept/chance": "what the same pictures score when each is held against every prompt instead of its own.",
     "concept/constant": "what one and the same picture for every prompt would score at best.",
+    "world/all": "share of prompts whose picture is right in every attribute.",
+    "world/chance": "what the same pictures score when each is held against every prompt instead of its own.",
+    "world/constant": "what one and the same picture for every prompt would score at best.",
     "base_kept/all": "share of prompts from the world the base model knew whose picture is still right in every attribute. The untouched"
     " base is the level to keep.",
     "held_out_loss": "on pictures that were not trained on, at fixed timesteps and noise; lower is better.",

@@ -1,7 +1,7 @@
 """Reading a picture of the shapes world back: which attributes does it show, and are they those of its scene?
 
 An analysis that shares no weight with any model, and the measure `checker` that comes of it: what a run learned of the concepts
-it was taught, and what it kept of the base world.
+it was taught, and what it kept of the base world; or, of a network that began with nothing, how it follows the prompts of its world.
 """
 
 from collections import Counter
@@ -190,8 +190,13 @@ METRICS = {
     "concept/shown": Metric("concept shown", "share", "higher", table="Learned and kept"),
     "concept/chance": Metric("learned by chance", "share", table="Learned and kept"),
     "concept/constant": Metric("by one and the same picture", "share", table="Learned and kept"),
+    "world/all": Metric("prompts followed", "share", "higher", table="Learned and kept", role="learned", headline="Followed prompts best"),
+    "world/chance": Metric("followed by chance", "share", table="Learned and kept"),
+    "world/constant": Metric("by one and the same picture", "share", table="Learned and kept"),
+    **{f"world/{name}": Metric(f"{name} followed", "share", "higher", table="Its world, by attribute") for name in ATTRIBUTES},
     **{f"concept/{name}": Metric(f"{name} shown", "share", "higher", table="By concept") for name in CONCEPTS},
-    **{f"{{group}}/{name}": Metric(f"{{group}}, {name}", "share", "higher", table=None) for name in ATTRIBUTES},
+    **{f"concept/{name}": Metric(f"{name}", "share", "higher", table="Concepts, by attribute") for name in ATTRIBUTES},
+    **{f"base_kept/{name}": Metric(f"{name} kept", "share", "higher", table="Its own world, by attribute") for name in ATTRIBUTES},
 }  # fmt: skip
 """Learned is what shows the concept and everything else that was asked for. Of two that come to the same name the later counts."""
 
@@ -202,9 +207,12 @@ def lacks(run: RunConfig) -> str | None:
 
 
 def checked_scenes(run: RunConfig) -> dict[str, list[Scene]]:
-    """Test scenes by group, none of them ever trained on: `concept` (what the run was taught) and `base_kept`."""
+    """Test scenes by group, none of them ever trained on: `concept` (what the run was taught) and `base_kept`; of a network from
+    scratch, which had nothing to keep, `world`."""
     if lacks(run):
         return {}
+    if run.scratch is not None:
+        return {"world": mixed_scenes(run.shapes.checked_prompts, "test", 0, run.shapes.scenes)}
     count, concepts = run.shapes.checked_prompts, [name for name in run.shapes.scenes if name != "base"]
     groups = {"concept": mixed_scenes(count, "test", 0, concepts)} if concepts else {}
     return groups | {"base_kept": mixed_scenes(count, "test", 0, ["base"])}
@@ -213,9 +221,9 @@ def checked_scenes(run: RunConfig) -> dict[str, list[Scene]]:
 def checked(group: str, scenes: Sequence[Scene], pictures: Sequence[Image.Image]) -> dict[str, float]:
     """Accuracies in [0, 1] by attribute and of all together.
 
-    For concepts also how many pictures show the concept asked for, whatever else is wrong in them; and what the share of pictures
-    with everything right is to be held against: `chance`, when every picture is held against every prompt, and `constant`, the best that
-    one of these pictures would score as the answer to all prompts.
+    Of what was learned also what the share of pictures with everything right is to be held against: `chance`, when every picture is
+    held against every prompt, and `constant`, the best that one of these pictures would score as the answer to all prompts. For concepts
+    also how many pictures show the concept asked for, whatever else is wrong in them.
     """
     readings = [read(picture) for picture in pictures]
     result = judge_all(scenes, readings)
@@ -228,10 +236,8 @@ def checked(group: str, scenes: Sequence[Scene], pictures: Sequence[Image.Image]
         for name in dict.fromkeys(asked):
             hits = [hit for hit, concept in zip(shown, asked, strict=True) if concept == name]
             found[f"concept/{name}"] = float(np.mean(hits))
+        found["concept/shown"] = float(np.mean(shown))
+    if group in ("concept", "world"):
         right = np.array([[all(judge(scene, reading).values()) for scene in scenes] for reading in readings])
-        found |= {
-            "concept/shown": float(np.mean(shown)),
-            "concept/chance": float(right.mean()),
-            "concept/constant": float(right.mean(1).max()),
-        }
+        found |= {f"{group}/chance": float(right.mean()), f"{group}/constant": float(right.mean(1).max())}
     return found

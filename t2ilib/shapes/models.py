@@ -9,8 +9,8 @@ A `clip` folder beside them holds the whole contrastive model, for scoring pictu
 projections around its transformer blocks. It shares the autoencoder and the first text encoder with tiny-sdxl, so of it only
 the UNet is trained, and its pictures are scored with tiny-sdxl's `clip`.
 
-`build` writes such a folder with random weights; the training loop fills it (`trains: vae`, `clip`, `unet`); `pack` rounds it
-to half precision for shipping.
+`build` writes tiny-sdxl's folder with random weights; the training loop fills it (`trains: vae`, `clip`); both UNets are of the size `tiny`
+and trained from scratch, as any other is; `pack` rounds a model to half precision for shipping.
 """
 
 import json
@@ -20,9 +20,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from t2ilib.config import ConfigError, ModelConfig, check_choice
-from t2ilib.models.load import load_base
+from t2ilib.config import ConfigError
+from t2ilib.models import sizes
 from t2ilib.models.pipeline import quiet_libraries
+from t2ilib.models.sizes import Surroundings
 from t2ilib.seeds import seed_for
 from t2ilib.shapes import world
 
@@ -38,19 +39,12 @@ WORDS = (
 )
 
 
-def build(folder: Path, seed: int = 0, name: str = "tiny-sdxl") -> None:
-    """Writes a tiny pipeline folder with random weights (tiny-sd15: a random UNet beside trained parts of tiny-sdxl).
-
-    Raises ConfigError for a name that is not in MODELS.
-    """
-    torch.manual_seed(seed_for(seed, "tiny weights"))
-    MODELS[check_choice(name, MODELS, "tiny model")](folder)
-
-
-def build_sdxl(folder: Path) -> None:
+def build(folder: Path, seed: int = 0) -> None:
+    """Writes the pipeline folder of tiny-sdxl with random weights."""
     import diffusers
     from transformers import CLIPConfig, CLIPModel
 
+    torch.manual_seed(seed_for(seed, "tiny weights"))
     tokenizer = build_tokenizer()
     text = {name: build_text_encoder(name, tokenizer) for name in TEXT_WIDTHS}
     clip = CLIPModel(
@@ -82,28 +76,6 @@ def build_sdxl(folder: Path) -> None:
     with quiet_libraries():
         pipeline.save_pretrained(folder)
         save_clip(clip, tokenizer, folder / "clip")
-
-
-def build_sd15(folder: Path) -> None:
-    import diffusers
-
-    trained = load_base(ModelConfig(base="tiny-sdxl"), torch.device("cpu"))
-    pipeline = diffusers.StableDiffusionPipeline(
-        vae=trained.vae,
-        unet=build_unet("tiny-sd15"),
-        scheduler=build_scheduler(),
-        tokenizer=trained.tokenizers["tokenizer"],
-        text_encoder=trained.text_encoders["text_encoder"],
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
-    with quiet_libraries():
-        pipeline.save_pretrained(folder)
-
-
-MODELS = {"tiny-sdxl": build_sdxl, "tiny-sd15": build_sd15}
-"""Shipped model -> what writes it before its training."""
 
 
 def save_clip(clip: nn.Module, tokenizer, folder: Path) -> None:
@@ -176,30 +148,14 @@ def build_vae() -> nn.Module:
 
 
 def build_unet(name: str = "tiny-sdxl") -> nn.Module:
-    from diffusers import UNet2DConditionModel
-
+    """The size `tiny`, between the parts of a tiny model."""
     width, _ = TEXT_WIDTHS["text_encoder"]
-    both = width + TEXT_WIDTHS["text_encoder_2"][0]
-    own = {
-        "tiny-sdxl": {
-            "block_out_channels": (64, 128),
-            "attention_head_dim": (1, 2),
-            "use_linear_projection": True,
-            "cross_attention_dim": both,
-            "addition_embed_type": "text_time",
-            "addition_time_embed_dim": 32,
-            "projection_class_embeddings_input_dim": 6 * 32 + PROJECTION,
-        },
-        "tiny-sd15": {"block_out_channels": (64, 64), "attention_head_dim": 2, "cross_attention_dim": width},
+    latents = {"channels": 4, "side": world.RESOLUTION // 8}
+    around = {
+        "tiny-sdxl": Surroundings(width + TEXT_WIDTHS["text_encoder_2"][0], PROJECTION, **latents),
+        "tiny-sd15": Surroundings(width, None, **latents),
     }
-    return UNet2DConditionModel(
-        sample_size=world.RESOLUTION // 8,
-        down_block_types=("CrossAttnDownBlock2D",) * 2,
-        up_block_types=("CrossAttnUpBlock2D",) * 2,
-        layers_per_block=1,
-        transformer_layers_per_block=1,
-        **own[name],
-    )
+    return sizes.build_unet("tiny", around[name])
 
 
 def build_scheduler():
@@ -228,7 +184,7 @@ def pack(source: Path, target: Path, card: str) -> int:
         shutil.rmtree(target)
     with quiet_libraries():
         diffusers.DiffusionPipeline.from_pretrained(source, torch_dtype=torch.float16).save_pretrained(target)
-        if (source / "clip").is_dir():
+        if (source / "clip").is_dir() and (source / "text_encoder_2").is_dir():  # whose contrastive model it is
             clip = CLIPModel.from_pretrained(source / "clip", dtype=torch.float16)
             save_clip(clip, CLIPTokenizer.from_pretrained(source / "clip"), target / "clip")
     declare_float32(target)

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from t2ilib.config import ConfigError, RunConfig
-from t2ilib.data.cache import load_pixels
-from t2ilib.data.manifest import Dataset
+from t2ilib.data.dataset import Dataset
+from t2ilib.data.loader import Order
+from t2ilib.data.pictures import load_picture
 from t2ilib.models.components import Components
 from t2ilib.models.families import tokenize
 from t2ilib.models.pipeline import clip_folder, quiet_libraries, save_pipeline
@@ -30,6 +31,12 @@ from t2ilib.training.setups import Setup
 EDGE_WEIGHT = 4.0
 KL_WEIGHT = 1e-6
 NEAR_MISSES = 3
+
+
+def load_pixels(dataset: Dataset, resolution: int) -> Tensor:
+    """All pictures as (N, 3, H, W) uint8, held in memory."""
+    pixels = [load_picture(record.path, resolution, dataset.ground).pixels for record in dataset.records]
+    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).contiguous()
 
 
 class Reconstruction(nn.Module):
@@ -101,7 +108,8 @@ def setup_vae(
         vae.register_to_config(scaling_factor=round(1 / float(latents.std()), 5))
         save_pipeline(components, folder / "model")
 
-    return Setup(components, Reconstruction(vae), {"vae": vae}, len(pixels), batch, reconstruction_loss, validate, save)
+    order = Order(run.seed, run.training.batch_size, len(pixels))
+    return Setup(components, Reconstruction(vae), {"vae": vae}, order, batch, reconstruction_loss, validate, save)
 
 
 @torch.no_grad()
@@ -239,4 +247,5 @@ def setup_clip(
         with quiet_libraries():
             save_clip(clip, tokenizer, folder / "model" / "clip")
 
-    return Setup(components, model, {"clip": model}, len(pixels), batch, contrastive_loss, validate, save)
+    order = Order(run.seed, run.training.batch_size, len(pixels))
+    return Setup(components, model, {"clip": model}, order, batch, contrastive_loss, validate, save)

@@ -1,26 +1,20 @@
 """The shapes world as a source: drawn once into a cache folder, then read like any user's image folder."""
 
 import hashlib
-import os
 import shutil
 import tempfile
 from pathlib import Path
 
+from t2ilib.cachefolder import cache_folder
 from t2ilib.config import DataConfig, ShapesConfig
+from t2ilib.data.records import Listing
 from t2ilib.data.sources import folder
 from t2ilib.shapes import world
 
 NUM_VALIDATION = 48
 
 
-def cache_folder() -> Path:
-    """T2ILIB_CACHE, else `t2ilib` in the user's cache folder."""
-    return Path(
-        os.environ.get("T2ILIB_CACHE") or Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "t2ilib"
-    )
-
-
-def load(config: ShapesConfig) -> tuple[folder.Listing, folder.Listing]:
+def load(config: ShapesConfig) -> tuple[Listing, Listing]:
     """`config.num_pictures` training pictures of `config.scenes`, and 48 held-out ones of other combinations."""
     train = drawn(config, "train", config.num_pictures)
     validation = drawn(config, "validation", NUM_VALIDATION)

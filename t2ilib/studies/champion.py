@@ -109,11 +109,16 @@ def find_lead(runs: Sequence[StudyRun]) -> Lead | None:
     decides."""
     trained = {(run.variant, run.seed): run for run in runs if run.trains}
     found = {place: run.result() for place, run in trained.items()}
-    declared = {key: Metric(**about) for result in found.values() for key, about in result["measures"].items()}
+    declared: dict[str, Metric] = {}
+    mixed: set[str] = set()
+    for result in found.values():
+        own = {key: Metric(**about) for key, about in result["measures"].items()}
+        mixed |= {key for key in own.keys() & declared.keys() if own[key].quantity != declared[key].quantity}
+        declared |= own
     results: dict[str, dict[int, Mapping[str, float]]] = {}
     for (variant, seed), result in found.items():
         results.setdefault(variant, {})[seed] = result["metrics"]
-    choice = choose(results, declared)
+    choice = choose(results, {key: metric for key, metric in declared.items() if key not in mixed})
     return choice and Lead(trained[choice.leader, choice.seed], choice.metric, choice.doubt)
 
 

@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import yaml
 
 from t2ilib.config import ConfigError, DataConfig, ModelConfig, check_choice
-from t2ilib.data.manifest import FEW_HELD_OUT, NAMED, examine
+from t2ilib.data.dataset import FEW_HELD_OUT, NAMED
+from t2ilib.data.manifest import examine
+from t2ilib.data.records import Record
 from t2ilib.data.sources import folder
-from t2ilib.data.sources.folder import Record
 from t2ilib.studies.comparisons import COMPARISONS, UNTOUCHED
 from t2ilib.studies.file import Study, Variant, load_study
 from t2ilib.text import shown
@@ -88,7 +89,7 @@ def new_study(pictures: Path, base: str, compare: Sequence[str], out: Path | Non
     settings = next(settings for settings in SETTINGS if found.resolution <= settings.side)
     refuse_equals(settings, compare)
     config = DataConfig(path=pictures)
-    records = list(examine(folder.load(config)[0], config).pictures)
+    records = list(examine(folder.load(config), config).pictures)
     text = study_text(name, pictures, records, found, settings, compare, out)
     draft = out.with_name(f".{out.name}.part")
     draft.parent.mkdir(parents=True, exist_ok=True)

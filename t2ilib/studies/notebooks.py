@@ -22,8 +22,8 @@ import psutil
 from t2ilib.config import ConfigError
 
 KERNEL = "python3"
-SHIPPED = ("train.ipynb", "compare.ipynb")
-"""Notebooks that come with t2ilib: what a study runs, and what its report is made with."""
+SHIPPED = ("train.ipynb", "scratch.ipynb", "compare.ipynb")
+"""Notebooks that come with t2ilib: what studies run, and what a report is made with."""
 PACKAGE = Path(__file__).parents[1]
 RETRIED = ("Kernel died before replying", "ddress already in use")
 """Kernels that start at the same moment may take the same port; such a start is tried again."""
@@ -41,7 +41,7 @@ def find_notebook(name: str, study: Path) -> Path:
     if found is None:
         raise ConfigError(
             f"the notebook {beside} does not exist: put it beside the study file, or name one that comes with t2ilib"
-            f" ({' and '.join(SHIPPED)})"
+            f" ({', '.join(SHIPPED)})"
         )
     return found
 
@@ -160,7 +160,9 @@ def error_text(output: str) -> str:
     plain = re.sub(r"\x1b\[[0-9;]*m", "", output)
     found = list(
         re.finditer(
-            r"^(?:[\w.]+\.)?(\w+(?:Error|Exit|Interrupt|Loss|Interrupted)): ?(.*(?:\n  .*)*)", plain, re.MULTILINE
+            r"^(?:[\w.]+\.)?(\w*(?:Error|Exit|Interrupt|Loss|Interrupted|Stopped)): ?(.*(?:\n  .*)*)",
+            plain,
+            re.MULTILINE,
         )
     )
     return f"{found[-1][1]}: {found[-1][2]}" if found else ""

@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from t2ilib.config import ConfigError, RunConfig, check_choice
+from t2ilib.data.prior import DRAWING
 from t2ilib.runfile import build_run
 from t2ilib.studies.file import Study
 from t2ilib.studies.notebooks import find_notebook, notebook_parameters
@@ -48,7 +49,7 @@ class StudyRun:
     def state(self) -> str:
         if (self.folder / "result.json").exists():
             changed = self.changed()
-            again = all(map(is_measured_again, changed)) and not self.lost
+            again = all(is_measured_again(name, self.settings) for name in changed) and not self.lost
             return "finished" if not changed else "outdated" if again else "edited"
         if (self.folder / "failed.txt").exists():
             return "failed"
@@ -139,7 +140,8 @@ def require_unedited(runs: Sequence[StudyRun]) -> None:
     for run in runs:
         if run.state == "edited":
             changed = run.changed()
-            lost = " (to be measured again, but its checkpoints are gone)" * all(map(is_measured_again, changed))
+            again = all(is_measured_again(name, run.settings) for name in changed)
+            lost = " (to be measured again, but its checkpoints are gone)" * again
             told = ", ".join(f"{key} {before!r} -> {now!r}" for key, (before, now) in changed.items())
             edited.append(f"{run.label}: {told}{lost}")
     if edited:
@@ -158,9 +160,11 @@ def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, tupl
     }
 
 
-def is_measured_again(address: str) -> bool:
-    """Whether a changed field of a finished run is about judging it, so that it need not be trained again."""
-    return address.startswith(AFTERWARDS) and address not in RULERS
+def is_measured_again(address: str, settings: Mapping[str, Any]) -> bool:
+    """Whether a changed field of a finished run of these settings is about judging it, so that it need not be trained again."""
+    prior = settings.get("prior") or {}
+    drawn = bool(prior.get("prompts")) and not prior.get("path")
+    return address.startswith(AFTERWARDS) and address not in (*RULERS, *(DRAWING if drawn else ()))
 
 
 def addressed(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -17,8 +17,8 @@ from pathlib import Path
 import yaml
 
 from t2ilib.config import ConfigError
-from t2ilib.data.loader import sample_ids
-from t2ilib.data.manifest import load_datasets
+from t2ilib.data.dataset import load_datasets
+from t2ilib.data.prior import build_order, given_pictures, num_class
 from t2ilib.evaluation.metrics import check_measures
 from t2ilib.memory import GIB, available_memory
 from t2ilib.planning.bound import surely_fits
@@ -75,17 +75,20 @@ def misfits_of(runs: list, jobs: int, cards: list[str]) -> list[tuple[bool, str]
 
 def check_data(runs: Sequence[StudyRun]) -> None:
     """Reads the pictures of these runs, each set once, and logs what is used and held out; raises ConfigError for what cannot be
-    used, and for a batch that the training pictures do not fill. Of notebooks with other data than a run's nothing is asked."""
-    known: dict[str, int] = {}
+    used, and for a batch that the training pictures, and those of the class, do not fill. Of notebooks with other data than a run's nothing is asked."""
+    own: dict[str, int] = {}
+    of_class: dict[str, int] = {}
     for run in runs:
         if "data" not in notebook_parameters(run.notebook):
             continue
         config = run.config()
-        said = config.model_dump_json(include={"data", "shapes"})
-        if said not in known:
-            known[said] = len(load_datasets(config)[0])
+        said, of_prior = (config.model_dump_json(include=set(part)) for part in (("data", "shapes"), ("data", "prior")))
+        if said not in own:
+            own[said] = len(load_datasets(config)[0])
+        if of_prior not in of_class:
+            of_class[of_prior] = num_class(config, given_pictures(config))
         if config.training.steps:
-            sample_ids(run.seed, 0, config.training.batch_size, known[said])
+            build_order(config, own[said], of_class[of_prior])
 
 
 def run_study(

@@ -1,1 +1,1 @@
-"""Everything that speaks to MLflow."""
+"""Everything that speaks to MLflow, and to what tracks runs beside it."""

@@ -1,4 +1,4 @@
-"""Adapters as MLflow models: logged by the run that trained them, registered under a name with an alias for the best.
+"""Adapters as MLflow models: logged by the run that trained them, registered under a name with an alias for the best, and found again.
 
 A logged adapter refers to its base by name or path (MLflow's diffusers flavor stores no base) and has a signature with the
 base's own picture size, where MLflow's default is 512. Importing this imports no torch.
@@ -6,9 +6,13 @@ base's own picture size, where MLflow's default is 512. Importing this imports n
 
 from collections.abc import Mapping
 from pathlib import Path
+from urllib.parse import urlparse
 
-from t2ilib.tracking.store import as_default, quiet_mlflow
+from t2ilib.config import ConfigError
+from t2ilib.tracking.store import as_default, connected, database_file, quiet_mlflow
 
+WEIGHTS = "pytorch_lora_weights.safetensors"
+"""What an adapter's file is called among artifacts."""
 MODEL_TAG = "t2ilib.model"
 """Tag of a run: the URI of the adapter it logged."""
 
@@ -76,3 +80,86 @@ def register_version(client, name: str, uri: str, run_id: str, alias: str, tags:
             )
     client.set_registered_model_alias(name, alias, version.version)
     return f"models:/{name}@{alias}"
+
+
+def find_adapter(uri: str, store: str, cache: Path) -> Path:
+    """The adapter's file behind `models:/<name>@<alias>`, `models:/<name>/<version>` or `models:/<id>`.
+
+    Where the run that logged it kept its files, it is the file of the run's artifacts: with the words that were learned beside it, and
+    below the run's run.yaml. Artifacts of a store on this machine are read where they lie, others once into `cache`. Raises ConfigError
+    for a model that the store does not have, or is no adapter.
+    """
+    file = database_file(store)
+    if file is not None and not file.exists():
+        raise ConfigError(
+            f"{uri}: there is no MLflow store at {file} yet; set MLFLOW_TRACKING_URI to the one that has it"
+        )
+    quiet_mlflow()
+    from mlflow.exceptions import MlflowException
+
+    try:
+        with as_default(store) as mlflow:
+            client = mlflow.MlflowClient(store)
+            run_id = run_of_model(client, uri)
+            found = run_artifacts(mlflow, client, run_id, cache) if run_id else None
+            if found is None:
+                place = folder_for(cache, uri.replace(":", "").replace("/", "-"))
+                found = Path(mlflow.artifacts.download_artifacts(uri, dst_path=place))
+    except (MlflowException, OSError) as error:
+        known = ", ".join(registered(store)) or "none"
+        reason = " ".join(str(error).split())[:200]
+        raise ConfigError(f"{uri} is not in the MLflow store {store} ({reason}); registered are: {known}") from None
+    files = sorted(found.rglob(WEIGHTS))
+    if not files:
+        raise ConfigError(
+            f"{uri} holds no {WEIGHTS}: it is no adapter that t2ilib, or MLflow's diffusers flavor, logged"
+        )
+    return files[0]
+
+
+def run_of_model(client, uri: str) -> str | None:
+    """The run that a model was logged by; None where MLflow does not know."""
+    name = uri.removeprefix("models:/")
+    if "@" in name:
+        return client.get_model_version_by_alias(*name.rsplit("@", 1)).run_id
+    if "/" in name:
+        return client.get_model_version(*name.rsplit("/", 1)).run_id
+    return client.get_logged_model(name).source_run_id
+
+
+def run_artifacts(mlflow, client, run_id: str, cache: Path) -> Path | None:
+    """The folder of a run's adapter among its artifacts, with the run's config above it; None where the run kept none.
+
+    Asked for by the artifacts' own URI: by the run's id MLflow mixes in the files of the model that is called `adapter` too.
+    """
+    uri = client.get_run(run_id).info.artifact_uri
+    place = None if urlparse(uri).scheme in ("", "file") else folder_for(cache, run_id)
+    if place and (Path(place) / "adapter" / WEIGHTS).exists():
+        return Path(place) / "adapter"
+    kept = {Path(item.path).name for item in mlflow.artifacts.list_artifacts(artifact_uri=uri)}
+    if "adapter" not in kept:
+        return None
+    for path in [path for path in ("run.yaml", "adapter") if path in kept]:
+        found = Path(mlflow.artifacts.download_artifacts(artifact_uri=f"{uri}/{path}", dst_path=place))
+    return found if (found / WEIGHTS).exists() else None
+
+
+def folder_for(cache: Path, name: str) -> str:
+    folder = cache / name
+    folder.mkdir(parents=True, exist_ok=True)
+    return str(folder)
+
+
+def registered(store: str) -> list[str]:
+    """`models:/<name>@<alias>` of every registered model with an alias, of others `models:/<name>/<its last version>`; [] where there is no
+    store yet. Raises ConfigError for a store that cannot be used."""
+    file = database_file(store)
+    if file is not None and not file.exists():
+        return []
+    with connected(store, file) as client:
+        names = []
+        for model in client.search_registered_models():
+            aliases = [f"models:/{model.name}@{alias}" for alias in model.aliases]
+            versions = [int(version.version) for version in model.latest_versions or []]
+            names += aliases or [f"models:/{model.name}/{max(versions)}" for _ in versions[:1]]
+        return names

@@ -21,8 +21,9 @@ SECONDS_UNTIL_STALE = 900.0
 
 
 def quiet_mlflow() -> None:
-    """Keeps schema migrations off the screen and telemetry off; called before mlflow is imported."""
+    """Keeps schema migrations and bars of artifacts off the screen and telemetry off; called before mlflow is imported."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     for name in (
         "alembic",
         "mlflow.store.db.utils",

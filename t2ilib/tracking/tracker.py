@@ -1,9 +1,9 @@
-"""What a run logs. The loop knows only `Tracker`; without an experiment it gets one that does nothing.
+"""What a run logs. The loop knows only `Tracker`; without an experiment, and nothing `beside` it, it gets one that does nothing.
 
 One MLflow run a training run: `open_tracker` starts it, or takes it up again where `tracking.json` in the output folder
 says which it was, so a resumed training continues its curves. Leaving the scope ends the run as FINISHED, FAILED (an
-exception) or KILLED (a signal). A killed process cannot say so: the heartbeat tag tells, and `store.reap_stale_runs` closes such
-runs.
+exception), KILLED (a signal, no room left) or SCHEDULED (its time is spent, and it is to go on), with a tag that says why it is not
+finished. A killed process cannot say so: the heartbeat tag tells, and `store.reap_stale_runs` closes such runs.
 """
 
 import contextlib
@@ -22,7 +22,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from t2ilib.config import RunConfig
 from t2ilib.runfile import save_run
+from t2ilib.text import write_whole
+from t2ilib.tracking.beside import BESIDE, require_installed
+from t2ilib.tracking.ending import Stopped
 from t2ilib.tracking.models import log_adapter
+from t2ilib.tracking.naming import run_tags, shown_name, telling_fields
 from t2ilib.tracking.store import HEARTBEAT, check_store, open_client, tracking_uri
 
 if TYPE_CHECKING:
@@ -31,43 +35,13 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SECONDS_BETWEEN_FLUSHES = 5.0
-MAX_METRICS, MAX_PARAMS, MAX_VALUE = 1000, 100, 6000
-
-ALWAYS = (
-    "seed",
-    "model.base",
-    "model.quantization",
-    "adapter.kind",
-    "adapter.rank",
-    "adapter.targets",
-    "data.resolution",
-    "optimizer.name",
-    "optimizer.learning_rate",
-    "training.trains",
-    "training.steps",
-    "training.batch_size",
-)
-"""Parameters that are logged also where they are RunConfig's defaults: what runs are compared by."""
-
-FIRST = "A first look"
-FIRST_METRICS = (
-    "loss",
-    "held_out_loss",
-    "concept/all",
-    "base_kept/all",
-    "clip_score/concept",
-    "clip_score/prompts",
-    "steps_per_second",
-    "peak_device_mib",
-    "peak_process_mib",
-    "adapter_mib",
-    "trainable_parameters",
-)
-"""Metrics that stand first in MLflow's charts, in a section that is called so.
-
-A section is what stands before the last slash of a name. The charts sort sections by name, whatever its letters' case, and put
-metrics without a slash behind them all (MLflow 3.17), so what should come first needs a name that does.
-"""
+NOTE = "tracking.json"
+"""In a run's folder: which MLflow run is its."""
+FORKED = "t2ilib.forked_from"
+"""Tag of an MLflow run that began at a step of another: which, and at what step."""
+ENDED = "t2ilib.ended"
+"""Tag of an MLflow run that is not finished: why it ended."""
+MAX_METRICS, MAX_PARAMS, MAX_VALUE, MAX_TAG = 1000, 100, 6000, 5000
 
 
 class Tracker(Protocol):
@@ -140,24 +114,30 @@ class MlflowTracker:
 
     def begin(self) -> None:
         """Takes up the run that tracking.json names, if it is of the same settings and still there; otherwise makes one."""
-        note, digest = self.run.output / "tracking.json", self.run.training_digest()
+        note, digest = self.run.output / NOTE, self.run.training_digest()
         tags = run_tags(self.run)
-        self.known = known_run(self.client, note, self.uri, digest)
+        said = read_note(note)
+        self.known = known_run(self.client, said, self.uri, digest)
         self.resumed = self.known is not None
         if not self.resumed:
+            tags |= {FORKED: said["forked_from"]} if "forked_from" in said else {}
             self.known = self.client.create_run(self.store[1], tags=tags, run_name=self.run.name).info.run_id
             log_config(self.client, self.known, self.run)
         note.parent.mkdir(parents=True, exist_ok=True)
-        note.write_text(json.dumps({"uri": self.uri, "run_id": self.known, "digest": digest}))
+        write_whole(note, json.dumps({"uri": self.uri, "run_id": self.known, "digest": digest}))
         self.client.update_run(self.known, status="RUNNING")
+        if self.resumed and ENDED in self.client.get_run(self.known).data.tags:
+            self.client.delete_tag(self.known, ENDED)
         self.flush()
         self.watching.enter_context(system_metrics(self.uri, self))
 
-    def end(self, status: str) -> None:
-        """Closes the run, if one was begun."""
+    def end(self, status: str, why: str = "") -> None:
+        """Closes the run, if one was begun. `why` it is not finished."""
         self.watching.close()
         if self.known is not None:
             self.flush()
+            if why:
+                self.client.set_tag(self.known, ENDED, why[:MAX_TAG])
             self.client.set_terminated(self.known, status=status)
 
     def log_metrics(self, values: dict[str, float], step: int) -> None:
@@ -193,20 +173,23 @@ class MlflowTracker:
             raise ValueError(f"image key {key!r}: MLflow's image series cannot have a / in their key")
         if self.known is None:
             self.begin()
-        if self.resumed and any(re.search(rf"{key}\Wstep\W{step}\W", path) for path in self.images()):
-            return
-        self.client.log_image(self.run_id, image, key=key, step=step)
+        if not any(re.search(rf"/{re.escape(key)}\Wstep\W{step}\W", path) for path in self.images):
+            self.client.log_image(self.run_id, image, key=key, step=step)
+            self.images.append(f"images/{key}+step+{step}+")
 
+    @functools.cached_property
     def images(self) -> list[str]:
-        """Artifact paths of the images that are there."""
-        return [artifact.path for artifact in self.client.list_artifacts(self.run_id, "images")]
+        """Artifact paths of the images that this and earlier attempts logged, or how they begin."""
+        return [a.path for a in self.client.list_artifacts(self.run_id, "images")] if self.resumed else []
 
     def log_datasets(self, training: Any, held_out: Any) -> None:
-        """Both data sets as inputs of the run, with digest and number of pictures."""
+        """Both data sets as inputs of the run, with digest and number of pictures, and beside them the pictures of the class."""
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         inputs = []
-        for data, context in ((training, "training"), (held_out, "validation")):
+        contexts = ("training", "prior") if training.parts else ("training",)
+        parts = zip(contexts, training.parts or (training,), strict=True)
+        for context, data in (*parts, ("validation", held_out)):
             if len(data):
                 entity = Dataset(
                     name=data.name,
@@ -238,36 +221,79 @@ class MlflowTracker:
             log.warning("the adapter is not logged as an MLflow model: %s", error)
 
 
+class Trackers:
+    """Several trackers as one, each told everything. `run_id`: MLflow's, where it is among them."""
+
+    def __init__(self, *trackers: Any):
+        self.trackers = trackers
+
+    @property
+    def run_id(self) -> str | None:
+        return getattr(self.trackers[0], "run_id", None)
+
+    def log_metrics(self, values: dict[str, float], step: int) -> None:
+        for tracker in self.trackers:
+            tracker.log_metrics(values, step)
+
+    def log_image(self, image: "Image", key: str, step: int) -> None:
+        for tracker in self.trackers:
+            tracker.log_image(image, key, step)
+
+    def log_datasets(self, training: Any, held_out: Any) -> None:
+        for tracker in self.trackers:
+            tracker.log_datasets(training, held_out)
+
+    def log_artifact(self, path: Path, folder: str | None = None) -> None:
+        for tracker in self.trackers:
+            tracker.log_artifact(path, folder)
+
+    def log_adapter(self, file: Path, base: str, side: int) -> None:
+        for tracker in self.trackers:
+            tracker.log_adapter(file, base, side)
+
+    def flush(self) -> None:
+        for tracker in self.trackers:
+            tracker.flush()
+
+
 @contextlib.contextmanager
 def open_tracker(run: RunConfig, results: Path | None = None) -> Iterator[Tracker]:
-    """The tracker of a run for as long as the scope lasts; NullTracker where `run.tracking.experiment` is None.
+    """The tracker of a run for as long as the scope lasts: MLflow, where `run.tracking.experiment` names one, and what is `beside` it;
+    NullTracker without any.
 
-    `results`: where the default store lies; the output folder's parent without it. Raises ConfigError for a store that cannot be
-    used, before it is used.
+    `results`: where MLflow's default store lies; the output folder's parent without it. Raises ConfigError for a store that cannot be
+    used, and for a tracker that is not installed, before it is used.
     """
-    if run.tracking.experiment is None:
+    require_installed(run.tracking.beside)
+    trackers: list[Any] = []
+    if run.tracking.experiment is not None:
+        results = results or run.output.absolute().parent
+        uri = tracking_uri(run.tracking.uri, results)
+        check_store(uri, run.tracking.experiment)
+        trackers.append(MlflowTracker(run, uri, results))
+    trackers += [BESIDE[name](run) for name in run.tracking.beside]
+    if not trackers:
         yield NullTracker()
         return
-    results = results or run.output.absolute().parent
-    uri = tracking_uri(run.tracking.uri, results)
-    check_store(uri, run.tracking.experiment)
-    tracker, status = MlflowTracker(run, uri, results), "FINISHED"
+    status, why = "FINISHED", ""
     try:
         with terminated_as_exit():
-            yield tracker
-    except (KeyboardInterrupt, SystemExit):
-        status = "KILLED"
-        raise
-    except BaseException:
-        status = "FAILED"
+            yield trackers[0] if len(trackers) == 1 else Trackers(*trackers)
+    except BaseException as error:
+        status, why = ended_by(error)
         raise
     finally:
-        tracker.end(status)
+        with contextlib.ExitStack() as ending:  # all of them, also where ending one fails
+            for tracker in trackers:
+                ending.callback(tracker.end, status, why)
 
 
-def shown_name(metric: str) -> str:
-    """A metric's name in MLflow, by which it has its place in the charts."""
-    return f"{FIRST}/{metric.replace('/', '_')}" if metric in FIRST_METRICS else metric
+def ended_by(error: BaseException) -> tuple[str, str]:
+    """MLflow's status for a run that this ended, and why in words."""
+    if isinstance(error, Stopped):
+        return error.status, error.why
+    status = "KILLED" if isinstance(error, KeyboardInterrupt | SystemExit) else "FAILED"
+    return status, f"{type(error).__name__}: {error}"
 
 
 @contextlib.contextmanager
@@ -283,34 +309,32 @@ def terminated_as_exit() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def known_run(client, note: Path, uri: str, digest: str) -> str | None:
+def read_note(note: Path) -> dict[str, str]:
+    """What tracking.json says; nothing where there is none, or one that is not whole."""
+    try:
+        return json.loads(note.read_text())
+    except (FileNotFoundError, ValueError):
+        return {}
+
+
+def fork_note(folder: Path, step: int) -> str | None:
+    """The tracking.json of a run that goes on from `step` of the run in `folder` as an MLflow run of its own, None where that run has
+    none."""
+    origin = read_note(folder / NOTE).get("run_id")
+    return origin and json.dumps({"forked_from": f"{origin} at step {step}"})
+
+
+def known_run(client, known: dict[str, str], uri: str, digest: str) -> str | None:
     """The id in tracking.json, if that run is of the same settings, and still exists in this store."""
     from mlflow.exceptions import MlflowException
 
-    if not note.exists():
-        return None
-    known = json.loads(note.read_text())
-    if known["uri"] != uri or known.get("digest") != digest:
+    if known.get("uri") != uri or known.get("digest") != digest:
         return None
     try:
         info = client.get_run(known["run_id"]).info
     except MlflowException:
         return None
     return info.run_id if info.lifecycle_stage == "active" else None
-
-
-def run_tags(run: RunConfig) -> dict[str, str]:
-    """What the UI groups by: seed, method, base, and whatever the study adds (study, preset, variant)."""
-    adapter = run.adapter
-    tags = {
-        "seed": str(run.seed),
-        "base": run.model.base,
-        "quantization": run.model.quantization,
-        "method": adapter.kind if adapter else run.trains,
-        "optimizer": run.optimizer.name,
-    }
-    parent = {"mlflow.parentRunId": run.tracking.parent_run_id} if run.tracking.parent_run_id else {}
-    return tags | parent | run.tracking.tags
 
 
 def log_config(client, run_id: str, run: RunConfig) -> None:
@@ -323,20 +347,6 @@ def log_config(client, run_id: str, run: RunConfig) -> None:
     with tempfile.TemporaryDirectory(prefix="t2ilib-") as folder:
         save_run(run, Path(folder) / "run.yaml")
         client.log_artifact(run_id, str(Path(folder) / "run.yaml"))
-
-
-def telling_fields(run: RunConfig) -> dict[str, Any]:
-    """`section.field` -> value of those that are not RunConfig's default, and of ALWAYS; none of sections that the run has not."""
-    fields = {}
-    for name, value in run.flat().items():
-        section, _, field = name.partition(".")
-        part = getattr(run, section)
-        if part is None:
-            continue
-        default = type(part)().model_dump(mode="json")[field] if field else RunConfig.model_fields[section].default
-        if name in ALWAYS or value != default:
-            fields[name] = value
-    return fields
 
 
 @contextlib.contextmanager

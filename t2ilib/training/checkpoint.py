@@ -8,14 +8,15 @@ by neither safetensors nor torch.
 
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from filelock import FileLock, Timeout
@@ -29,10 +30,15 @@ from t2ilib.memory import aligned
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
+Read = TypeVar("Read")
 
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be read or does not belong to the run."""
+
+
+class NonFiniteState(ValueError):
+    """Weights, averages or moments that are NaN or infinite: from a checkpoint of them no run could go on."""
 
 
 @dataclass(frozen=True)
@@ -65,11 +71,11 @@ def owned(output: Path) -> Iterator[None]:
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Commits `checkpoint` as `folder/step-NNNNNN` and keeps the newest `keep`. Raises OSError with the folder still intact."""
+    """Commits `checkpoint` as `folder/step-NNNNNN` and keeps the newest `keep`. Raises OSError, and NonFiniteState for tensors that are
+    not finite, with the folder still intact."""
+    require_finite_state(checkpoint)
     folder.mkdir(parents=True, exist_ok=True)
-    for leftover in (*folder.glob(".saving-*"), *folder.glob("step-*")):
-        if not (leftover / MANIFEST).exists() or leftover.name.startswith("."):
-            shutil.rmtree(leftover)
+    clear_drafts(folder)
     draft = folder / f".saving-{checkpoint.step:06d}-{os.getpid()}"
     draft.mkdir()
     try:
@@ -98,35 +104,90 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     if replaced.exists():
         shutil.rmtree(replaced)
     for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+        pruned = old.with_name(f".saving-pruned-{old.name}")  # so that a kill leaves no half of one under its name
+        old.rename(pruned)
+        shutil.rmtree(pruned)
     return target
 
 
+def require_finite_state(checkpoint: Checkpoint) -> None:
+    """Raises NonFiniteState naming the first tensors that are not finite."""
+    bad = [
+        f"{stem}: {name}"
+        for stem, tensors in checkpoint.tensors.items()
+        for name, tensor in tensors.items()
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all()
+    ]
+    if bad:
+        raise NonFiniteState(
+            f"{len(bad)} tensor(s) are not finite after step {checkpoint.step} ({', '.join(bad[:3])}), so no checkpoint of it is"
+            " written: lower optimizer.learning_rate, or set training.mixed_precision to no. The last one is from before"
+        )
+
+
+def clear_drafts(folder: Path) -> None:
+    """Removes what kills left of checkpoints that were being written or removed."""
+    for leftover in (*folder.glob(".saving-*"), *folder.glob("step-*")):
+        if not (leftover / MANIFEST).exists() or leftover.name.startswith("."):
+            shutil.rmtree(leftover)
+
+
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Committed checkpoints, oldest first."""
-    found = [path for path in folder.glob("step-*") if (path / MANIFEST).exists()]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    """Committed checkpoints, oldest first; whether they are whole, reading them tells."""
+    return [path for path in list_steps(folder) if (path / MANIFEST).exists()]
+
+
+def list_steps(folder: Path) -> list[Path]:
+    """What has a checkpoint's name in `folder`, by step."""
+    found = [path for path in folder.glob("step-*") if path.name.removeprefix("step-").isdecimal()]
+    return sorted(found, key=step_of)
+
+
+def step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
     """Reads one checkpoint; raises CheckpointError naming the file whose sum is wrong or which is missing."""
+    meta = read_meta(verified(path))
+    stems = {Path(name).stem: load_file(path / name) for name in read_sums(path) if name.endswith(".safetensors")}
+    tensors = {stem: {key: aligned(tensor) for key, tensor in stored.items()} for stem, stored in stems.items()}
+    return Checkpoint(meta.pop("step"), tensors, meta)
+
+
+def verified(path: Path) -> Path:
+    """The checkpoint at `path`, all of which is as it was written; raises CheckpointError otherwise."""
+    sums = read_sums(path)
+    for name in sums:
+        require_whole(path, name, sums)
+    return path
+
+
+def read_meta(path: Path) -> dict[str, Any]:
+    """A checkpoint's JSON values, `step` among them, without its tensors; raises CheckpointError where these are damaged."""
+    require_whole(path, "meta.json", read_sums(path))
+    return json.loads((path / "meta.json").read_text())
+
+
+def read_sums(path: Path) -> dict[str, str]:
+    """File -> SHA-256, as a checkpoint's manifest has them."""
     try:
         sums = json.loads((path / MANIFEST).read_text())
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not a committed checkpoint: {error}") from None
-    if "meta.json" not in sums:
-        raise CheckpointError(
-            f"{path / MANIFEST} does not list meta.json: delete {path} to go on from an older checkpoint"
-        )
-    for name, expected in sums.items():
-        if not (path / name).exists() or file_digest(path / name) != expected:
-            raise CheckpointError(
-                f"{path / name} is damaged or missing: delete {path} to go on from an older checkpoint"
-            )
-    meta = json.loads((path / "meta.json").read_text())
-    stems = {Path(name).stem: load_file(path / name) for name in sums if name.endswith(".safetensors")}
-    tensors = {stem: {key: aligned(tensor) for key, tensor in stored.items()} for stem, stored in stems.items()}
-    return Checkpoint(meta.pop("step"), tensors, meta)
+        raise CheckpointError(f"{path} is not a committed checkpoint, or damaged: {MANIFEST}: {error}") from None
+    suffixes = {Path(name).suffix for name in sums} if isinstance(sums, dict) else set()
+    if ".safetensors" not in suffixes or "meta.json" not in sums:
+        raise CheckpointError(f"{path} is damaged: {MANIFEST} does not list its files")
+    return sums
+
+
+def require_whole(path: Path, name: str, sums: dict[str, str]) -> None:
+    try:
+        whole = file_digest(path / name) == sums[name]
+    except OSError:  # not there, or the disk cannot read it
+        whole = False
+    if not whole:
+        raise CheckpointError(f"{path / name} is damaged or missing")
 
 
 def step_name(step: int) -> str:
@@ -135,19 +196,40 @@ def step_name(step: int) -> str:
 
 
 def load_latest(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint that is whole; a damaged newer one is passed over with a warning. None where there is none."""
+    """The newest checkpoint that is whole; damaged newer ones are passed over with a warning. None where there is none."""
+    return newest(folder, load_checkpoint)
+
+
+def newest(folder: Path, read: Callable[[Path], Read]) -> Read | None:
+    """What `read` gives of the newest checkpoint for which it raises no CheckpointError, None where there is none; raises one where
+    there are only such."""
     damaged = []
     for path in reversed(list_checkpoints(folder)):
         try:
-            return load_checkpoint(path)
+            found = read(path)
         except CheckpointError as error:
-            log.warning("%s", error)
+            log.warning("%s: looking for the checkpoint before it", error)
             damaged.append(path.name)
+        else:
+            if damaged:
+                log.warning("%s is the newest whole one", path)
+            return found
     if damaged:
         raise CheckpointError(
-            f"every checkpoint in {folder} is damaged ({', '.join(damaged)}): delete them to start again"
+            f"every checkpoint in {folder} is damaged ({', '.join(damaged)}): start again with --resume never, which sets them aside"
         )
     return None
+
+
+def retire_damaged(folder: Path, step: int) -> None:
+    """Renames what has the name of a later step: it was passed over, and would count among those that are kept. Removes drafts."""
+    for path in list_steps(folder):
+        if step_of(path) > step:
+            numbers = (f"-{number}" if number else "" for number in itertools.count())
+            target = next(t for n in numbers if not (t := path.with_name(f"damaged-{path.name}{n}")).exists())
+            path.rename(target)
+            log.warning("%s was passed over; it is now %s, and can be deleted", path, target.name)
+    clear_drafts(folder)
 
 
 def file_digest(path: Path) -> str:
@@ -179,7 +261,13 @@ def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor],
                 address = f"{index}.{name}/{inner}" if inner else f"{index}.{name}"
                 (tensors if isinstance(leaf, Tensor) else values)[address] = leaf
     groups = [{key: pack_value(value) for key, value in group.items()} for group in state["param_groups"]]
-    return {name: tensor.clone() for name, tensor in tensors.items()}, {"values": values, "groups": groups}
+    return {name: copied(tensor) for name, tensor in tensors.items()}, {"values": values, "groups": groups}
+
+
+def copied(tensor: Tensor) -> Tensor:
+    """A copy on the host, where it takes nothing of a GPU that may be full; of what is spread over processes, where it lies."""
+    on_host = tensor.device.type == "cpu" or isinstance(tensor, torch.distributed.tensor.DTensor)
+    return tensor.clone() if on_host else tensor.cpu()
 
 
 def pack_value(value: Any) -> Any:
@@ -193,7 +281,11 @@ def unpack_value(value: Any) -> Any:
 
 
 def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], packed: dict[str, Any]) -> None:
-    """Puts packed state back into an optimizer built over the same parameters in the same order."""
+    """Puts packed state back into an optimizer built over the same parameters in the same order.
+
+    Moments lie in memory as their parameters do, pixel by pixel or channel by channel: torch's fused AdamW pairs elements by where they
+    lie, not by their index.
+    """
     state: dict[int, dict[str, Any]] = {}
     for address, value in (*tensors.items(), *packed["values"].items()):
         index, name = address.split(".", 1)
@@ -205,3 +297,7 @@ def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor
             entries[name] = value
     groups = [{key: unpack_value(value) for key, value in group.items()} for group in packed["groups"]]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
+    for parameter, entries in optimizer.state.items():
+        for name, value in entries.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                entries[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)

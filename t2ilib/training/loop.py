@@ -7,8 +7,8 @@ dropout come from addresses, so a run that was killed and resumed is, bit for bi
 import contextlib
 import logging
 import os
-import signal
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,25 +19,43 @@ from torch import Tensor
 from t2ilib.adapters.attach import AdapterError
 from t2ilib.adapters.load import UNPROVEN, adapter_file
 from t2ilib.config import ConfigError, RunConfig
-from t2ilib.data.loader import sample_ids
-from t2ilib.data.manifest import Dataset, load_datasets
+from t2ilib.data.dataset import Dataset, load_datasets, save_manifest
+from t2ilib.data.prior import build_order, given_pictures, joined, num_class
 from t2ilib.evaluation.measures import find_measures
 from t2ilib.evaluation.metrics import PEAKS, declare
-from t2ilib.memory import MemoryLog, Peaks, require_disk
+from t2ilib.memory import MIB, MemoryLog, Peaks, require_disk
 from t2ilib.models.components import Components
 from t2ilib.models.files.locate import locate
 from t2ilib.models.load import choose_device, choose_dtype, load_base
 from t2ilib.runfile import save_run
+from t2ilib.runlog import RunLog
 from t2ilib.shapes.pretraining import setup_clip, setup_vae
 from t2ilib.text import shown
 from t2ilib.tracking.tracker import NullTracker, Tracker
 from t2ilib.training.checkpoint import owned, step_name
+from t2ilib.training.compute import computing, require_possible
 from t2ilib.training.evaluation import Evaluation
 from t2ilib.training.history import COSTS, History
+from t2ilib.training.prior import drawn_pictures
+from t2ilib.training.processes import (
+    alike,
+    ending_together,
+    exchange,
+    handlers,
+    main_first,
+    meet,
+    require_one_step,
+    require_parts,
+    tell_once,
+    together,
+)
 from t2ilib.training.progress import Progress
-from t2ilib.training.setups import Setup, setup_diffusion, trained_precision
-from t2ilib.training.state import TrainState, require_same_run
+from t2ilib.training.resume import LATEST, LOG, Beginning, find_beginning
+from t2ilib.training.setups import Setup, begin_base, setup_diffusion, trained_precision
+from t2ilib.training.sharding import require_no_plugin, require_shardable
+from t2ilib.training.state import TrainState
 from t2ilib.training.step import take_gradients
+from t2ilib.training.stopping import Stops, rescued
 
 log = logging.getLogger(__name__)
 
@@ -54,10 +72,6 @@ class NonFiniteLoss(ValueError):
     """A loss that is NaN or infinite, with the step and the samples that gave it."""
 
 
-class Interrupted(SystemExit):
-    """A signal arrived; the state is in a checkpoint. The exit code is 128 + signal, as shells have it."""
-
-
 @dataclass
 class TrainResult:
     """What a run leaves in memory. `metrics`: the final values, by name; `output`: the run's folder; `prompts`: those of its sample
@@ -70,100 +84,166 @@ class TrainResult:
     prompts: tuple[str, ...] = ()
 
 
-def train(run: RunConfig, tracker: Tracker | None = None) -> TrainResult:
-    """Trains as `run` says, resuming from the newest checkpoint in `run.output`, and saves what was trained there.
+@ending_together()
+def train(run: RunConfig, tracker: Tracker | None = None, resume: str | Path = LATEST) -> TrainResult:
+    """Trains as `run` says, and saves what was trained in `run.output`.
 
+    `resume`: `latest`, from the newest checkpoint in `run.output`, if there is one; `never`, from step 0; or the folder of a checkpoint
+    or of a run of the same settings. Where these leave something in `run.output` behind, it is set aside (`training.resume`).
     Raises ConfigError before anything is written for what cannot work, NonFiniteLoss, AdapterError for adapters that do not
-    train, and Interrupted after SIGTERM or Ctrl-C, with a checkpoint committed.
+    train, and Stopped (`training.stopping`) after SIGTERM or Ctrl-C, when its time is spent, and where disk or memory are nearly full, with
+    a checkpoint committed. An error in the middle leaves one too. Of several processes (`processes`) the main one writes, and has all metrics.
     """
-    tracker = tracker or NullTracker()
+    began, memory, peaks = time.monotonic(), MemoryLog(run.output), Peaks()
     choose_kernels(run)
     accelerator = build_accelerator(run)
-    memory, peaks = MemoryLog(run.output), Peaks()
-    memory.note("start")
-    require_same_run(run)
+    main = accelerator.is_main_process
+    tracker = tracker if tracker and main else NullTracker()
+    with RunLog() as said:
+        memory.note("start")
+        with main_first(accelerator):
+            beginning, training, held_out, of_class = check(run, accelerator, resume)
+        with together(accelerator), peaks.during("loading"):
+            components = begin(run, accelerator.device)
+        if run.prior is not None:
+            with main_first(accelerator), peaks.during("drawing"):
+                training = joined(run, training, held_out, of_class or drawn_pictures(run, components))
+        with together(accelerator), peaks.during("encoding"):
+            setup = SETUPS[run.trains](run, components, training, held_out, accelerator)
+        with together(accelerator):
+            state = TrainState(run, setup, accelerator, training.digest)
+            require_room(run, state)
+
+        folder = owned(run.output) if main else contextlib.nullcontext()
+        with folder, contextlib.closing(training), computing(run, setup, accelerator) as setup:
+            with together(accelerator):
+                start, steps = state.resume(beginning), run.training.steps
+                if main:
+                    said.open(run.output / LOG)
+                    save_run(run, run.output / "run.yaml")
+                    save_manifest(training, held_out, run.output / "manifest.csv")
+            memory.note("loaded")
+            tracker.log_datasets(training, held_out)
+            history = History(run.output if main else None, start, tracker, peaks)
+            with alike(accelerator):
+                require_one_step(accelerator, start, run)
+                evaluate = Evaluation(run, setup, state, history, tracker)
+            evaluate(start) if start == 0 else evaluate.restore(start)
+            progress = Progress(run, start)
+            stops = Stops(run, state, history, evaluate, memory, began, said.write if main else log.debug)
+
+            with stops.catching(), rescued(state, history):
+                for step in range(start, steps):
+                    history.begin()
+                    ids, done = setup.order(step), step + 1
+                    own, norm = take_gradients(run, setup, state.model, state.parameters, accelerator, step, ids)
+                    losses, reasons, waited = exchange(run, accelerator, own, stops(done), setup.waited())
+                    with alike(accelerator):
+                        require_finite(losses, step, ids, training)
+                        if accelerator.scaler is None:  # with one, such a step is skipped and the scale lowered
+                            require_finite(norm.expand(len(ids)), step, ids, training)
+                        if setup.proof is not None:
+                            setup.proof.observe(done - start)
+                    state.step()
+
+                    loss = float(losses.mean())
+                    values = {"loss": loss, **setup.terms(ids, losses), "grad_norm": float(norm), **state.rates()}
+                    history.step(done, values | stops.readings, waited)
+                    if main:
+                        progress(done, loss, history.seconds)
+                    if step == start:
+                        memory.note("first_step")
+                    if evaluate.due(done):
+                        evaluate(done)
+                    stop = bool(reasons)  # one that comes from here on is looked at after the next step
+                    if state.due(done) or stop:
+                        keep(run, setup, state, history, done)
+                    if stop:
+                        meet(accelerator)  # a launcher that sees one end ends the others, which may be writing still
+                        raise stops.ending(reasons[0], done)
+
+            with state.averaged():
+                if main:
+                    setup.save(run.output)
+            with alike(accelerator):
+                metrics = proven(setup, run.output / "adapter" / UNPROVEN, main)
+            if steps:
+                metrics |= evaluate(steps) | history.speed()
+                state.keep_average()
+            else:
+                metrics |= history.last
+            memory.note("end")
+            history.add(steps, metrics | peaks.metrics() | state.sizes(run.output) | memory.metrics())
+            if main:
+                hand_over(run, setup, state, history, tracker)
+            return TrainResult(components, history.last, run.output, start, setup.prompts)
+
+
+def check(
+    run: RunConfig, accelerator: Accelerator, resume: str | Path
+) -> tuple[Beginning, Dataset, Dataset, Dataset | None]:
+    """What can be told before the base is loaded: where the run begins, its pictures, those held out, and those of the class that are
+    given. Raises what `train` does."""
+    require_parts(run, accelerator)
+    require_shardable(run, accelerator)
+    beginning = find_beginning(run, resume)
     find_measures(run)  # told now, not after training
     training, held_out = load_datasets(run)
+    of_class = given_pictures(run)
     if run.training.steps:
-        sample_ids(run.seed, 0, run.training.batch_size, len(training))  # likewise a batch that cannot be filled
+        build_order(run, len(training), num_class(run, of_class))  # likewise a batch that cannot be filled
     require_scaled_gradients(run, accelerator)
-    with peaks.during("loading"):
-        components = load_base(trained_precision(run), accelerator.device)
-    if run.objective.name != "auto":
-        components.predict(run.objective.name)
-    with peaks.during("encoding"):
-        setup = SETUPS[run.trains](run, components, training, held_out, accelerator)
-    state = TrainState(run, setup, accelerator, training.digest)
-    require_disk(run.output, state.checkpoint_bytes() * (run.training.keep_checkpoints + 1), "checkpoints")
-
-    with owned(run.output):
-        start, steps = state.resume(), run.training.steps
-        save_run(run, run.output / "run.yaml")
-        memory.note("loaded")
-        tracker.log_datasets(training, held_out)
-        history = History(run.output, start, tracker, peaks)
-        evaluate = Evaluation(run, setup, state, history, tracker)
-        evaluate(start) if start == 0 else evaluate.restore()
-        progress = Progress(run, start)
-
-        with interruptible() as interrupt:
-            for step in range(start, steps):
-                history.begin()
-                ids = sample_ids(run.seed, step, run.training.batch_size, setup.num_samples)
-                losses, norm = take_gradients(run, setup, state.model, state.parameters, accelerator, step, ids)
-                require_finite(losses, step, ids, training)
-                if accelerator.scaler is None:  # with one, such a step is skipped and the scale lowered
-                    require_finite(norm.expand(len(ids)), step, ids, training)
-                if setup.proof is not None:
-                    setup.proof.observe(step - start + 1)
-                state.step()
-
-                done, loss = step + 1, float(losses.mean())
-                history.step(done, {"loss": loss, "grad_norm": float(norm), **state.rates()})
-                progress(done, loss, history.seconds)
-                if step == start:
-                    memory.note("first_step")
-                if evaluate.due(done):
-                    evaluate(done)
-                stop = bool(interrupt)  # a signal that comes from here on is looked at after the next step
-                if state.due(done) or stop:
-                    history.save_timing()
-                    state.save(done)
-                    if run.training.keep_adapters == "all":
-                        setup.save(run.output / "steps" / step_name(done))
-                if stop:
-                    raise Interrupted(128 + interrupt[0])
-
-        with state.averaged():
-            setup.save(run.output)
-        metrics = proven(setup, run.output / "adapter" / UNPROVEN)
-        if steps:
-            metrics |= evaluate(steps) | history.speed()
-            state.keep_average()
-        else:
-            metrics |= history.last
-        memory.note("end")
-        history.add(steps, metrics | peaks.metrics() | state.sizes(run.output) | memory.metrics())
-        declare(
-            run.output,
-            {name: about for name, about in {**setup.metrics, **COSTS}.items() if name in {**history.last, **PEAKS}},
-        )
-        for path, folder in state.artifacts(run.output):
-            tracker.log_artifact(path, folder)
-        if run.trains == "adapter":
-            tracker.log_adapter(adapter_file(run.output), locate(run.model.base), run.data.resolution)
-        tracker.flush()
-        return TrainResult(components, history.last, run.output, start, setup.prompts)
+    require_possible(run, accelerator)
+    return beginning, training, held_out, of_class
 
 
-def proven(setup: Setup, note: Path) -> dict[str, float]:
+def begin(run: RunConfig, device: torch.device) -> Components:
+    """The base, or parts of it with a network that begins with fresh weights, with the noise that the run trains by."""
+    components = begin_base(run, device) if run.scratch else load_base(trained_precision(run), device)
+    components.noise_as(run.objective.name, run.objective.beta_schedule, run.objective.zero_terminal_snr)
+    return components
+
+
+def require_room(run: RunConfig, state: TrainState) -> None:
+    """Raises ConfigError where the disk cannot hold the run's checkpoints, and what is to stay free."""
+    if run.training.steps:
+        kept = state.checkpoint_bytes() * (run.training.keep_checkpoints + 1)
+        least = run.training.least_free_disk_mib
+        what = f"checkpoints, and training.least_free_disk_mib {least} beside them,"
+        remedy = "free some, set output to another disk, or lower training.keep_checkpoints or least_free_disk_mib"
+        require_disk(run.output, kept + least * MIB, what, remedy)
+
+
+def keep(run: RunConfig, setup: Setup, state: TrainState, history: History, done: int) -> None:
+    """Commits a checkpoint of step `done`, and where each is to be chosen from, its adapter as a file."""
+    history.save_timing()
+    with history.lasting("saving"):
+        state.save(done)
+    if state.accelerator.is_main_process and run.training.keep_adapters == "all":
+        setup.save(run.output / "steps" / step_name(done))
+
+
+def hand_over(run: RunConfig, setup: Setup, state: TrainState, history: History, tracker: Tracker) -> None:
+    """At the end: says what the numbers mean, and gives the tracker what the run leaves."""
+    shown_names = {*history.last, *PEAKS}
+    declare(run.output, {name: about for name, about in {**setup.metrics, **COSTS}.items() if name in shown_names})
+    for path, folder in state.artifacts(run.output):
+        tracker.log_artifact(path, folder)
+    if run.trains == "adapter":
+        tracker.log_adapter(adapter_file(run.output), locate(run.model.base), run.data.resolution)
+    tracker.flush()
+
+
+def proven(setup: Setup, note: Path, writes: bool) -> dict[str, float]:
     """What the proof of training measured, {} without one. What was trained is saved before this is asked: where the proof fails,
-    `note` says so beside it, and AdapterError is raised."""
-    note.unlink(missing_ok=True)
+    `note` says so beside it, in the process that `writes`, and AdapterError is raised."""
+    if writes:
+        note.unlink(missing_ok=True)
     try:
         return setup.proof.finish() if setup.proof is not None else {}
     except AdapterError as error:
-        note.write_text(f"{error}\n")
+        if writes:
+            note.write_text(f"{error}\n")
         raise AdapterError(f"{error}. What was trained is in {note.parent}, marked as unproven") from None
 
 
@@ -171,6 +251,7 @@ def build_accelerator(run: RunConfig) -> Accelerator:
     """Device and precision: autocast to bf16 only where the hardware has it, fp16 on other GPUs, none on a CPU unless asked."""
     from accelerate.state import AcceleratorState
 
+    require_no_plugin()
     precision = run.training.mixed_precision
     if precision == "auto":
         precision = {torch.float32: "no", torch.bfloat16: "bf16", torch.float16: "fp16"}[
@@ -179,11 +260,8 @@ def build_accelerator(run: RunConfig) -> Accelerator:
     AcceleratorState._reset_state(
         reset_partial_state=True
     )  # one process may train twice, in other precisions or elsewhere
-    accelerator = Accelerator(mixed_precision=precision, cpu=choose_device().type == "cpu")
-    if accelerator.num_processes > 1:
-        raise ConfigError(
-            f"{accelerator.num_processes} processes were launched; a run trains in one. Start it without a launcher"
-        )
+    accelerator = Accelerator(mixed_precision=precision, cpu=choose_device().type == "cpu", kwargs_handlers=handlers())
+    tell_once(accelerator)
     return accelerator
 
 
@@ -217,25 +295,3 @@ def require_finite(losses: Tensor, step: int, ids: list[int], training: Dataset)
             + "Lower optimizer.learning_rate, set training.mixed_precision to no, or look at these pictures."
             " The last checkpoint is from before this step"
         )
-
-
-@contextlib.contextmanager
-def interruptible() -> Iterator[list[int]]:
-    """A list that SIGTERM or Ctrl-C adds itself to, to be looked at between steps; a second signal exits at once."""
-    received: list[int] = []
-
-    def receive(number: int, frame) -> None:
-        if received:
-            raise Interrupted(128 + number)
-        received.append(number)
-        log.warning("%s: committing a checkpoint, then stopping (once more stops at once)", signal.Signals(number).name)
-
-    before = {}
-    for number in (signal.SIGTERM, signal.SIGINT):
-        with contextlib.suppress(ValueError):  # signals belong to the main thread; elsewhere there is nothing to catch
-            before[number] = signal.signal(number, receive)
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from t2ilib.adapters.tokens import VECTORS
 from t2ilib.config import OptimizerConfig
 
 log = logging.getLogger(__name__)
@@ -70,7 +71,8 @@ def share_of_8bit_moments(optimizer: torch.optim.Optimizer) -> float | None:
 
 
 def parameter_groups(modules: dict[str, nn.Module], config: OptimizerConfig) -> list[dict]:
-    """One group for each module with trainable parameters; text encoders take `text_encoder_learning_rate` where given.
+    """One group for each module with trainable parameters; text encoders take `text_encoder_learning_rate` where given. Their new
+    words are a group without weight decay, which takes `token_learning_rate`.
 
     With `lora_plus_ratio` the B of every adapter is a group of its own, whose rate is that many times A's (LoRA+, arXiv
     2402.12354).
@@ -82,12 +84,16 @@ def parameter_groups(modules: dict[str, nn.Module], config: OptimizerConfig) -> 
             rate = config.text_encoder_learning_rate
         parameters = {n: p for n, p in module.named_parameters() if p.requires_grad}
         faster = [n for n in parameters if config.lora_plus_ratio is not None and ".lora_B." in n]
-        rest = [p for n, p in parameters.items() if n not in faster]
+        words = [n for n in parameters if n.endswith(VECTORS)]
+        rest = [p for n, p in parameters.items() if n not in (*faster, *words)]
         if rest:
             groups.append({"name": name, "params": rest, "lr": rate})
         if faster:
             group = {"name": f"{name}.lora_B", "params": [parameters[n] for n in faster]}
             groups.append(group | {"lr": rate * config.lora_plus_ratio})
+        if words:
+            group = {"name": f"{name}.words", "params": [parameters[n] for n in words], "weight_decay": 0.0}
+            groups.append(group | {"lr": config.token_learning_rate or config.learning_rate})
     return groups
 
 
@@ -108,5 +114,11 @@ def build_schedule(
     """Linear warm-up over `warmup_steps`, then constant, cosine or linear to zero at `steps`."""
     from diffusers.optimization import get_scheduler
 
+    if config.warmup_steps >= steps > 0:
+        log.warning(
+            "optimizer.warmup_steps is %d and the run has %d steps: its learning rate only rises; make it smaller",
+            config.warmup_steps,
+            steps,
+        )
     name = "constant_with_warmup" if config.schedule == "constant" else config.schedule
     return get_scheduler(name, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=steps)

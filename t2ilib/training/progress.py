@@ -22,16 +22,19 @@ def in_live_notebook() -> bool:
 
 
 class Progress:
-    """Called after every step with the loss and the seconds spent in steps so far."""
+    """Called after every step with the loss and the seconds spent in steps so far, by earlier starts of the run too."""
 
     def __init__(self, run: RunConfig, start: int):
         self.steps, self.start, self.shown = run.training.steps, start, 0.0
         self.points: list[tuple[int, float]] = []
+        self.before: float | None = None
         self.live = in_live_notebook()
         self.handle = None
 
     def __call__(self, step: int, loss: float, seconds: float) -> None:
         self.points.append((step, loss))
+        self.before = seconds if self.before is None else self.before
+        seconds -= self.before  # of this start alone: the first step of one is not timed
         pause = SECONDS_BETWEEN_PLOTS if self.live else SECONDS_BETWEEN_LINES
         now = time.monotonic()
         if now - self.shown < pause and step not in (self.start + 1, self.steps):

@@ -1,15 +1,17 @@
 import pytest
 import torch
-from adapting import CAPTIONS, fit, output_of, trainable
+from adapting import CAPTIONS, copy_parts, fit, output_of, trainable
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from t2ilib.adapters.attach import attach_adapters
 from t2ilib.adapters.export import save_adapter
+from t2ilib.adapters.formats import write_kohya
 from t2ilib.adapters.load import FILE_NAME, load_adapter, weigh_adapters
 from t2ilib.adapters.spec import resolve_targets
 from t2ilib.adapters.weights import read_layers
-from t2ilib.config import AdapterSpec, ConfigError
+from t2ilib.config import AdapterSpec, ConfigError, ModelConfig
+from t2ilib.models.families import skip_layers
 
 
 @pytest.mark.parametrize(
@@ -47,6 +49,45 @@ def test_a_loaded_adapter_is_frozen(make, tmp_path):
     other = make()
     load_adapter(other, tmp_path)
     assert trainable(other) == set()
+
+
+def test_layers_that_clip_skip_leaves_out_are_left_out_of_kohya_files(make, tmp_path):
+    """sd-scripts adapt every layer of the text encoder, also those that a model trained at clip skip 2 never reads."""
+    whole, skipping = make("sd15"), make("sd15")
+    skipping.config = ModelConfig(base="tiny-sd15", clip_skip=1)
+    skip_layers(skipping.family, skipping.text_encoders, 1)
+    attach_adapters(whole, AdapterSpec(rank=2, text_encoder_targets="attention"), 0)
+    fit(whole, num_steps=2, trains_text=True)
+    layers = read_layers(whole)
+    write_kohya(layers, whole, tmp_path / "whole.safetensors", {})
+    tensors = load_file(tmp_path / "whole.safetensors")
+    skipped = [name for name in tensors if "encoder_layers_2_" in name]
+    assert skipped
+    save_file({name: x for name, x in tensors.items() if name not in skipped}, tmp_path / "less.safetensors")
+    other = copy_parts(skipping)
+    other.config = skipping.config
+    load_adapter(skipping, tmp_path / "whole.safetensors")
+    load_adapter(other, tmp_path / "less.safetensors")
+    assert torch.equal(output_of(skipping), output_of(other))
+
+
+def test_a_file_that_predicts_noise_is_not_drawn_at_zero_terminal_snr(make, tmp_path, caplog):
+    """sd-scripts only warn of training it; and adapters that say nothing else are used over bases of zero terminal SNR."""
+    components = make()
+    attach_adapters(components, AdapterSpec(rank=2), 0)
+    said = {"modelspec.prediction_type": "epsilon", "ss_zero_terminal_snr": "True"}
+    save_adapter(components, tmp_path, metadata=said)
+    other = make()
+    load_adapter(other, tmp_path)
+    assert "nothing can be drawn at zero terminal SNR: pictures are drawn without that" in caplog.text
+    assert other.scheduler.config.prediction_type == "epsilon"
+    assert float(other.scheduler.alphas_cumprod[-1]) > 0
+    zero = make()
+    zero.noise_as("v_prediction", zero_terminal_snr=True)
+    load_adapter(zero, tmp_path)
+    assert "pictures are drawn as its base draws them" in caplog.text
+    assert zero.scheduler.config.prediction_type == "v_prediction"
+    assert float(zero.scheduler.alphas_cumprod[-1]) == 0
 
 
 def test_the_text_encoders_part_of_a_file_matters(make, tmp_path):

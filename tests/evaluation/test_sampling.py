@@ -3,14 +3,17 @@
 import numpy as np
 import pytest
 import torch
+from diffusers import EulerDiscreteScheduler
 from PIL import Image
 
 from t2ilib.config import EvaluationConfig, ModelConfig
 from t2ilib.evaluation.clip import clip_score
 from t2ilib.evaluation.measures import measure
-from t2ilib.evaluation.sampling import draw, load_pictures, make_grid, save_pictures
+from t2ilib.evaluation.sampling import draw, free_path, load_pictures, make_grid, save_pictures
 from t2ilib.models.load import load_base
+from t2ilib.models.pipeline import build_pipeline
 from t2ilib.runfile import build_run
+from t2ilib.seeds import generator_for
 
 SETTINGS = EvaluationConfig(num_inference_steps=2, guidance_scale=2.0)
 PROMPTS = ["a red circle", "a blue square", "a green cross"]
@@ -32,6 +35,35 @@ def test_same_seed_same_picture_other_seed_another(components) -> None:
     first, again, other = (np.asarray(draw(components, PROMPTS[:1], SETTINGS, seed=seed)[0], int) for seed in (0, 0, 1))
     assert (first == again).all()
     assert abs(first - other).max() > 8
+
+
+def test_a_negative_prompt_is_the_pipelines_own(components) -> None:
+    """For every picture of every batch; an empty one leaves the base's way of saying nothing, which for SDXL is zeros."""
+    away = SETTINGS.model_copy(update={"negative_prompt": "a red circle"})
+    ours = draw(components, PROMPTS, away, batch_size=2)
+    pipeline = build_pipeline(components)
+    for number, (prompt, picture) in enumerate(zip(PROMPTS, ours, strict=True)):
+        generator = generator_for(0, "picture", number)
+        options = {"num_inference_steps": 2, "guidance_scale": 2.0, "generator": generator}
+        theirs = pipeline(prompt, negative_prompt="a red circle", **options).images[0]
+        assert abs(np.asarray(picture, int) - np.asarray(theirs, int)).max() <= 1
+    plain = draw(components, PROMPTS[1:2], SETTINGS, first=1)[0]
+    assert abs(np.asarray(ours[1], int) - np.asarray(plain, int)).max() > 8
+
+
+def test_noise_by_address_sides_and_another_sampler_are_the_pipelines_own(components) -> None:
+    """Pictures of several seeds in one batch, wide, by another scheduler, which the base's own does not notice."""
+    scheduler, before = EulerDiscreteScheduler.from_config(components.scheduler.config), components.scheduler
+    noise = [(3, 1), (4, 0)]
+    ours = draw(components, PROMPTS[:2], SETTINGS, size=(96, 64), noise=noise, scheduler=scheduler)
+    pipeline = build_pipeline(components)
+    pipeline.scheduler = EulerDiscreteScheduler.from_config(components.scheduler.config)
+    for prompt, picture, (seed, number) in zip(PROMPTS, ours, noise, strict=False):
+        options = {"num_inference_steps": 2, "guidance_scale": 2.0, "generator": generator_for(seed, "picture", number)}
+        theirs = pipeline(prompt, width=96, height=64, **options).images[0]
+        assert picture.size == theirs.size == (96, 64)
+        assert abs(np.asarray(picture, int) - np.asarray(theirs, int)).max() <= 1
+    assert components.scheduler is before
 
 
 def test_drawing_leaves_training_mode_as_it_was(components) -> None:
@@ -83,6 +115,18 @@ def test_grid_places_pictures_and_labels() -> None:
     assert grid.getpixel((right, grid.height - 64 * 2 - 12 + 20)) == (0, 128, 0)
 
 
+def test_a_grid_keeps_proportions_and_long_labels_in_their_place() -> None:
+    rows = [[Image.new("RGB", (64, 32), "red"), Image.new("RGB", (16, 32), "blue")]]
+    words = "a label of a row that is so long that it would push the pictures out of sight, and goes on"
+    grid = make_grid(rows, [words], ["", ""], cell=128)
+    red = [(x, y) for x in range(grid.width) for y in range(grid.height) if grid.getpixel((x, y)) == (255, 0, 0)]
+    blue = [(x, y) for x in range(grid.width) for y in range(grid.height) if grid.getpixel((x, y)) == (0, 0, 255)]
+    assert len(red) == 128 * 64
+    assert len(blue) == 64 * 128
+    assert min(x for x, _ in red) <= 240 + 12, "the label is wrapped"
+    assert min(x for x, _ in blue) - min(x for x, _ in red) == 128 + 6
+
+
 def test_a_wide_grid_goes_on_below() -> None:
     rows = [[Image.new("RGB", (8, 8), color) for color in ("red", "green", "blue")]] * 2
     wide, folded = (make_grid(rows, ["a", "b"], ["one", "two", "three"], cell=32, most_columns=n) for n in (3, 2))
@@ -97,6 +141,26 @@ def test_pictures_come_back_in_order(tmp_path) -> None:
     pictures = [Image.new("RGB", (4, 4), (i, 0, 0)) for i in range(11)]
     save_pictures(pictures, tmp_path)
     assert [picture.getpixel((0, 0))[0] for picture in load_pictures(tmp_path)] == list(range(11))
+
+
+def test_pictures_are_written_behind_others_with_their_texts(tmp_path) -> None:
+    pictures, texts = [Image.new("RGB", (4, 4), (i, 0, 0)) for i in range(2)], [{"a": "é, ü"}, {"a": "猫", "b": "x\ny"}]
+    assert [path.name for path in save_pictures(pictures, tmp_path, after=True, texts=texts)] == ["00.png", "01.png"]
+    (tmp_path / "grid-07.png").touch()
+    (again,) = save_pictures(pictures[:1], tmp_path, after=True)
+    assert again.name == "02.png"
+    found = [Image.open(tmp_path / f"0{i}.png").info for i in range(3)]
+    assert [{key: text for key, text in info.items() if key in "ab"} for info in found] == [*texts, {}]
+    raw = (tmp_path / "00.png").read_bytes(), (tmp_path / "01.png").read_bytes()
+    assert b"tEXta\0" + "é, ü".encode("latin-1") in raw[0], "where it can, as every program reads it"
+    assert b"iTXta\0" in raw[1]
+
+
+def test_a_free_path_is_taken_once(tmp_path) -> None:
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "04.png").touch()
+    (tmp_path / "new" / "05-base.png").touch()
+    assert [free_path(tmp_path / "new").name for _ in range(2)] == ["05.png", "06.png"]
 
 
 def test_clip_score_is_the_cosine_of_transformers(components) -> None:

@@ -190,11 +190,32 @@ def test_what_is_parked_is_awake_for_the_scope_alone(make, places: dict) -> None
     assert places == dict.fromkeys(parked, "cpu")
 
 
-@pytest.mark.parametrize("trains_text", [False, True])
+def test_what_rested_is_back_where_the_device_has_no_room_for_what_wakes(make, places: dict, monkeypatch) -> None:
+    components = make("sdxl")
+    components.park(())
+    parked, first = dict(places), next(iter(components.text_encoders.values()))
+
+    def crowded(part, device):
+        if part is first and str(device) == CARD:
+            raise torch.OutOfMemoryError
+        places[part] = str(device)
+
+    monkeypatch.setattr(module, "move", crowded)
+    with pytest.raises(torch.OutOfMemoryError), components.awake("text_encoder"):
+        pass
+    assert places == {**parked, components.unet: CARD}
+    assert components.home is None
+
+
+@pytest.mark.parametrize(
+    ("trains_text", "cache", "away"),
+    [(False, "all", 2), (False, "latents", 1), (False, "off", 0), (True, "all", 1), (True, "off", 0)],
+)
 def test_every_part_is_on_the_device_whenever_it_is_used(
-    tmp_path, monkeypatch, places: dict, trains_text: bool
+    tmp_path, monkeypatch, places: dict, trains_text: bool, cache: str, away: int
 ) -> None:
-    """Over a whole run: encoding, steps, held-out loss, pictures; and what is not trained is away in every step."""
+    """Over a whole run: encoding, steps, held-out loss, pictures; and what is not needed is away in every step."""
+    monkeypatch.setenv("T2ILIB_CACHE", str(tmp_path / "cache"))  # where nothing is encoded yet
     used: dict[str, set[str]] = {}
 
     def watched(kind: type, method: str):
@@ -203,8 +224,7 @@ def test_every_part_is_on_the_device_whenever_it_is_used(
         def watch(part, *args, **options):
             used.setdefault(kind.__name__, set()).add(places.get(part, CARD))
             if kind is UNet2DConditionModel and part.training:
-                away = sum(place == "cpu" for place in places.values())
-                used.setdefault("away in a step", set()).add(away)
+                used.setdefault("away in a step", set()).add(sum(place == "cpu" for place in places.values()))
             return original(part, *args, **options)
 
         monkeypatch.setattr(kind, method, watch)
@@ -219,10 +239,10 @@ def test_every_part_is_on_the_device_whenever_it_is_used(
     train(
         build_run(
             {
-                "output": str(tmp_path),
+                "output": str(tmp_path / "run"),
                 "model": {"base": "tiny-sd15"},
                 "adapter": {"rank": 2, "text_encoder_targets": "attention" if trains_text else None},
-                "data": {"source": "shapes"},
+                "data": {"source": "shapes", "cache": cache},
                 "shapes": {"num_pictures": 4},
                 "training": {"steps": 2, "batch_size": 2},
                 "evaluation": {
@@ -236,7 +256,7 @@ def test_every_part_is_on_the_device_whenever_it_is_used(
         )
     )
     parts = ("AutoencoderKL", "CLIPTextModel", "UNet2DConditionModel")
-    assert used == {part: {CARD} for part in parts} | {"away in a step": {1 if trains_text else 2}}
+    assert used == {part: {CARD} for part in parts} | {"away in a step": {away}}
 
 
 @pytest.mark.parametrize(("method", "of"), [("nf4", bnb.nn.Params4bit), ("int8", bnb.nn.Linear8bitLt)])

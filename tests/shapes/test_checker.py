@@ -112,6 +112,26 @@ def test_of_the_base_world_all_attributes_count() -> None:
     assert found.keys() == {"base_kept/all", *(f"base_kept/{name}" for name in ATTRIBUTES)}
 
 
+def test_a_network_from_scratch_had_nothing_to_keep() -> None:
+    values = {
+        "scratch": {},
+        "data": {"source": "shapes"},
+        "shapes": {"scenes": ["base", "heart"], "checked_prompts": 12},
+    }
+    (group, scenes), *others = checked_scenes(build_run(values)).items()
+    assert (group, others) == ("world", [])
+    assert {concept for scene in scenes for concept in scene.concepts} == {"heart"}
+    assert sum(not scene.concepts for scene in scenes) == 6
+    pictures = drawn(scenes)
+    pictures[0] = render(scenes[1], 5)
+    found = checked("world", scenes, pictures)
+    assert found["world/all"] == pytest.approx(11 / 12)
+    assert found["world/constant"] == pytest.approx(1 / 12)
+    assert found["world/chance"] == pytest.approx(12 / 144)
+    assert found.keys() <= MEASURES["checker"].declared("world").keys()
+    assert MEASURES["checker"].declared("world")["world/all"].role == "learned"
+
+
 def test_a_striped_thing_has_no_colour_of_its_own() -> None:
     for scene in sample_scenes(8, "test", 0, "striped"):
         assert scene.color == ""

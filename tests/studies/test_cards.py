@@ -104,3 +104,12 @@ def test_a_variant_is_held_against_the_smallest_card_and_those_that_share_it(mon
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     study.misfits_of([], 3, ["0", "1"])
     assert asked[-1] == 3, "cards that torch cannot use are no cards"
+
+
+def test_kernels_share_the_cores_and_only_those_that_share_give_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executor, "usable_cores", lambda: 5)
+    several = Executor([], 2, None, "parent", "uri", lambda line: None).variables()
+    alone = Executor([], 1, None, "parent", "uri", lambda line: None).variables()
+    assert (several["OMP_NUM_THREADS"], several["OMP_WAIT_POLICY"]) == ("2", "passive")
+    assert alone["OMP_NUM_THREADS"] == "5"
+    assert "OMP_WAIT_POLICY" not in alone

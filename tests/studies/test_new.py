@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from t2ilib.cli import app
 from t2ilib.config import ConfigError
-from t2ilib.data.manifest import load_datasets
+from t2ilib.data.dataset import load_datasets
 from t2ilib.evaluation.measures import measure
 from t2ilib.runfile import build_run, merge
 from t2ilib.shapes import world

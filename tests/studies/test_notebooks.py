@@ -54,6 +54,12 @@ def test_parameters_are_sections_and_fields_of_a_run() -> None:
     }
     assert list(declared) == list(RunConfig.model_fields)
     assert build_run(declared).shapes.scenes == ("base", "heart", "striped", "blueprint")
+    scratch = {
+        name: ast.literal_eval(value)
+        for name, value in notebook_parameters(ROOT / "experiments" / "scratch.ipynb").items()
+    }
+    assert list(scratch) == [name for name in RunConfig.model_fields if name not in ("adapter", "prior")]
+    assert build_run(scratch).trains == "unet"
     drawn = notebook_parameters(ROOT / "inference" / "base.ipynb")
     assert set(drawn) <= set(RunConfig.model_fields)
 

@@ -141,7 +141,7 @@ def test_notebooks_lie_beside_the_study_file_or_come_with_the_package(study_file
     (study_file.parent / "train.ipynb").touch()
     assert find_notebook("train.ipynb", study_file) == study_file.parent / "train.ipynb"
     with pytest.raises(
-        ConfigError, match=r"compare.ipynb does not exist: .* comes with t2ilib \(train.ipynb and compare"
+        ConfigError, match=r"compare.ipynb does not exist: .* comes with t2ilib \(train.ipynb, scratch.ipynb, compare"
     ):
         run_study(study_file, results=study_file.parent / "results")
     assert not (study_file.parent / "results").exists(), "told after the last run"
@@ -168,6 +168,28 @@ def test_pictures_are_looked_at_before_anything_starts(study_file: Path, caplog)
         run_study(study_file, results=results)
     assert caplog.text.count("held out: ") == 1
     assert not results.exists()
+
+
+@pytest.mark.parametrize(
+    ("prior", "message"),
+    [
+        ({"path": "nowhere"}, "prior.path nowhere is not a folder"),
+        ({"prompts": ["a {red|green circle"]}, "prior.prompts: .* has a brace without its partner"),
+        (
+            {"prompts": ["a circle"], "num_pictures": 1},
+            "prior.share makes 2 of 4 samples pictures of the class, and there are 1",
+        ),
+    ],
+)
+def test_pictures_of_the_class_are_too(study_file: Path, prior: dict, message: str) -> None:
+    def with_prior(content: dict) -> None:
+        content.update(notebook="train.ipynb")
+        content["run"] = {"adapter": {}, "data": {"source": "shapes"}, "training": {"batch_size": 4}}
+        content["variants"] = {"plain": {"title": "plain"}, "other": {"title": "other", "run": {"prior": prior}}}
+
+    edit(study_file, with_prior)
+    with pytest.raises(ConfigError, match=message):
+        run_study(study_file, results=study_file.parent / "results")
 
 
 @pytest.mark.parametrize(
@@ -402,3 +424,4 @@ def test_killed_study_resumes(study_file: Path, number: signal.Signals) -> None:
 def test_error_text_finds_the_message_in_coloured_output() -> None:
     output = "\x1b[31mTraceback\x1b[0m\nt2ilib.config.ConfigError: 2 mistakes in x:\n  a: no\n  b: no\n\nmore"
     assert error_text(output) == "ConfigError: 2 mistakes in x:\n  a: no\n  b: no"
+    assert error_text("Stopped: training.time_budget 1h: stopped") == "Stopped: training.time_budget 1h: stopped"

@@ -9,11 +9,12 @@ from mlflow import MlflowClient
 from PIL import Image
 
 from t2ilib.config import ConfigError, RunConfig
-from t2ilib.data.manifest import load_datasets
+from t2ilib.data.dataset import load_datasets
 from t2ilib.runfile import build_run, load_run
 from t2ilib.shapes import checker
+from t2ilib.tracking.naming import FIRST
 from t2ilib.tracking.store import HEARTBEAT, open_client, reap_stale_runs, tracking_uri
-from t2ilib.tracking.tracker import FIRST, NullTracker, open_tracker
+from t2ilib.tracking.tracker import NullTracker, open_tracker
 from t2ilib.training.history import COSTS
 from t2ilib.training.validation import HELD_OUT
 
@@ -96,7 +97,7 @@ def test_what_matters_most_stands_first_in_the_charts(run: RunConfig) -> None:
     assert sections[0] == FIRST
     first = {name.removeprefix(f"{FIRST}/") for name in logged if name.startswith(f"{FIRST}/")}
     assert first == {
-        *("loss", "held_out_loss", "concept_all", "base_kept_all", "steps_per_second"),
+        *("loss", "held_out_loss", "concept_all", "base_kept_all", "world_all", "steps_per_second"),
         *("peak_device_mib", "peak_process_mib", "adapter_mib", "trainable_parameters"),
     }
     with open_tracker(run) as tracker:  # a name that has changed is the same metric when the run goes on
@@ -220,6 +221,14 @@ def test_other_settings_are_another_run(tmp_path: Path, monkeypatch: pytest.Monk
         ("0.001", 1e-3),
         ("0.002", 2e-3),
     }
+
+
+def test_half_a_note_of_a_kill_is_no_note(run: RunConfig) -> None:
+    run.output.mkdir(parents=True)
+    (run.output / "tracking.json").write_text('{"uri": "sqlite')
+    with open_tracker(run) as tracker:
+        tracker.log_metrics({"loss": 1.0}, 1)
+    assert only_run(run).info.run_id == tracker.run_id
 
 
 def test_a_run_that_was_deleted_in_the_ui_is_made_anew(run: RunConfig) -> None:

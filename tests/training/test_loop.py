@@ -1,7 +1,9 @@
-"""The loop: exact resume after a kill, equal results however a batch is split, loud failures, signals."""
+"""The loop: equal results however a batch is split, loud failures, signals."""
 
 import json
+import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +20,7 @@ from t2ilib.config import ConfigError
 from t2ilib.runfile import build_run, load_run
 from t2ilib.training.checkpoint import CheckpointError, list_checkpoints, owned
 from t2ilib.training.loop import NonFiniteLoss, train
+from t2ilib.training.stopping import Interrupted
 
 
 def settings(output: Path, **changes) -> dict:
@@ -59,36 +62,9 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 1200) -> Non
         time.sleep(0.02)
 
 
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name != "manifest.json"}
-
-
 def losses_of(output: Path) -> dict[int, float]:
     rows = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     return {row["step"]: row["loss"] for row in rows if "loss" in row and "grad_norm" in row}
-
-
-def test_kill_and_resume_equals_straight_run(tmp_path: Path, caplog, monkeypatch) -> None:
-    """10 steps in a process that is killed with kill -9, resume to 20 in another: weights, optimizer state and losses
-    bit-identical to 20 straight steps."""
-    caplog.set_level("INFO")
-    changes = {"training__steps": 20, "training__checkpoint_every": 10, "evaluation__validate_every": 0}
-    interrupted = spawn(settings(tmp_path / "killed", **changes), tmp_path / "b")
-    wait_for(lambda: list_checkpoints(tmp_path / "killed" / "checkpoints"), interrupted)
-    interrupted.kill()
-    interrupted.wait()
-    assert [p.name for p in list_checkpoints(tmp_path / "killed" / "checkpoints")] == ["step-000010"]
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as the killed process had
-    assert train(build_run(settings(tmp_path / "killed", **changes))).resumed_from == 10
-    assert "resumed from step 10" in caplog.text
-    train(build_run(settings(tmp_path / "straight", **changes)))
-    torch.set_num_threads(threads)
-
-    last = [tmp_path / name / "checkpoints" / "step-000020" for name in ("straight", "killed")]
-    assert files_of(last[0]) == files_of(last[1])
-    assert losses_of(tmp_path / "straight") == losses_of(tmp_path / "killed")
-    assert len(losses_of(tmp_path / "killed")) == 20
 
 
 def test_sigterm_commits_a_checkpoint_and_ends_the_mlflow_run(tmp_path: Path) -> None:
@@ -118,7 +94,7 @@ def test_ctrl_c_commits_a_checkpoint_of_the_step_that_it_came_in(tmp_path: Path,
 
     monkeypatch.setattr(loop, "Progress", Presses)
     handler = signal.getsignal(signal.SIGINT)
-    with pytest.raises(loop.Interrupted) as error:
+    with pytest.raises(Interrupted) as error:
         train(build_run(settings(tmp_path / "run", training__checkpoint_every=100)))
     assert error.value.code == 130
     assert [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")] == ["step-000002"]
@@ -230,7 +206,7 @@ def test_checkpoints_that_do_not_fit_the_disk_are_refused_first(
 
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6 - 1000, 1000))
     run = build_run(settings(tmp_path / "run"))
-    with pytest.raises(ConfigError, match=r"checkpoints need .* MiB under"):
+    with pytest.raises(ConfigError, match=r"checkpoints, and training.least_free_disk_mib 256 .* need .* MiB under"):
         train(run)
     assert not (run.output / "checkpoints").exists()
 
@@ -294,13 +270,26 @@ def test_quantized_dora_trains_with_every_optimizer(tmp_path: Path, changes: dic
 
 
 def test_whole_unet_with_ema_saves_and_keeps_the_average(tmp_path: Path) -> None:
-    """What is saved, what stays in memory to be measured, and the checkpoint's average are the same weights."""
+    """What is saved, what stays in memory to be measured, and the checkpoint's average are the same weights; and the average is the one
+    that the weights of every step give by hand."""
     from diffusers import UNet2DConditionModel
 
-    values = settings(tmp_path / "run", training__steps=4, training__trains="unet", training__ema_decay=0.9) | {
-        "adapter": None
+    training = {
+        "steps": 4,
+        "batch_size": 4,
+        "trains": "unet",
+        "ema_horizon": 2,
+        "checkpoint_every": 1,
+        "keep_checkpoints": 4,
     }
+    values = settings(tmp_path / "run") | {"adapter": None, "training": training}
     result = train(build_run(values))
+    steps = [load_file(path / "weights.safetensors") for path in list_checkpoints(tmp_path / "run" / "checkpoints")]
+    by_hand = {name: weight.double() for name, weight in steps[0].items()}  # what was there before has no share in it
+    for number, weights in enumerate(steps[1:], 2):
+        decay = min(1 - 1 / 2, 1 - number**-0.75)
+        assert number == 2 or decay == 0.5
+        by_hand = {name: decay * kept + (1 - decay) * weights[name].double() for name, kept in by_hand.items()}
     saved = UNet2DConditionModel.from_pretrained(tmp_path / "run" / "model" / "unet").state_dict()
     kept = result.components.unet.state_dict()
     folder = tmp_path / "run" / "checkpoints" / "step-000004"
@@ -308,6 +297,7 @@ def test_whole_unet_with_ema_saves_and_keeps_the_average(tmp_path: Path) -> None
     for place, name in enumerate(saved):
         torch.testing.assert_close(saved[name], kept[name])
         torch.testing.assert_close(saved[name], average[str(place)])
+        torch.testing.assert_close(average[str(place)], by_hand[f"unet.{name}"].float(), rtol=1e-6, atol=1e-7)
     assert any(not torch.equal(saved[name], raw[f"unet.{name}"]) for name in saved)
     assert train(build_run(values)).resumed_from == 4
 
@@ -381,13 +371,82 @@ def test_what_is_trained_to_predict_is_what_is_drawn_saved_and_loaded(tmp_path: 
     ours, theirs = (draw(components, ["a red heart"], run.evaluation)[0] for components in (result.components, fresh))
     assert abs(np.asarray(ours, int) - np.asarray(theirs, int)).max() <= 1
     as_v = load_base(run.model)
-    as_v.predict("v_prediction")
+    as_v.noise_as("v_prediction")
     assert abs(np.asarray(ours, int) - np.asarray(draw(as_v, ["a red heart"], run.evaluation)[0], int)).max() > 8
 
     whole = settings(tmp_path / "whole", training__steps=1, training__trains="unet", objective__name="epsilon")
     train(build_run(whole | {"adapter": None}))
     saved = json.loads((tmp_path / "whole" / "model" / "scheduler" / "scheduler_config.json").read_text())
     assert saved["prediction_type"] == "epsilon"
+
+
+def test_the_noise_that_is_trained_by_is_what_is_drawn_saved_and_loaded_by(tmp_path: Path) -> None:
+    """Zero terminal SNR and other betas, of an adapter by what its file says, and by its checkpoint; of a UNet by its folder. What is
+    measured by is plain whatever else the objective is."""
+    from t2ilib.adapters.load import load_adapter, read_metadata
+    from t2ilib.models.load import load_base
+    from t2ilib.training.state import load_checkpoint_adapter
+
+    noise = {"zero_terminal_snr": True, "beta_schedule": "squaredcos_cap_v2"}
+    others = {"loss": "huber", "noise_offset": 0.1, "timesteps": "logit_normal", "snr_gamma": None}
+    run = build_run(settings(tmp_path / "run", training__steps=1) | {"objective": noise | others})
+    result = train(run)
+    metadata = read_metadata(tmp_path / "run" / "adapter" / "pytorch_lora_weights.safetensors")
+    told = {"ss_zero_terminal_snr": "True", "t2ilib.beta_schedule": "squaredcos_cap_v2", "ss_noise_offset": "0.1"}
+    assert told.items() <= metadata.items()
+    by_file, by_checkpoint = load_base(run.model), load_base(run.model)
+    load_adapter(by_file, run.output)
+    load_checkpoint_adapter(by_checkpoint, run.output, 1)
+    for components in (result.components, by_file, by_checkpoint):
+        assert float(components.scheduler.alphas_cumprod[-1]) == 0
+        assert torch.equal(components.scheduler.betas, result.components.scheduler.betas)
+        assert components.scheduler.config.timestep_spacing == "trailing"
+
+    whole = settings(tmp_path / "whole", training__steps=1, training__trains="unet") | {"objective": noise}
+    plain = train(build_run(whole | {"adapter": None}))
+    saved = json.loads((tmp_path / "whole" / "model" / "scheduler" / "scheduler_config.json").read_text())
+    assert (saved["rescale_betas_zero_snr"], saved["beta_schedule"]) == (True, "squaredcos_cap_v2")
+
+    def before(output: Path) -> float:
+        return json.loads((output / "metrics.jsonl").read_text().splitlines()[0])["held_out_loss"]
+
+    assert before(run.output) == before(tmp_path / "whole")
+    assert plain.components.scheduler.config.prediction_type == "v_prediction"
+
+
+def test_noise_is_not_predicted_with_zero_terminal_snr_whatever_says_so(tmp_path: Path) -> None:
+    """Where only the base says that it predicts noise, it is told when it is loaded, before anything is written."""
+    from t2ilib.models.load import load_base
+    from t2ilib.models.pipeline import save_pipeline
+
+    components = load_base(build_run(settings(tmp_path)).model)
+    components.noise_as("epsilon")
+    save_pipeline(components, tmp_path / "base")
+    values = settings(tmp_path / "run", model__base=str(tmp_path / "base"), objective__zero_terminal_snr=True)
+    with pytest.raises(ConfigError, match="the base predicts noise"):
+        train(build_run(values))
+    assert not (tmp_path / "run").exists()
+
+
+def test_rates_follow_the_steps_whatever_is_accumulated_or_resumed(tmp_path: Path) -> None:
+    """Warm-up, then half a cosine, by the number of optimizer steps: with two micro-batches a step, and after a kill in the middle."""
+    training = {"steps": 6, "batch_size": 4, "accumulation": 2, "checkpoint_every": 3}
+    values = settings(tmp_path / "run", optimizer__schedule="cosine", optimizer__warmup_steps=2) | {
+        "training": training
+    }
+    values["optimizer"]["learning_rate"] = 1e-3
+    rates = [0.5, 1.0, *((1 + math.cos(math.pi * (step - 2) / 4)) / 2 for step in range(3, 7))]
+    train(build_run(values))
+    straight = load_file(tmp_path / "run" / "adapter" / "pytorch_lora_weights.safetensors")
+    last = list_checkpoints(tmp_path / "run" / "checkpoints")[-1]
+    assert last.name == "step-000006"
+    shutil.rmtree(last)
+    assert train(build_run(values)).resumed_from == 3
+    rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    found = [row["learning_rate/unet"] for row in rows if "grad_norm" in row]
+    assert found == pytest.approx([1e-3 * rate for rate in rates], abs=1e-9)  # of the step that comes next
+    resumed = load_file(tmp_path / "run" / "adapter" / "pytorch_lora_weights.safetensors")
+    assert all(torch.equal(resumed[name], tensor) for name, tensor in straight.items())
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16", "auto"])

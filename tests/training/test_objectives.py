@@ -6,7 +6,14 @@ from diffusers.training_utils import compute_snr
 from t2ilib.config import ConfigError, ObjectiveConfig
 from t2ilib.runfile import build_run
 from t2ilib.seeds import generator_for
-from t2ilib.training.objectives import OBJECTIVES, addressed_noise, build_objective, min_snr_weights
+from t2ilib.training.objectives import (
+    OBJECTIVES,
+    addressed_noise,
+    build_objective,
+    min_snr_weights,
+    pseudo_huber,
+    trained_part,
+)
 
 TIMESTEPS = torch.tensor([0, 3, 250, 700, 999])
 
@@ -180,3 +187,161 @@ def test_timesteps_cover_the_schedule_evenly():
     counts = torch.bincount(timesteps, minlength=10)
     assert len(counts) == 10
     assert ((counts - 200).float().square() / 200).sum() < 27.9  # chi squared, 9 degrees of freedom, p = 0.001
+
+
+def answering(error):
+    """A network that is off by `error` from the clean latents."""
+    return lambda noisy, timesteps, batch: batch["latents"] + error
+
+
+@pytest.mark.parametrize("gamma", [None, 5.0])
+@pytest.mark.parametrize("delta", [0.1, 1.5])
+def test_pseudo_huber_weighted_and_masked_is_the_sum_written_out(delta, gamma, drawn):
+    """Element by element: 2 d (sqrt(e^2 + d^2) - d), times the mask over its mean, the timestep's and the sample's weight."""
+    latents, noise = drawn
+    schedule = scheduler("sample")
+    mask = torch.rand(5, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    batch = {"latents": latents, "mask": mask, "weights": torch.tensor([1.0, 2.0, 0.0, 0.5, 3.0])}
+    objective = build_objective(ObjectiveConfig(loss="huber", huber_delta=delta, snr_gamma=gamma), schedule)
+    losses = objective(answering(noise), batch, noise, TIMESTEPS)
+    for i, timestep in enumerate(TIMESTEPS.tolist()):
+        e, m = noise[i].double(), mask[i].double()
+        element = 2 * delta * ((e**2 + delta**2) ** 0.5 - delta) * m
+        abar = float(schedule.alphas_cumprod[timestep])
+        weight = 1.0 if gamma is None else min(abar / (1 - abar), gamma)
+        expected = float(element.sum() / (4 * m.sum())) * weight * float(batch["weights"][i])
+        assert losses[i].item() == pytest.approx(expected, rel=1e-4)
+
+
+def test_pseudo_huber_is_the_square_of_small_errors_and_linear_in_large_ones():
+    error = torch.tensor([1e-5, 1e-3, 30.0, 3000.0], requires_grad=True)
+    loss = pseudo_huber(error, 0.1)
+    assert loss.tolist() == [
+        pytest.approx(expected, rel=rel)
+        for expected, rel in ((1e-10, 1e-5), (1e-6, 1e-3), (2 * 0.1 * 30, 1e-2), (2 * 0.1 * 3000, 1e-3))
+    ]
+    loss.sum().backward()
+    assert error.grad.tolist() == [pytest.approx(x, rel=1e-3) for x in (2e-5, 2e-3, 0.2, 0.2)]
+
+
+def test_min_snr_at_both_ends_of_the_schedule():
+    """Where nothing is noise and where nothing else is."""
+    ends = torch.tensor([1.0, 0.0])
+    assert min_snr_weights(ends, "v_prediction", 5.0).tolist() == [0.0, 0.0]
+    assert min_snr_weights(ends, "sample", 5.0).tolist() == [5.0, 0.0]
+    assert min_snr_weights(ends[:1], "epsilon", 5.0).tolist() == [0.0]
+
+
+def test_a_last_timestep_that_has_no_weight_is_told(caplog):
+    zeroed = scheduler("v_prediction", rescale_betas_zero_snr=True)
+    build_objective(ObjectiveConfig(), zeroed)
+    assert "snr_gamma 5 gives the last timestep the weight 0" in caplog.text
+    caplog.clear()
+    build_objective(ObjectiveConfig(snr_gamma=None), zeroed)
+    build_objective(ObjectiveConfig(), scheduler("v_prediction"))
+    assert not caplog.records
+
+
+SHAPE = (4, 8, 8)
+
+
+def test_offset_noise_moves_channels_as_a_whole_and_the_target_with_them(drawn):
+    config = ObjectiveConfig(noise_offset=0.1, snr_gamma=None)
+    ids = list(range(200))
+    noise, timesteps = addressed_noise(0, 7, ids, SHAPE, 1000, config)
+    plain, same = addressed_noise(0, 7, ids, SHAPE, 1000)
+    assert torch.equal(timesteps, same)
+    moved = noise - plain
+    assert torch.allclose(moved, moved[:, :, :1, :1].expand_as(moved), atol=1e-6)
+    offsets = moved[:, :, 0, 0]
+    assert float(offsets.std()) == pytest.approx(0.1, rel=0.1)
+    assert abs(float(offsets.mean())) < 0.015
+    assert abs(float(torch.corrcoef(offsets.T)[0, 1])) < 0.2
+    again, _ = addressed_noise(0, 7, ids[5:7], SHAPE, 1000, config)
+    assert torch.equal(again, noise[5:7]), "by address, whatever else is in the batch"
+
+    latents, noise = drawn[0], noise[:5]
+    seen = []
+
+    def knows(noisy, timesteps, batch):
+        seen.append(noisy)
+        return noise
+
+    objective = build_objective(config, scheduler("epsilon"))
+    assert objective(knows, {"latents": latents}, noise, TIMESTEPS).max() == 0
+    abar = scheduler().alphas_cumprod[TIMESTEPS].view(-1, 1, 1, 1)
+    assert torch.allclose(seen[0], abar.sqrt() * latents + (1 - abar).sqrt() * noise, atol=1e-6)
+
+
+def timesteps_of(count=4000, num_timesteps=10, **options):
+    return addressed_noise(0, 0, list(range(count)), (1,), num_timesteps, ObjectiveConfig(**options))[1]
+
+
+def test_uniform_timesteps_are_the_draws_they_were():
+    _, timesteps = addressed_noise(3, 2, [4, 9], SHAPE, 1000)
+    assert timesteps.tolist() == [
+        int(torch.randint(1000, (), generator=generator_for(3, "timestep", 2, i))) for i in (4, 9)
+    ]
+
+
+def chi_squared(found, shares):
+    counts = torch.bincount(found, minlength=len(shares)).double()
+    assert counts[shares == 0].sum() == 0
+    expected = shares[shares > 0] * counts.sum()
+    return float(((counts[shares > 0] - expected).square() / expected).sum())
+
+
+def test_a_range_of_timesteps_is_drawn_evenly_and_nothing_beside_it():
+    shares = torch.zeros(10, dtype=torch.float64)
+    shares[2:6] = 0.25
+    assert chi_squared(timesteps_of(timestep_range=(0.2, 0.6)), shares) < 16.3  # 3 degrees of freedom, p = 0.001
+    assert set(timesteps_of(200, 1000, timestep_range=(0.999, 1.0)).tolist()) == {999}
+
+
+@pytest.mark.parametrize(
+    ("mean", "deviation", "part"), [(0.0, 1.0, (0.0, 1.0)), (-0.8, 0.6, (0.0, 1.0)), (1.0, 2.0, (0.3, 0.9))]
+)
+def test_logit_normal_timesteps_have_its_density(mean, deviation, part):
+    """exp(-(logit(t) - m)^2 / 2 s^2) / (s sqrt(2 pi) t (1 - t)), integrated over each timestep (arXiv 2403.03206)."""
+    t = (torch.arange(100_000, dtype=torch.float64) + 0.5) / 100_000
+    density = torch.exp(-((torch.logit(t) - mean) ** 2) / (2 * deviation**2)) / (t * (1 - t))
+    shares = density.view(10, -1).sum(1)
+    first, end = (round(10 * share) for share in part)
+    shares[:first], shares[end:] = 0, 0
+    options = {"timestep_mean": mean, "timestep_std": deviation, "timestep_range": part}
+    found = timesteps_of(timesteps="logit_normal", **options)
+    assert chi_squared(found, shares / shares.sum()) < 27.9  # 9 degrees of freedom at most, p = 0.001
+    assert found.dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"timestep_range": (0.5, 0.5004)}, r"timestep_range \(0.5, 0.5004\) leaves none of the schedule's 1000"),
+        (
+            {"timesteps": "logit_normal", "timestep_std": 0.1, "timestep_range": (0.9, 1.0)},
+            "lies where logit_normal of mean 0 and deviation 0.1 has no timesteps",
+        ),
+    ],
+)
+def test_a_part_of_the_schedule_without_timesteps_is_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        trained_part(ObjectiveConfig(**options), 1000)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"objective": {"zero_terminal_snr": True, "name": "epsilon"}}, "the last timestep is noise alone"),
+        ({"objective": {"zero_terminal_snr": True, "timestep_range": [0, 0.5]}}, "changes all of it"),
+        ({"objective": {"beta_schedule": "linear", "timestep_range": [0.1, 1]}}, "changes all of it"),
+        ({"objective": {"timestep_range": [0.6, 0.5]}}, "is empty"),
+        ({"objective": {"huber_delta": 0.2}}, "huber_delta is about loss huber"),
+        ({"objective": {"timestep_mean": 0.2}}, "are about timesteps logit_normal"),
+        ({"adapter": None, "scratch": {}, "objective": {"timestep_range": [0, 0.5]}}, "a network that begins with fresh weights"),
+        ({"evaluation": {"negative_prompt": "blurred", "guidance_scale": 1}}, "at guidance_scale 1 there is none"),
+    ],
+)  # fmt: skip
+def test_options_that_contradict_each_other(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        build_run({"adapter": {}} | changes)

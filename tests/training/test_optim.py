@@ -169,3 +169,12 @@ def test_moments_of_8_bits_are_counted() -> None:
     plain = build_optimizer([{"params": parameters, "lr": 1e-3}], OptimizerConfig())
     plain.step()
     assert share_of_8bit_moments(plain) is None
+
+
+def test_a_run_as_short_as_its_warm_up_is_told(caplog):
+    for warmup, steps in ((5, 5), (4, 5), (0, 0)):
+        config = OptimizerConfig(warmup_steps=warmup)
+        build_schedule(build_optimizer(parameter_groups(modules(), config), config), config, steps)
+    assert [record.getMessage() for record in caplog.records if "warmup_steps" in record.getMessage()] == [
+        "optimizer.warmup_steps is 5 and the run has 5 steps: its learning rate only rises; make it smaller"
+    ]

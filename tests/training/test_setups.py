@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from encoding import given
 from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from t2ilib.cli import app
 from t2ilib.config import ConfigError, ModelConfig, ObjectiveConfig
-from t2ilib.data.cache import EncodedDataset
-from t2ilib.data.manifest import Dataset
-from t2ilib.data.sources.folder import Record
+from t2ilib.data.dataset import Dataset
+from t2ilib.data.records import Record
 from t2ilib.models.components import Components
 from t2ilib.models.denoiser import Denoiser
 from t2ilib.models.families import cut_captions
@@ -53,6 +53,7 @@ def kept(tmp_path_factory):
     moves, told = [], []
     with pytest.MonkeyPatch.context() as patch:
         place = Components.place
+        patch.setenv("T2ILIB_CACHE", str(tmp_path_factory.mktemp("cache")))  # where nothing is encoded yet
 
         def watched(self, module, at_work):
             name = next((n for n, part in self.modules().items() if part is module), "vae")
@@ -69,14 +70,16 @@ def kept(tmp_path_factory):
 
 def test_the_unet_waits_elsewhere_while_encoders_work_and_they_while_it_trains(kept) -> None:
     _, moves, _ = kept
-    assert moves[:5] == [
+    texts = ("text_encoder", "text_encoder_2")
+    assert moves[:11] == [
+        *((name, "host") for name in ("vae", *texts)),
+        *(("unet", "host"), ("vae", "device"), ("vae", "host"), ("unet", "device")),
         ("unet", "host"),
-        ("unet", "device"),
-        ("vae", "host"),
+        *((name, "device") for name in texts),
         ("text_encoder", "host"),
-        ("text_encoder_2", "host"),
     ]
-    drawing = moves[5:]
+    assert moves[11:13] == [("text_encoder_2", "host"), ("unet", "device")]
+    drawing = moves[13:]
     assert [move for move in drawing if move[0] == "unet"] == []
     last = {}
     for name, place in drawing:
@@ -194,7 +197,8 @@ def test_held_out_loss_does_not_depend_on_how_many_are_measured_at_once(monkeypa
     with torch.no_grad():
         text = components.encode_text(["", "a red circle", "a blue square"])
     latents = torch.randn(3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    data = EncodedDataset(["a", "b", "c"], latents, torch.full((3, 6), 64.0), [1, 2, 1], text)
+    of = {"a": 1, "b": 2, "c": 1}
+    data = given([*of], latents, {name: {part: x[row] for part, x in text.items()} for name, row in of.items()})
     objective = build_objective(ObjectiveConfig(snr_gamma=None), noise_schedule(components))
     found, passes = {}, {}
     for at_once in (1, 5, 32):
@@ -214,9 +218,8 @@ def test_held_out_loss_does_not_depend_on_how_many_are_measured_at_once(monkeypa
 
 def test_held_out_loss_is_of_each_picture_at_each_timestep(monkeypatch) -> None:
     """Against sums that are known: an objective that says which picture, timestep and noise it was given."""
-    text = {"encoder_hidden_states": torch.zeros(2, 1, 1)}
     latents = torch.tensor([1.0, 2.0, 3.0]).view(3, 1, 1, 1).expand(3, 4, 2, 2)
-    data = EncodedDataset(["a", "b", "c"], latents, torch.zeros(3, 6), [1, 1, 1], text)
+    data = given(["a", "b", "c"], latents)
     seen: dict[tuple[int, int], torch.Tensor] = {}
 
     def objective(denoiser, batch, noise, timesteps):

@@ -22,18 +22,16 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 PREFIXES = ("first_stage_model.", "vae.", "")
 
 
-def load_vae(config: ModelConfig, base: Path) -> nn.Module:
+def load_vae(config: ModelConfig, base: Path, its_unet: bool = True) -> nn.Module:
     """The AutoencoderKL that `model.vae` names, in float32.
 
     `base`: the folder whose `vae/config.json` describes the base's own VAE. A single file has no config, so it must be of that
-    architecture and takes over its scaling factor. Raises ConfigError for what is no such VAE or does not go with the base.
+    architecture and takes over its scaling factor. `its_unet`: whether the base's UNet, which knows latents of one shape, is used with
+    it. Raises ConfigError for what is no such VAE or does not go with the base.
     """
     from diffusers import AutoencoderKL
 
-    path = Path(locate(config.vae, "model.vae"))
-    if not path.exists():
-        patterns = ("config.json", WEIGHTS, "vae/config.json", f"vae/{WEIGHTS}")
-        path = fetch_files(config.vae, patterns, "model.vae")
+    path = find_vae(config.vae)
     own = json.loads((base / "vae" / "config.json").read_text())
     if path.is_file():
         header = read_header(path, f"model.vae {path}")
@@ -44,19 +42,36 @@ def load_vae(config: ModelConfig, base: Path) -> nn.Module:
         return AutoencoderKL.from_single_file(
             tensors, config=str(base), subfolder="vae", torch_dtype=torch.float32, local_files_only=True
         )
+    chosen = read_vae_config(path, config.vae)
+    if its_unet:
+        check_match(chosen, own, config)
+    require_memory_for(read_header(path / WEIGHTS, f"model.vae: {path / WEIGHTS}"), config.vae)
+    return AutoencoderKL.from_pretrained(path, torch_dtype=torch.float32, use_safetensors=True)
+
+
+def find_vae(name: str, with_weights: bool = True) -> Path:
+    """The file, or the folder with config and weights, that `model.vae` names, fetched where it is on the Hub."""
+    path, files = Path(locate(name, "model.vae")), ("config.json", *((WEIGHTS,) if with_weights else ()))
+    if path.is_file():
+        return path
+    if not path.exists():
+        path = fetch_files(name, (*files, *(f"vae/{file}" for file in files)), "model.vae")
     folder = path if (path / "config.json").exists() else path / "vae"
-    lacking = [name for name in ("config.json", WEIGHTS) if not (folder / name).exists()]
+    lacking = [file for file in files if not (folder / file).exists()]
     if lacking:
         raise ConfigError(
-            f"model.vae {config.vae} lacks {' and '.join(lacking)}: give a VAE folder, a pipeline folder with vae/, or a"
+            f"model.vae {name} lacks {' and '.join(lacking)}: give a VAE folder, a pipeline folder with vae/, or a"
             " .safetensors file"
         )
-    chosen = json.loads((folder / "config.json").read_text())
-    if (kind := chosen.get("_class_name")) != "AutoencoderKL":
-        raise ConfigError(f"model.vae {config.vae} is a {kind}; Stable Diffusion's VAEs are of the class AutoencoderKL")
-    check_match(chosen, own, config)
-    require_memory_for(read_header(folder / WEIGHTS, f"model.vae: {folder / WEIGHTS}"), config.vae)
-    return AutoencoderKL.from_pretrained(folder, torch_dtype=torch.float32, use_safetensors=True)
+    return folder
+
+
+def read_vae_config(folder: Path, name: str) -> dict[str, Any]:
+    """The config of an AutoencoderKL; raises ConfigError where it is another class's."""
+    config = json.loads((folder / "config.json").read_text())
+    if (kind := config.get("_class_name")) != "AutoencoderKL":
+        raise ConfigError(f"model.vae {name} is a {kind}; Stable Diffusion's VAEs are of the class AutoencoderKL")
+    return config
 
 
 def check_match(chosen: dict[str, Any], own: dict[str, Any], config: ModelConfig) -> None:

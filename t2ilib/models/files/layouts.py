@@ -70,6 +70,13 @@ LAYOUTS: dict[str, dict] = {
     },
 }
 """Layout -> the published config of each part."""
+PUBLISHED = {
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": "sd15",
+    "runwayml/stable-diffusion-v1-5": "sd15",
+    "CompVis/stable-diffusion-v1-4": "sd15",
+    "stabilityai/stable-diffusion-xl-base-1.0": "sdxl",
+}
+"""Hub id -> its layout, for planning where the Hub is not to be asked."""
 
 
 def build_layout(name: str, dtype: torch.dtype = torch.float32, device: str = "meta") -> Components:

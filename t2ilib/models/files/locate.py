@@ -142,14 +142,12 @@ def download(repository: str, name: str, revision: str | None) -> Path:
 
 def fetch_pipeline(repository: str, config: ModelConfig, family: Family) -> Path:
     """The local folder of a pipeline on the Hub, without the parts that its family leaves out; raises ConfigError, also for a full disk."""
-    import diffusers
-
     require_room(
         repository, config.revision, lambda names: pipeline_weights(names, family, config.variant), "model.base"
     )
     with hub_refusals(repository, config.revision, "model.base", "lacks files of its pipeline"):
         return Path(
-            getattr(diffusers, family.pipeline_class).download(
+            family.load_pipeline_class().download(
                 repository,
                 revision=config.revision,
                 variant=config.variant,
@@ -206,8 +204,9 @@ def pipeline_weights(names: list[str], family: Family, variant: str | None) -> l
 
 def weight_stems(family: Family) -> dict[str, str]:
     """Part of a pipeline folder -> what the names of its weight files begin with."""
-    modules = dict.fromkeys(("unet", "vae"), "diffusion_pytorch_model")
-    return modules | dict.fromkeys(family.text_encoders, "model")
+    modules = dict.fromkeys(("unet", "vae") if family.has_vae else ("unet",), "diffusion_pytorch_model")
+    stems = modules | dict.fromkeys(family.text_encoders, "model")
+    return {part: stem for part, stem in stems.items() if part not in family.left_out}
 
 
 def lacking_configs(folder: Path, family: Family) -> list[str]:

@@ -43,6 +43,7 @@ from t2ilib.models.files.original import (
     vae_tensors,
     with_text_model,
 )
+from t2ilib.models.noise import BETAS, scheduler_for
 
 __all__ = ["load_single_file", "original_unet_names", "recognise", "save_single_file"]
 
@@ -193,8 +194,9 @@ def empty_parts(configs: Path, family: Family) -> dict[str, nn.Module]:
     with torch.device("meta"):
         parts = {
             "unet": UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(configs, subfolder="unet")),
-            "vae": AutoencoderKL.from_config(AutoencoderKL.load_config(configs, subfolder="vae")),
         }
+        if family.has_vae:
+            parts["vae"] = AutoencoderKL.from_config(AutoencoderKL.load_config(configs, subfolder="vae"))
         for name in family.text_encoders:
             parts[name] = encoders[name](CLIPTextConfig.from_pretrained(configs, subfolder=name))
     return parts
@@ -277,22 +279,17 @@ def require_memory_of(parts: dict[str, nn.Module], dtype: torch.dtype, path: Pat
 
 def marked_scheduler(scheduler: Any, header: dict[str, TensorInfo]) -> Any:
     """The scheduler as the file's marks `v_pred` and `ztsnr` want it (arXiv 2305.08891); without marks as it is."""
-    from diffusers import DDIMScheduler
-
     if "v_pred" not in header:
         return scheduler
-    changes = {"prediction_type": "v_prediction"}
-    if "ztsnr" in header:
-        changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    kind = type(scheduler) if changes.keys() <= scheduler.config.keys() else DDIMScheduler  # PNDM has no zero SNR
-    return kind.from_config(scheduler.config, **changes)
+    return scheduler_for(scheduler, "v_prediction", zero_terminal_snr=True if "ztsnr" in header else None)
 
 
 def save_single_file(components: Components, path: Path) -> None:
     """Writes the whole model as one .safetensors file in the original layout, in the precision that it is held in.
 
     diffusers, A1111 and ComfyUI read such files. Raises ConfigError where that layout cannot hold the model: adapters that
-    are still attached, quantized weights, a UNet that predicts samples, or text encoders that cannot be told apart.
+    are still attached, quantized weights, a UNet that predicts samples or was trained by another noise schedule than Stable
+    Diffusion's, or text encoders that cannot be told apart or lack layers.
     """
     from safetensors.torch import save_file
 
@@ -310,6 +307,17 @@ def save_single_file(components: Components, path: Path) -> None:
     if scheduler.prediction_type not in ("epsilon", "v_prediction"):
         raise ConfigError(
             f"a single file cannot say that its UNet predicts {scheduler.prediction_type}: keep the folder"
+        )
+    betas = {"beta_schedule": "scaled_linear", **BETAS["scaled_linear"]}
+    if scheduler.get("trained_betas") is not None or any(scheduler[name] != value for name, value in betas.items()):
+        raise ConfigError(
+            f"a single file cannot say that its UNet was trained by the betas {scheduler.beta_schedule}, {scheduler.beta_start:g} to"
+            f" {scheduler.beta_end:g}: those who read it take Stable Diffusion's own. Keep the folder"
+        )
+    if components.config is not None and components.config.clip_skip:
+        raise ConfigError(
+            f"model.clip_skip has left out {components.config.clip_skip} of the text encoder's layers, and a single file holds all of"
+            " them: keep the folder"
         )
     tensors = original_tensors({"vae": components.vae, **components.modules()})
     kind = "sd2" if any(name.startswith("cond_stage_model.model.") for name in tensors) else components.family.name

@@ -381,6 +381,11 @@ def test_marks_for_velocity_are_written_and_honoured(models, tmp_path: Path) -> 
     assert (type(zero), zero.config.prediction_type) == (diffusers.DDIMScheduler, "v_prediction")
     assert float(zero.alphas_cumprod[-1]) == 0.0
     assert float(velocity.alphas_cumprod[-1]) > 0.0
+    assert not zero.config.clip_sample  # DDIM's own default cuts off what lies beyond [-1, 1], as latents do
+    base = load_base(ModelConfig(base=str(folder)), CPU)
+    base.noise_as("v_prediction", zero_terminal_snr=True)
+    save_single_file(base, tmp_path / "written.safetensors")
+    assert {"v_pred", "ztsnr"} <= load_file(tmp_path / "written.safetensors").keys()
 
 
 def test_half_precision_is_kept_but_for_the_vae(models, tmp_path: Path) -> None:
@@ -507,6 +512,9 @@ def test_what_the_layout_cannot_hold_is_not_written(tmp_path: Path) -> None:
         save_single_file(components, tmp_path / "model.ckpt")
     components.text_encoders["text_encoder_2"].config.hidden_size = 64
     with pytest.raises(ConfigError, match="both text encoders are 64 wide"):
+        save_single_file(components, tmp_path / "model.safetensors")
+    components.noise_as(beta_schedule="linear")
+    with pytest.raises(ConfigError, match=r"trained by the betas linear, 0.0001 to 0.02: those who read it take"):
         save_single_file(components, tmp_path / "model.safetensors")
     components.scheduler.register_to_config(prediction_type="sample")
     with pytest.raises(ConfigError, match="cannot say that its UNet predicts sample"):
