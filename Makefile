@@ -47,7 +47,6 @@ tiny-sdxl: $(BIN)/t2ilib  ## Train the tiny SDXL anew, all stages (about two hou
 	$(BIN)/t2ilib tiny pack work/tiny-sdxl t2ilib/models/weights/tiny-sdxl
 
 tiny-sd15: $(BIN)/t2ilib  ## Train the tiny SD1.5 anew (about an hour on 2 cores)
-	$(BIN)/t2ilib tiny build work/tiny-sd15/start --model tiny-sd15
 	$(BIN)/t2ilib train experiments/tiny-sd15/unet.yaml
 	$(BIN)/t2ilib tiny pack work/tiny-sd15 t2ilib/models/weights/tiny-sd15 --model tiny-sd15
 
