@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint ui gpu tiny-sdxl tiny-sd15 clean
+.PHONY: help install demo app test lint ui gpu tiny-sdxl tiny-sd15 clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1	\2/' | expand -t 20
@@ -26,6 +26,10 @@ install: $(BIN)/t2ilib  ## Make .venv and install the project with the tested ve
 
 demo: $(BIN)/t2ilib  ## Run the adapters study in its quick preset and write its report
 	$(BIN)/t2ilib -q study run experiments/adapters.yaml --preset quick --jobs $(JOBS)
+
+app: $(BIN)/t2ilib  ## Open the app, which draws with the adapters under results (loopback only)
+	@$(BIN)/python -c 'import gradio' 2>/dev/null || $(BIN)/python -m pip install --quiet -c constraints.txt -e '.[app]'
+	$(BIN)/t2ilib app
 
 test: $(BIN)/t2ilib  ## Run the test suite
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
