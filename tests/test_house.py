@@ -39,7 +39,7 @@ ROWS = (
         "tracking",
     ),
     ("data.captions", "data.pictures", "memory", "pyfile", "runfile"),
-    ("data.png", "data.progress", "data.records", "data.tagging", "data.views", "text"),
+    ("data.png", "data.progress", "data.records", "data.tagging", "data.views", "locking", "text"),
     ("cachefolder", "config", "runlog", "seeds"),
 )
 """The table in CONTRIBUTING.md, highest first."""

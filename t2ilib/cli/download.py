@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from t2ilib.cli.errors import readable_errors
+from t2ilib.cli.options import ForceExtract, SkipDownload
 
 
 def data_download(
@@ -20,12 +21,8 @@ def data_download(
     part: Annotated[
         list[str], typer.Option(help="Only this (train, val or annotations); may be given several times.")
     ] = [],
-    skip_download: Annotated[
-        bool, typer.Option("--skip-download", help="Fetch nothing; extract the zips that are there.")
-    ] = False,
-    force_extract: Annotated[
-        bool, typer.Option("--force-extract", help="Extract every file anew, those that are there too.")
-    ] = False,
+    skip_download: SkipDownload = False,
+    force_extract: ForceExtract = False,
     keep_zips: Annotated[
         bool, typer.Option("--keep-zips/--delete-zips", help="Whether zips stay once they are extracted.")
     ] = True,

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from t2ilib.cli.errors import readable_errors
+from t2ilib.cli.options import ForceExtract, SkipDownload
 
 
 def pipeline(
@@ -14,12 +15,8 @@ def pipeline(
         str | None, typer.Option(help="This step alone: download, process, train, measure or draw.")
     ] = None,
     begin: Annotated[str | None, typer.Option("--from", help="This step and those that follow it.")] = None,
-    skip_download: Annotated[
-        bool, typer.Option("--skip-download", help="Fetch nothing; extract the zips that are there.")
-    ] = False,
-    force_extract: Annotated[
-        bool, typer.Option("--force-extract", help="Extract every file anew, those that are there too.")
-    ] = False,
+    skip_download: SkipDownload = False,
+    force_extract: ForceExtract = False,
     checkpoint: Annotated[
         int | None, typer.Option(min=1, help="Draw with the adapters as they were at this step.")
     ] = None,

@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-from filelock import FileLock, Timeout
 from PIL import Image
 
 from t2ilib.config import ConfigError, DataConfig
@@ -30,6 +29,7 @@ from t2ilib.data.records import Listing, Readable, Record
 from t2ilib.data.sources.sample import JSON, plain_text
 from t2ilib.data.sources.shardindex import ENDING, Index, Member, unpacked
 from t2ilib.data.sources.spans import Span
+from t2ilib.locking import held
 from t2ilib.memory import require_disk
 from t2ilib.seeds import numpy_generator_for
 from t2ilib.text import decoded, shown
@@ -118,19 +118,14 @@ def write_shards(
 @contextlib.contextmanager
 def locked(out: Path) -> Iterator[None]:
     """One process writes to a folder at a time; what a killed one left of a shard is removed."""
-    lock = FileLock(out / LOCK, timeout=0)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise ConfigError(f"{out}: another process writes shards there") from None
-    try:
-        for draft in out.glob(f".*{DRAFT}"):
-            draft.unlink()
-        yield
-    finally:
-        with contextlib.suppress(OSError):  # Windows removes no file that is open
-            (out / LOCK).unlink()
-        lock.release()
+    with held(out / LOCK, f"{out}: another process writes shards there"):
+        try:
+            for draft in out.glob(f".*{DRAFT}"):
+                draft.unlink()
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # Windows removes no file that is open
+                (out / LOCK).unlink()
 
 
 def plan(records: Sequence[Record], folder: Path | str, most_bytes: int) -> list[Shard]:

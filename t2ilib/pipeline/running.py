@@ -7,16 +7,14 @@ A process that is killed leaves no mark of the step that it was in; the same com
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from t2ilib.config import ConfigError, RunConfig, check_choice
 from t2ilib.config.section import seconds_in
+from t2ilib.locking import held
 from t2ilib.memory import MemoryLog, release
 from t2ilib.pipeline.file import NAMES, PipelineConfig, load_pipeline
 from t2ilib.pipeline.job import Job, Options, time_told
@@ -137,7 +135,8 @@ def run_pipeline(
     if options.dry:
         tell(pipeline, tasks)
     else:
-        with owned(config.output), RunLog() as said:
+        told = f"another process goes through the pipeline in {config.output}: wait for it, or stop it"
+        with held(config.output / ".lock", told), RunLog() as said:
             said.open(config.output / LOG)
             go_through(pipeline, tasks)
     marks = {name: pipeline.mark(Task("measure", name)) for name in runs}
@@ -187,21 +186,6 @@ def go_through(pipeline: Pipeline, tasks: Sequence[Task]) -> None:
         else:
             where = mark_path(pipeline.config.output, task.step, task.name)
             log.info("%s: done already, %s (to do it again, delete %s)", place, mark.finished, where)
-
-
-@contextmanager
-def owned(output: Path) -> Iterator[None]:
-    """Holds the pipeline's folder; raises ConfigError where another process does. The lock dies with its process, however that ends."""
-    output.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(output / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ConfigError(f"another process goes through the pipeline in {output}: wait for it, or stop it") from None
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def require_one_process() -> None:

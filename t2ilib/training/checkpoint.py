@@ -13,18 +13,17 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from t2ilib.config import ConfigError
+from t2ilib.locking import held
 from t2ilib.memory import aligned
 
 log = logging.getLogger(__name__)
@@ -50,24 +49,12 @@ class Checkpoint:
     meta: dict[str, Any]
 
 
-@contextlib.contextmanager
-def owned(output: Path) -> Iterator[None]:
-    """Holds a run's folder for as long as the scope lasts; raises ConfigError where another process holds it.
-
-    The lock is the operating system's own, so it dies with its process, however that ends.
-    """
-    output.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(output / ".lock", is_singleton=True)  # one object a folder: a cell run again meets its own lock
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ConfigError(
-            f"another process is training into {output}: wait for it, stop it, or choose another output folder"
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
+def owned(output: Path) -> contextlib.AbstractContextManager[None]:
+    """Holds a run's folder for as long as the scope lasts; raises ConfigError where another process holds it."""
+    return held(
+        output / ".lock",
+        f"another process is training into {output}: wait for it, stop it, or choose another output folder",
+    )
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:

@@ -12,6 +12,7 @@ import time
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -352,7 +353,10 @@ def test_a_picture_that_changes_meanwhile(captioned, tmp_path, picture, monkeypa
 
 def test_two_processes_do_not_write_to_one_folder(captioned, tmp_path):
     (tmp_path / "out").mkdir()
-    with sharding.locked(tmp_path / "out"), pytest.raises(ConfigError, match="another process writes shards there"):
+    with (
+        FileLock(tmp_path / "out" / sharding.LOCK),
+        pytest.raises(ConfigError, match="another process writes shards there"),
+    ):
         written(captioned(tmp_path / "p", 2), tmp_path / "out")
     assert written(tmp_path / "p", tmp_path / "out").pictures == 2
 

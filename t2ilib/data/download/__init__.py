@@ -16,13 +16,13 @@ from pathlib import Path
 
 import requests
 import yaml
-from filelock import FileLock, Timeout
 
 from t2ilib.config import ConfigError, check_choice
 from t2ilib.data.download.archives import STATE, Receipt, check_archive, extract, read_archive, read_receipt
 from t2ilib.data.download.remote import DATASETS, SERVERS, RemoteFile, Tell, Wrong, fetch, part_of, size_of, verified
 from t2ilib.data.download.server import Remote, describe, reached, read_sums
 from t2ilib.data.progress import Progress
+from t2ilib.locking import held
 from t2ilib.memory import require_disk
 from t2ilib.text import shown
 
@@ -127,21 +127,12 @@ def find_items(
     return items
 
 
-@contextlib.contextmanager
-def owned(folder: Path) -> Iterator[None]:
-    """Holds the folder; raises ConfigError where another process does. The lock dies with its process, however that ends."""
+def owned(folder: Path) -> contextlib.AbstractContextManager[None]:
+    """Holds the folder; raises ConfigError where another process does."""
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{shown(folder)} is not a folder")
-    (folder / STATE).mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / STATE / "lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ConfigError(f"another process is downloading into {shown(folder)}: wait for it, or stop it") from None
-    try:
-        yield
-    finally:
-        lock.release()
+    told = f"another process is downloading into {shown(folder)}: wait for it, or stop it"
+    return held(folder / STATE / "lock", told)
 
 
 @contextlib.contextmanager
@@ -281,22 +272,22 @@ def require_holds(item: Item) -> None:
     """Notes what is in an archive; raises ConfigError where it is not what a run looks for."""
     with read_archive(item.target, most_bytes(item.file, item.target)) as members:
         item.members = {member.name: member.size for member in members}
-    for held in item.file.holds:
-        if not any(name == held or (held.endswith("/") and name.startswith(held)) for name in item.members):
+    for kept in item.file.holds:
+        if not any(name == kept or (kept.endswith("/") and name.startswith(kept)) for name in item.members):
             found = ", ".join(shown(name) for name in list(item.members)[:3]) or "nothing"
-            raise ConfigError(f"{shown(item.target)} holds no {held}, but {found}: it is another archive")
+            raise ConfigError(f"{shown(item.target)} holds no {kept}, but {found}: it is another archive")
 
 
 def told(name: str, folder: Path, items: list[Item]) -> list[str]:
     """What lies where, and the line of a run config that names it."""
     lines = [f"{name} in {shown(folder)} (terms of use: {TERMS[name]})"]
     for item in items:
-        for held in item.file.holds:
-            if not held.endswith("/"):
-                lines.append(f"  {held}")
+        for kept in item.file.holds:
+            if not kept.endswith("/"):
+                lines.append(f"  {kept}")
             else:
-                count = sum(member.startswith(held) for member in item.members)
-                lines.append(f"  {held if item.receipt else item.file.name:36s}{count:,} pictures")
+                count = sum(member.startswith(kept) for member in item.members)
+                lines.append(f"  {kept if item.receipt else item.file.name:36s}{count:,} pictures")
     kept = [item.file.name for item in items if item.receipt and item.target.exists()]
     if kept:
         lines.append(f"  {', '.join(kept)}: extracted, can be deleted (--delete-zips)")
