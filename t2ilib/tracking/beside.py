@@ -132,7 +132,7 @@ class WandB(Beside):
         before = sorted((self.run.output / "wandb").glob(f"*run-*-{digest}*"))
         tracker = WandBTracker(
             self.run.tracking.experiment or PROJECT,
-            id=before[-1].name.rpartition("-")[2] if before else digest + uuid.uuid4().hex[:8],
+            id=id_of(before[-1]) if before else digest + uuid.uuid4().hex[:8],
             name=self.run.name,
             dir=str(self.run.output),
             resume="allow",
@@ -194,6 +194,11 @@ def last_events(folder: Path) -> dict[str, int]:
     events = EventAccumulator(str(folder), size_guidance={SCALARS: 1, IMAGES: 1}).Reload()  # of each the last
     scalars = {tag: events.Scalars(tag)[-1].step for tag in events.Tags()[SCALARS]}
     return scalars | {tag: events.Images(tag)[-1].step for tag in events.Tags()[IMAGES]}
+
+
+def id_of(folder: Path) -> str:
+    """Of W&B's run, from a folder of its: (offline-)run-<date>_<time>-<id>, behind which a second start in the same second has a -1."""
+    return folder.name.partition("run-")[2].split("-")[1]
 
 
 def wandb_mode() -> str:

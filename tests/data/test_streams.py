@@ -356,7 +356,7 @@ def rows(tmp_path, pngs):
 
 
 def test_a_run_that_breaks_off_resumes_bit_for_bit(tmp_path, rows, caplog, monkeypatch):
-    """Four steps are two, a third that is lost, and two more; and nothing is left behind where it breaks off."""
+    """Four steps are three, of which the last is committed where it breaks off, and one more; and nothing is left behind there."""
     from t2ilib.training import loop
 
     class Breaks(loop.Progress):
@@ -377,7 +377,7 @@ def test_a_run_that_breaks_off_resumes_bit_for_bit(tmp_path, rows, caplog, monke
             train(build_run(settings(tmp_path / "resumed", data, 4, checkpoint_every=2)))
     assert not reading_threads()
     result = train(build_run(settings(tmp_path / "resumed", data | {"workers": 3}, 4, checkpoint_every=2)))
-    assert result.resumed_from == 2
+    assert result.resumed_from == 3
     state = "checkpoints/step-000004"
     kept = ("manifest.csv", "manifest.json", "stream.jsonl")
     for file in (f"{state}/weights.safetensors", f"{state}/optimizer.safetensors", *kept):

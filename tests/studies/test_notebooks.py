@@ -15,7 +15,7 @@ from t2ilib.studies.runs import check_notebooks, plan_runs
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = sorted([*ROOT.glob("experiments/*.ipynb"), *ROOT.glob("inference/*.ipynb")])
-STUDIES = [path for path in ROOT.glob("experiments/*.yaml") if "variants" in yaml.safe_load(path.read_text())]
+STUDIES = [path for path in ROOT.glob("experiments/*.yaml") if "presets" in yaml.safe_load(path.read_text())]
 
 
 def code_cells(path: Path) -> list[dict]:

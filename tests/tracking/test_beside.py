@@ -123,7 +123,7 @@ def test_wandb_without_login_holds_what_was_logged_and_goes_on(tmp_path: Path, c
         tracker.log_metrics({"checker/all": 0.5}, 4)
     assert [row["_step"] for row in rows_of(run)] == [1, 2, 3, 4]
     folders = sorted((run.output / "wandb").glob("offline-run-*"))
-    assert len({path.name.rpartition("-")[2] for path in folders}) == 1, "one run of W&B"
+    assert len({path.name.split("-")[3] for path in folders}) == 1, "one run of W&B"
     assert rows_of(run)[-1]["progress/grid._type"] == "video-file"
     assert "checker/all" in b"".join(file.read_bytes() for file in folders[-1].glob("*.wandb")).decode(errors="replace")
     names = {process.name() for process in psutil.Process().children(recursive=True)}
@@ -212,3 +212,8 @@ def test_a_tracker_that_is_not_installed_is_told_with_what_installs_it(tmp_path:
     ):
         pass
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("folder", ["offline-run-20261127_161600-d7e9", "run-20261127_161600-d7e9", "offline-run-20261127_161600-d7e9-1"])  # fmt: skip
+def test_a_run_of_wandb_is_known_by_its_id_however_soon_it_began_again(folder: str) -> None:
+    assert beside.id_of(Path("wandb") / folder) == "d7e9"

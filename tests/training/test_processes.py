@@ -18,6 +18,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from t2ilib.cli import errors
 from t2ilib.config import ConfigError
 from t2ilib.data import opening
 from t2ilib.runfile import build_run
@@ -383,3 +384,13 @@ def test_a_process_needs_the_memory_of_its_share() -> None:
     assert share_of(run, 1) == run
     assert share_of(run, 4).training.batch_size == 4
     assert share_of(run, 16).training.batch_size == 2  # a picture for each accumulation is the least
+
+
+def test_what_one_process_alone_finds_wrong_it_tells_once_the_first_had_time(monkeypatch, capsys) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(errors, "SECONDS_FOR_THE_FIRST", 0.3)
+    begun = time.monotonic()
+    with pytest.raises(SystemExit), errors.readable_errors():
+        raise ConfigError("my pictures are not there")
+    assert time.monotonic() - begun > 0.3
+    assert "my pictures are not there" in capsys.readouterr().err
