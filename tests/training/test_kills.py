@@ -1,11 +1,10 @@
 """kill -9, again and again, at drawn moments: nothing that was committed is lost, and the end is that of a run that nothing disturbed.
 
-T2ILIB_KILLS: so many kills of each kind of run, for a longer search; T2ILIB_KILLS_SEED: the moments of a failure again.
+T2ILIB_KILLS: so many kills of each kind of run, T2ILIB_KILLS_SEED: other moments, both for a longer search.
 """
 
 import json
 import os
-import random
 import subprocess
 import sys
 from collections import Counter
@@ -17,8 +16,8 @@ from killing import EVERY, LATE, STEPS
 from t2ilib.training.checkpoint import list_checkpoints
 from t2ilib.training.history import read_rows
 
-KILLS = int(os.environ.get("T2ILIB_KILLS", "10"))
-SEED = int(os.environ.get("T2ILIB_KILLS_SEED", random.SystemRandom().randrange(10**6)))
+KILLS = int(os.environ.get("T2ILIB_KILLS", "8"))
+SEED = int(os.environ.get("T2ILIB_KILLS_SEED", "0"))
 WEIGHTS = {
     "adapter": "adapter/pytorch_lora_weights.safetensors",
     "unet": "model/unet/diffusion_pytorch_model.safetensors",
