@@ -22,6 +22,9 @@ from t2ilib.tracking.naming import shown_name
 
 PROGRESS = re.compile(r"step (\d+)/(\d+)")
 SECONDS_BETWEEN_LINES = 10.0
+IN_GOOD_ORDER = ("Stopped: ", "Interrupted: ")
+"""Beginnings of what a notebook says that stopped with a checkpoint: its time is spent, there is no room left, a signal came
+(`tracking.ending`). It has not failed, and the next call goes on with it."""
 TRAINING_SHARE = 0.7
 """Of a run's time; the rest is loading and measuring. Only the ETA depends on it."""
 
@@ -132,7 +135,10 @@ class Executor:
             self.say(f"[{self.position(run)}] {run.label}: finished in {seconds:.0f} s{self.left()}")
         else:
             reason = error_text(output) or f"the notebook process ended with exit code {code}"
-            self.fail(run, reason, f"exit code {code}\n{output}")
+            if reason.startswith(IN_GOOD_ORDER):
+                self.say(f"[{self.position(run)}] {run.label}: {reason}")
+            else:
+                self.fail(run, reason, f"exit code {code}\n{output}")
 
     def variables(self, slot: int = 0) -> dict[str, str]:
         """Environment of a kernel: its share of the cores, its GPU, plain progress, and the study's store. Threads that wait give way where

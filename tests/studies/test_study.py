@@ -43,6 +43,9 @@ with (folder / "executions.txt").open("a") as log:
 print("step 1/2  loss 0.5", flush=True)
 if behaviour == "fail" and not (folder / "repaired").exists():
     raise ValueError("this variant was made to fail")
+if behaviour == "budget" and not (folder / "repaired").exists():
+    from t2ilib.tracking.ending import Stopped
+    raise Stopped(75, "training.time_budget 1h: stopped after step 1 of 2 with a checkpoint", "SCHEDULED")
 if behaviour == "die":
     os._exit(7)
 if behaviour == "wait" and not (folder / "checkpoints" / "step-000001").exists():
@@ -330,6 +333,18 @@ def test_failures_stay_alone_and_finished_runs_are_not_run_again(study_file: Pat
     edit(study_file, lambda c: c["variants"]["other"]["run"]["optimizer"].update(learning_rate=7.0))
     with pytest.raises(ConfigError, match=r"other seed 0: optimizer.learning_rate 2.5 -> 7.0"):
         run_study(study_file, results=results, say=said.append)
+
+
+def test_a_run_whose_time_is_spent_has_not_failed_and_goes_on(study_file: Path) -> None:
+    results, said = study_file.parent / "results", []
+    edit(study_file, lambda content: content["variants"]["broken"]["run"]["model"].update(revision="budget"))
+    runs = run_study(study_file, only=["broken"], results=results, say=said.append)
+    assert [run.state for run in runs] == ["interrupted"]
+    assert "[1/1] broken seed 0: Stopped: training.time_budget 1h: stopped after step 1 of 2 with a checkpoint" in said
+    (runs[0].folder / "repaired").touch()
+    assert [run.state for run in run_study(study_file, only=["broken"], results=results, say=said.append)] == [
+        "finished"
+    ]
 
 
 def test_changed_prompts_and_measures_are_measured_again_not_trained_again(study_file: Path) -> None:
