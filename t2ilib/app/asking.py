@@ -44,7 +44,7 @@ def settings_of(form: Form, visitor: Visitor) -> DrawSettings:
     """The settings that the page asks for; "random" takes any seed. Raises ConfigError listing every mistake."""
     values = {name: form[name] for name in SAME} | {
         "seed": fresh_seed() if form["random"] else whole_number(form["seed"]),
-        **{name: whole_number(form[name]) or None for name in SIDES},
+        **{name: whole_number(form[name]) if (form[name] or "").strip() else None for name in SIDES},
         "sampler": form["sampler"] or "",
         "model": model_of(form, visitor).model_dump(),
         "adapters": [adapter | known_file(adapter, visitor) for adapter in adapters_of(form)],
