@@ -34,8 +34,17 @@ class CheckpointsTab:
 
     def __init__(self, studio: Studio, panel: Panel):
         self.studio, self.panel = studio, panel
-        self.run = gr.Dropdown([], label="Run", elem_id="steps-run", info="Those that kept checkpoints, newest first")
+        runs = runs_with_steps(panel.runs)
+        self.first = runs[0][1] if runs else None
+        self.run = gr.Dropdown(
+            runs,
+            value=self.first,
+            label="Run",
+            elem_id="steps-run",
+            info="Those that kept checkpoints, newest first",
+        )
         self.prompts = gr.Textbox(
+            "",
             label="Prompts, one a line",
             lines=2,
             placeholder="without any: the prompt on the left",
@@ -73,7 +82,8 @@ class CheckpointsTab:
     def offered(self, runs: Sequence[Found]) -> Updates:
         """The runs there are now."""
         choices = runs_with_steps(runs)
-        return {self.run: gr.update(choices=choices, value=choices[0][1] if choices else None)}
+        first = {"value": choices[0][1]} if choices and not self.first else {}
+        return {self.run: gr.update(choices=choices, **first)}
 
     def draw(self, visitor: Visitor, path: str | None, prompts: str, *values: Any) -> Iterator[Updates]:
         """Draws at every moment of a run; the slider follows what is drawn."""

@@ -26,11 +26,16 @@ class CompareTab:
     def __init__(self, studio: Studio, panel: Panel):
         self.studio, self.panel = studio, panel
         with gr.Row(equal_height=True):
-            options = {"allow_custom_value": True, "min_width": 180}
-            self.study = gr.Dropdown([ALL_RUNS], value=ALL_RUNS, label="Out of", elem_id="vote-study", min_width=120)
-            self.one = gr.Dropdown([BASE_ALONE], value="", label="One variant", elem_id="vote-one", **options)
-            self.other = gr.Dropdown([BASE_ALONE], value="", label="The other", elem_id="vote-other", **options)
+            choices = variant_choices(panel.runs, ALL_RUNS, panel.names)
+            options = {"choices": choices, "allow_custom_value": True, "min_width": 180}
+            self.study = gr.Dropdown(
+                studies(panel.runs), value=ALL_RUNS, label="Out of", elem_id="vote-study", min_width=120
+            )
+            newest = choices[min(1, len(choices) - 1)][1]
+            self.one = gr.Dropdown(value=newest, label="One variant", elem_id="vote-one", **options)
+            self.other = gr.Dropdown(value="", label="The other", elem_id="vote-other", **options)
         self.prompts = gr.Textbox(
+            "",
             label="Prompts to compare them on, one a line",
             lines=2,
             placeholder="without any: the prompt on the left",
@@ -46,10 +51,11 @@ class CompareTab:
         self.wire()
 
     def build_ballot(self) -> None:
-        with gr.Group(visible=False) as self.booth:
-            self.prompt = gr.Markdown("", elem_id="vote-prompt", padding=True)
+        with gr.Column(visible=False) as self.booth:
+            self.prompt = gr.Markdown("", elem_id="vote-prompt")
             with gr.Row():
-                options = {"format": "png", "type": "filepath", "interactive": False, "buttons": ["fullscreen"]}
+                options = {"format": "png", "type": "filepath", "interactive": False, "height": 400}
+                options["buttons"] = ["fullscreen"]
                 self.left = gr.Image(label="Left", elem_id="vote-left-picture", elem_classes=["drawn"], **options)
                 self.right = gr.Image(label="Right", elem_id="vote-right-picture", elem_classes=["drawn"], **options)
             with gr.Row():
@@ -60,13 +66,13 @@ class CompareTab:
                 }
 
     def build_outcome(self) -> None:
+        self.tally = gr.HTML("", elem_id="vote-tally")
         with gr.Accordion("Votes: result, file, and those of others", open=False, elem_id="vote-more"):
-            self.voter = gr.Textbox(label="Your name", placeholder="may be left empty", elem_id="vote-voter")
+            self.voter = gr.Textbox("", label="Your name", placeholder="may be left empty", elem_id="vote-voter")
             with gr.Row():
                 self.result = gr.Button("Show the result", elem_id="vote-result")
                 self.export = gr.Button("Write the votes to a file", elem_id="vote-export")
                 self.again = gr.Button("Draw the pairs of these votes", visible=False, elem_id="vote-again")
-            self.tally = gr.HTML("", elem_id="vote-tally")
             self.file = gr.File(label="Votes", interactive=False, visible=False, elem_id="vote-file")
             self.drop = gr.File(label="Drop a file of votes here to add them", height=90, elem_id="vote-drop")
 
@@ -88,13 +94,12 @@ class CompareTab:
         self.study.input(self.study_chosen, self.study, [self.one, self.other], **QUIET)
 
     def offered(self, runs: Sequence[Found], names: Sequence[str]) -> Updates:
-        """The studies and variants there are now; the newest adapter against the base."""
+        """The studies and variants there are now."""
         choices = variant_choices(runs, ALL_RUNS, names)
-        newest = choices[1][1] if len(choices) > 1 else ""
         return {
             self.study: gr.update(choices=studies(runs), value=ALL_RUNS),
-            self.one: gr.update(choices=choices, value=newest),
-            self.other: gr.update(choices=choices, value=""),
+            self.one: gr.update(choices=choices),
+            self.other: gr.update(choices=choices),
         }
 
     def choices(self, study: str | None) -> list[Choice]:

@@ -69,6 +69,7 @@ class GridTab:
         self.x, self.x_values = self.axis("x", "From column to column", kinds(), "strength")
         self.y, self.y_values = self.axis("y", "From row to row", [NOTHING, *kinds()], "seed")
         self.experiment = gr.Textbox(
+            "",
             label="MLflow experiment",
             placeholder="without a name the sheet is only written as a file",
             elem_id="grid-experiment",
@@ -102,6 +103,7 @@ class GridTab:
                 choices, value=first, label=label, allow_custom_value=True, elem_id=f"grid-{name}", min_width=160
             )
             values = gr.Textbox(
+                "",
                 label=f"Values {label[0].lower()}{label[1:]}",
                 placeholder=example_of(first),
                 elem_id=f"grid-{name}-values",

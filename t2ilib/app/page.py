@@ -16,6 +16,11 @@ from t2ilib.drawing.pngtext import Restored
 TITLE = "t2ilib"
 STYLE = """
 .gradio-container { width: 100% !important; max-width: 1500px !important; margin: 0 auto !important; }
+.drawn img { width: 100% !important; height: 100% !important; object-fit: contain; }
+input[role=listbox] { text-overflow: ellipsis; padding-right: 1.8rem !important; }
+.block-label, .caption-label { pointer-events: none; }
+#drop, #vote-drop { padding-top: 1.2rem; }
+progress { accent-color: #4f46e5; }
 .told { border-left: 4px solid var(--border-color-primary); padding: .5rem .8rem; border-radius: 4px;
         background: var(--background-fill-secondary); color: var(--body-text-color); overflow-wrap: anywhere; }
 .told.good { border-color: #15803d; } .told.note { border-color: #b45309; } .told.bad { border-color: #b91c1c; }

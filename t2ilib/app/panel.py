@@ -44,7 +44,9 @@ class Panel:
         self.studio = studio
         self.fields: dict[str, Any] = {}
         self.rows: list[gr.Row] = []
-        self.first = form_of(DrawSettings(model=studio.model))
+        self.runs, self.names, said = self.lists()
+        self.begins = studio.first_adapters(self.runs)[:SLOTS]
+        self.first = form_of(DrawSettings(model=studio.model)) | dict(zip(ADAPTERS, self.begins, strict=False))
         self.build_prompts()
         self.build_adapters()
         self.build_details()
@@ -55,7 +57,7 @@ class Panel:
             elem_id="drop",
             type="filepath",
         )
-        self.told = gr.HTML("", elem_id="panel-told")
+        self.told = gr.HTML(said, elem_id="panel-told")
         self.inputs = [self.fields[name] for name in NAMES]
 
     def field(self, name: str, kind: Callable[..., Any], label: str, **options: Any) -> Any:
@@ -73,16 +75,16 @@ class Panel:
 
     def build_adapters(self) -> None:
         for slot, (name, strength) in enumerate(zip(ADAPTERS, STRENGTHS, strict=True)):
-            with gr.Row(visible=slot == 0, equal_height=True) as row:
+            with gr.Row(visible=slot < max(1, len(self.begins)), equal_height=True) as row:
                 label = "Adapter" if slot == 0 else f"Adapter {slot + 1}"
                 self.field(
                     name,
                     gr.Dropdown,
                     label,
-                    choices=[("none", "")],
+                    choices=adapter_choices(self.runs, self.names),
                     allow_custom_value=True,
                     scale=3,
-                    min_width=180,
+                    min_width=340,
                     info="A run, or the path of a file or of a run" if slot == 0 else None,
                 )
                 self.field(
@@ -93,7 +95,7 @@ class Panel:
                     maximum=STRONGEST,
                     step=0.05,
                     scale=2,
-                    min_width=150,
+                    min_width=200,
                     info="0 is off, 1 as trained" if slot == 0 else None,
                 )
             self.rows.append(row)
@@ -123,7 +125,7 @@ class Panel:
                 "base",
                 gr.Dropdown,
                 "Base model",
-                choices=base_choices([], self.studio.model.base),
+                choices=base_choices(self.runs, self.studio.model.base),
                 allow_custom_value=True,
                 info="tiny-sdxl, a diffusers folder, a .safetensors file, a Hub id",
             )
@@ -253,10 +255,10 @@ class Panel:
         return updates | {self.fields["base"]: gr.update(choices=bases)}
 
     def begun(self, runs: list, names: list) -> Updates:
-        """The lists, and the adapters that a page begins with."""
-        updates = self.offered(runs, names)
-        first = self.studio.first_adapters(runs)[:SLOTS]
-        choices = adapter_choices(runs, names)
-        for name, text in zip(ADAPTERS, first, strict=False):
-            updates[self.fields[name]] = gr.update(choices=choices, value=text)
-        return updates | {row: gr.update(visible=slot < max(1, len(first))) for slot, row in enumerate(self.rows)}
+        """The lists for a new page, and the adapters that it begins with, where that are others now than when the server was started."""
+        updates, begins = self.offered(runs, names), self.studio.first_adapters(runs)[:SLOTS]
+        if begins != self.begins:
+            choices = adapter_choices(runs, names)
+            for name, text in zip(ADAPTERS, begins, strict=False):
+                updates[self.fields[name]] = gr.update(choices=choices, value=text)
+        return updates
