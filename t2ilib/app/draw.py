@@ -57,11 +57,10 @@ class DrawTab:
 
     def entries(self, picture: Picture, path: Path) -> list[tuple[str, str]]:
         """A picture as the gallery has it: its file and what stands below, and the base's beside it."""
-        seed = f"seed {picture.settings.seed}" + (f", number {picture.settings.first}" * bool(picture.settings.first))
-        entries = [(self.studio.serve(path), f"{path.name}, {seed}")]
+        entries = [(self.studio.serve(path), path.name)]
         if picture.base is not None:
             base = path.with_stem(f"{path.stem}-base")
-            entries.append((self.studio.serve(base), f"{base.name}, the base alone"))
+            entries.append((self.studio.serve(base), f"{path.stem}, base alone"))
         return entries
 
     def outcome(self, settings: DrawSettings, drawing: Drawing, written: list[Path], seconds: float) -> str:

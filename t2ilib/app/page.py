@@ -17,7 +17,7 @@ TITLE = "t2ilib"
 STYLE = """
 .gradio-container { width: 100% !important; max-width: 1500px !important; margin: 0 auto !important; }
 .drawn img { width: 100% !important; height: 100% !important; object-fit: contain; }
-input[role=listbox] { text-overflow: ellipsis; padding-right: 1.8rem !important; }
+input[role=combobox] { text-overflow: ellipsis; padding-right: 1.8rem !important; }
 .block-label, .caption-label { pointer-events: none; }
 #drop, #vote-drop { padding-top: 1.2rem; }
 progress { accent-color: #4f46e5; }

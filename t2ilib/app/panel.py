@@ -69,7 +69,7 @@ class Panel:
         self.field("prompt", gr.Textbox, "Prompt", lines=2, placeholder="a red circle above a blue square")
         self.field("negative_prompt", gr.Textbox, "Negative prompt", lines=1, placeholder="what to lead away from")
         with gr.Row():
-            self.field("num_pictures", gr.Number, "Pictures", precision=0, minimum=1, min_width=80)
+            self.field("num_pictures", gr.Number, "Pictures", precision=0, min_width=80)
             self.field("seed", gr.Textbox, "Seed", min_width=100)
             self.field("random", gr.Checkbox, "Random seed", min_width=110)
 
@@ -105,8 +105,8 @@ class Panel:
 
     def build_details(self) -> None:
         with gr.Row():
-            self.field("num_inference_steps", gr.Number, "Steps", precision=0, minimum=1, min_width=80)
-            self.field("guidance_scale", gr.Number, "Guidance", minimum=1, step=0.5, min_width=80)
+            self.field("num_inference_steps", gr.Number, "Steps", precision=0, min_width=80)
+            self.field("guidance_scale", gr.Number, "Guidance", step=0.5, min_width=80)
             self.field(
                 "sampler",
                 gr.Dropdown,
@@ -132,11 +132,9 @@ class Panel:
             self.base_told = gr.HTML("", elem_id="base-told")
             with gr.Row():
                 self.field("weights", gr.Dropdown, "Weights of the base", choices=list(WEIGHTS), min_width=130)
-                self.field(
-                    "clip_skip", gr.Number, "Text layers left out (clip skip)", precision=0, minimum=0, min_width=130
-                )
+                self.field("clip_skip", gr.Number, "Text layers left out (clip skip)", precision=0, min_width=130)
             with gr.Row():
-                self.field("first", gr.Number, "First picture's number", precision=0, minimum=0, min_width=130)
+                self.field("first", gr.Number, "First picture's number", precision=0, min_width=130)
                 self.field("vae_tiling", gr.Checkbox, "Decode in tiles (large pictures)", min_width=130)
             self.field("embeddings", gr.Textbox, "Files of words (embeddings), one a line", lines=1)
 

@@ -8,7 +8,9 @@ import errno
 import logging
 import os
 import re
+import signal
 import socket
+import sys
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +25,6 @@ log = logging.getLogger(__name__)
 LOOPBACK = "127.0.0.1"
 PORT, PORTS = 7860, 100
 """The first port that is tried, and how many."""
-TAKEN = (errno.EADDRINUSE,)
 LARGEST_UPLOAD = "64mb"
 REMOTE = re.compile(r"/(file|proxy)=\s*[a-z][a-z0-9+.-]*:", re.IGNORECASE)
 POLICY = (
@@ -112,6 +113,7 @@ def serve(options: Options, wait: bool = True) -> tuple[Any, Studio]:
     for line in addresses(options, port, page.share_url):
         print(line, flush=True)
     if wait:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # or what was served would stay
         try:
             page.block_thread()
         finally:
@@ -156,7 +158,7 @@ def free_port(host: str, first: int) -> int:
             except PermissionError:
                 raise ConfigError(f"--port {port} may not be used by everybody: take one from 1024 on") from None
             except OSError as error:
-                if error.errno not in TAKEN:
+                if error.errno != errno.EADDRINUSE:
                     raise ConfigError(f"--host {host}: it cannot be listened on ({error.strerror})") from None
                 continue
         if port != first:

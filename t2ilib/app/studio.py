@@ -7,7 +7,6 @@ the server's own, under a name that cannot be guessed. So nothing that lies unde
 import contextlib
 import logging
 import secrets
-import shutil
 import tempfile
 import threading
 import time
@@ -53,13 +52,14 @@ class Studio:
         base = next((model for model in own if model is not None), ModelConfig())
         self.model = change_base(base, base=model)
         self.visitors = Visitors(lambda: self.model)
-        self.served = Path(tempfile.mkdtemp(prefix="t2ilib-app-")).resolve()
+        self.folder = tempfile.TemporaryDirectory(prefix="t2ilib-app-")
+        self.served = Path(self.folder.name).resolve()
         self.saving = threading.Lock()
 
     def close(self) -> None:
         """Gives back the memory, and deletes what was served."""
         self.desk.close()
-        shutil.rmtree(self.served, ignore_errors=True)
+        self.folder.cleanup()
 
     def runs(self) -> list[Found]:
         """The adapters of all runs, newest first."""
