@@ -16,6 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "t2ilib"
 
 ROWS = (
     ("cli",),
+    ("app",),
     ("hub",),
     ("pipeline",),
     ("report",),

@@ -15,6 +15,7 @@ from t2ilib.cli import (
     inspection,
     pipeline,
     planning,
+    serving,
     shapes,
     shards,
     studies,
@@ -45,6 +46,7 @@ def main(quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only warning
 for command in (
     training.train,
     drawing.generate,
+    serving.app,
     pipeline.pipeline,
     adapters.adapters,
     adapters.quantization,

@@ -9,7 +9,6 @@ It holds one base with its adapters (`loaded`), draws with the addressed noise t
 what the network expects to come, and stops between two calls of it. Whoever asks while it draws waits for their turn.
 """
 
-import contextlib
 import itertools
 import math
 import queue
@@ -23,25 +22,27 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from t2ilib.config import ConfigError, EvaluationConfig
+from t2ilib.adapters.export import export_adapter
+from t2ilib.config import ConfigError, EvaluationConfig, ModelConfig
+from t2ilib.drawing.checkpoints import export_step
 from t2ilib.drawing.fit import bytes_held, memory_told, shortage
 from t2ilib.drawing.loaded import Loaded
 from t2ilib.drawing.pngtext import texts_of
 from t2ilib.drawing.samplers import SAMPLERS, build_sampler, name_of, samplers_for
 from t2ilib.drawing.settings import DrawSettings, require_size
+from t2ilib.drawing.turns import Line
 from t2ilib.evaluation.sampling import draw, free_path, save_png
 from t2ilib.evaluation.watching import Call
 from t2ilib.memory import pictures_at_once
 from t2ilib.models.components import Components
 from t2ilib.models.load import choose_device
 from t2ilib.planning.fit import available_bytes
-from t2ilib.planning.unloaded import native_resolution
+from t2ilib.planning.unloaded import build_unloaded, native_resolution
 
 BATCH = 32
 """Pictures drawn at once, at the most; a megapixel of them otherwise, at least one."""
 PREVIEW_LATENTS = 64
 """Latents along the longer side of a preview, at the most: half the side of SDXL's pictures, a quarter of the time."""
-SECONDS_BETWEEN_LOOKS = 0.05
 Stop = threading.Event | Callable[[], bool]
 
 
@@ -116,22 +117,35 @@ class Desk:
     def __init__(self, results: Path = Path("results"), uri: str | None = None, device: torch.device | None = None):
         self.device = device or choose_device()
         self.loaded = Loaded(self.device, Path(results), uri)
-        self.turn = threading.Lock()
+        self.line = Line()
         self.foreseen: set[tuple] = set()
 
     @property
     def busy(self) -> bool:
         """Whether something is being drawn."""
-        return self.turn.locked()
+        return len(self.line) > 0
 
     def close(self) -> None:
         """Gives back all memory, once what is being drawn is done. The desk can be used again."""
-        with self.turn:
+        with self.line.turn():
             self.loaded.drop()
 
-    def samplers(self) -> list[str]:
-        """The samplers that can draw for what is loaded; all where nothing is."""
-        return samplers_for(self.loaded.components.scheduler) if self.loaded.components else list(SAMPLERS)
+    def export(self, run: Path, step: int | None, target: Path, format: str = "diffusers", **options: Any) -> Path:
+        """`checkpoints.export_step` (`step` None: `adapters.export.export_adapter`, of the end), when it is this desk's turn: it loads a base of
+        its own, for which the desk's makes room."""
+        with self.line.turn():
+            self.loaded.drop()
+            if step is None:
+                return export_adapter(run, target, format, **options)
+            return export_step(run, step, target, format, **options)
+
+    def samplers(self, model: ModelConfig | None = None) -> list[str]:
+        """The samplers that can draw for a base, of which config files only are read; without one for what is loaded, and all where nothing is.
+        Raises ConfigError for what is no base."""
+        loaded = self.loaded.components if model in (None, self.loaded.model) else None
+        if loaded is None and model is None:
+            return list(SAMPLERS)
+        return samplers_for((loaded or build_unloaded(model, torch.float32)).scheduler)
 
     def size_of(self, settings: DrawSettings) -> tuple[int, int]:
         """Width and height of the pictures, in pixels: the base's own side where none is said. Reads config files only."""
@@ -161,7 +175,7 @@ class Desk:
         pictures = [single for each in listed for single in each.pictures()]
         course = Course(len(pictures), 1 + beside_base, watch or (lambda progress: None), asked(stop), preview_every)
         try:
-            with self.my_turn(course):
+            with self.line.turn(course.wait):
                 for _, group in itertools.groupby(pictures, key=kind_of):
                     self.draw_alike(list(group), beside_base, course, batch_size)
         except Stopped:
@@ -192,18 +206,6 @@ class Desk:
         finally:
             left.set()
             thread.join()
-
-    @contextlib.contextmanager
-    def my_turn(self, course: "Course") -> Iterator[None]:
-        """Waits until nothing else is drawn, or until it is stopped."""
-        if not self.turn.acquire(blocking=False):
-            course.tell("waiting for what is being drawn")
-            while not self.turn.acquire(timeout=SECONDS_BETWEEN_LOOKS):
-                course.require_wanted()
-        try:
-            yield
-        finally:
-            self.turn.release()
 
     def draw_alike(self, pictures: list[DrawSettings], beside_base: bool, course: "Course", batch_size: int) -> None:
         """Draws pictures that differ by prompt and noise alone."""
@@ -261,12 +263,20 @@ class Course:
     def __init__(self, total: int, passes: int, watch: Watch, stop: Callable[[], bool], preview_every: int):
         self.total, self.passes, self.watch, self.stop, self.preview_every = total, passes, watch, stop, preview_every
         self.drawn: list[Picture] = []
+        self.before = 0
         self.worked = 0.0
         """Pictures' worth of passes that are done."""
 
     def require_wanted(self) -> None:
         if self.stop():
             raise Stopped
+
+    def wait(self, before: int) -> None:
+        """Is told how many drawings are before this one."""
+        self.require_wanted()
+        if before != self.before:
+            self.before = before
+            self.tell(f"waiting for what is being drawn{f', and {before - 1} more before this' if before > 1 else ''}")
 
     def tell(self, doing: str, begun: float = 0.0, **more: Any) -> None:
         """`begun`: pictures' worth of the pass that is going on."""

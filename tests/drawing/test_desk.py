@@ -12,6 +12,7 @@ from t2ilib.adapters.load import load_adapter
 from t2ilib.config import ConfigError, EvaluationConfig, ModelConfig
 from t2ilib.drawing import desk as module
 from t2ilib.drawing.desk import Desk, Drawing, Progress
+from t2ilib.drawing.samplers import SAMPLERS
 from t2ilib.drawing.settings import build_settings
 from t2ilib.evaluation.sampling import draw
 from t2ilib.memory import GIB
@@ -177,6 +178,50 @@ def test_who_comes_second_waits_for_their_turn(desk):
     next(event for event in third if event.step)
     assert desk.draw(settings(), stop=lambda: True).stopped, "who waits can leave"
     third.close()
+
+
+def test_who_comes_third_is_told_of_both(desk):
+    told = {2: [], 3: []}
+    first = desk.stream(settings(num_inference_steps=30))
+    next(event for event in first if event.step)
+    others = []
+    for number, seen in told.items():
+        asked = {"watch": lambda progress, seen=seen: seen.append(progress.doing)}
+        others.append(threading.Thread(target=desk.draw, args=(settings(),), kwargs=asked))
+        others[-1].start()
+        while len(desk.line) < number:
+            time.sleep(0.005)
+    list(first)
+    for other in others:
+        other.join()
+    assert told[3][:2] == [
+        "waiting for what is being drawn, and 1 more before this",
+        "waiting for what is being drawn",
+    ]
+    assert told[2][0] == "waiting for what is being drawn"
+
+
+def test_the_samplers_of_a_base_are_known_before_it_is_loaded(results):
+    model = ModelConfig(base="tiny-sd15")
+    desk = Desk(results, device=CPU)
+    assert desk.samplers() == list(SAMPLERS)
+    before = desk.samplers(model)
+    assert desk.loaded.components is None
+    desk.draw(settings(model=model.model_dump()))
+    assert desk.samplers(model) == desk.samplers() == before
+    with pytest.raises(ConfigError, match="no-such-folder"):
+        desk.samplers(ModelConfig(base="no-such-folder/x"))
+
+
+def test_an_export_makes_room_and_is_the_adapters(desk, results, tmp_path):
+    desk.draw(settings())
+    file = desk.export(results / "cat", 1, tmp_path / "one.safetensors")
+    assert desk.loaded.components is None
+    end = desk.export(results / "cat", None, tmp_path / "end.safetensors")
+    one, last = (desk.draw(settings(adapters=[{"path": str(path)}])).pictures[0].image for path in (file, end))
+    assert apart(one, desk.draw(settings(adapters=[{"path": str(results / "cat"), "step": 1}])).pictures[0].image) <= 1
+    assert apart(last, desk.draw(settings(adapters=[{"path": str(results / "cat")}])).pictures[0].image) <= 1
+    assert apart(one, last) > 1
 
 
 def test_what_is_asked_wrongly_is_one_sentence(desk):

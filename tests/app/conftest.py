@@ -1,0 +1,3 @@
+"""The results folder that the tests of the app look into, trained once."""
+
+from small_runs import results  # noqa: F401
