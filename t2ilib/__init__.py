@@ -48,6 +48,8 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # tqdm asks for ipywidgets wherever a notebook imports it; its bars are off, the loop shows its own progress.
 warnings.filterwarnings("ignore", message="IProgress not found")
+# IPython says so of a run that ended early, which is no wish to leave the notebook.
+warnings.filterwarnings("ignore", message="To exit: use 'exit'")
 
 
 def __getattr__(name: str) -> Any:

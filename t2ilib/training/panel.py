@@ -98,8 +98,6 @@ class Panel(NullTracker):
         self.status.show(lambda: {"text/plain": self.ended(error)}, now=True)
         if self.losses or self.held_out:
             self.curve.show(self.plotted, now=True)
-        if self.samples and not self.live:
-            self.drawn.show(self.pictured, now=True)
 
     @property
     def pace(self) -> float | None:
@@ -143,7 +141,8 @@ class Panel(NullTracker):
     def ended(self, error: BaseException | None) -> str:
         steps = self.run.training.steps
         if error is None:
-            return words(f"{self.run.name}: done, {steps} steps", self.numbers())
+            numbers = {title: text for title, text in self.numbers().items() if title != "learning rate"}
+            return words(f"{self.run.name}: done, {steps} steps", numbers)
         why = " ".join(str(error).split())[:300] or type(error).__name__
         goes_on = ". Run this cell again, and it goes on from its last checkpoint" if self.losses else ""
         return words(f"{self.run.name}: ended at step {self.step} of {steps} ({why}){goes_on}", self.numbers())
