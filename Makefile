@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 JOBS ?= 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo app test lint ui gpu tiny-sdxl tiny-sd15 clean
+.PHONY: help install demo app test lint ui gpu tiny-sdxl tiny-sd15 address clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1	\2/' | expand -t 20
@@ -53,6 +53,12 @@ tiny-sdxl: $(BIN)/t2ilib  ## Train the tiny SDXL anew, all stages (about two hou
 tiny-sd15: $(BIN)/t2ilib  ## Train the tiny SD1.5 anew (about an hour on 2 cores)
 	$(BIN)/t2ilib train experiments/tiny-sd15/unet.yaml
 	$(BIN)/t2ilib tiny pack work/tiny-sd15 t2ilib/models/weights/tiny-sd15 --model tiny-sd15
+
+address:  ## Write the repository's public address where notebooks and pip look: make address URL=https://github.com/OWNER/NAME
+	@case "$(URL)" in https://*) ;; *) echo "give the address: make address URL=https://github.com/OWNER/NAME"; exit 2;; esac
+	sed -i.old 's|^    "ADDRESS = \\"[^"]*\\"|    "ADDRESS = \\"git+$(URL)\\"|' experiments/*.ipynb inference/*.ipynb
+	sed -i.old -e '/^\[project\.urls\]/,/^$$/d' -e 's|^\[project\.scripts\]|[project.urls]\nRepository = "$(URL)"\n\n[project.scripts]|' pyproject.toml
+	rm -f experiments/*.ipynb.old inference/*.ipynb.old pyproject.toml.old
 
 clean:  ## Remove .venv and caches; results and work stay
 	rm -rf $(VENV) .pytest_cache .ruff_cache

@@ -16,6 +16,11 @@ EXPORTS = {
     "AdapterSpec": "t2ilib.config",
     "build_run": "t2ilib.runfile",
     "load_run": "t2ilib.runfile",
+    "merge": "t2ilib.runfile",
+    "preset": "t2ilib.presets",
+    "tell_place": "t2ilib.places",
+    "results_folder": "t2ilib.places",
+    "summarize": "t2ilib.report.summary",
     "load_base": "t2ilib.models.load",
     "build_pipeline": "t2ilib.models.pipeline",
     "TextToImagePipeline": "t2ilib.models.text_to_image",
@@ -43,6 +48,8 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # tqdm asks for ipywidgets wherever a notebook imports it; its bars are off, the loop shows its own progress.
 warnings.filterwarnings("ignore", message="IProgress not found")
+# IPython says so of a run that ended early, which is no wish to leave the notebook.
+warnings.filterwarnings("ignore", message="To exit: use 'exit'")
 
 
 def __getattr__(name: str) -> Any:

@@ -37,10 +37,11 @@ ROWS = (
         "data.sources",
         "evaluation.metrics",
         "evaluation.statistics",
+        "presets",
         "tracking",
     ),
     ("data.captions", "data.pictures", "memory", "pyfile", "runfile"),
-    ("data.png", "data.progress", "data.records", "data.tagging", "data.views", "locking", "text"),
+    ("data.png", "data.progress", "data.records", "data.tagging", "data.views", "locking", "places", "text"),
     ("cachefolder", "config", "runlog", "seeds"),
 )
 """The table in CONTRIBUTING.md, highest first."""
@@ -60,6 +61,8 @@ TORCH_FREE = (
     "drawing.voting",
     "tracking",
     "config",
+    "places",
+    "presets",
     "data.advice",
     "data.download",
     "data.inspection",

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from t2ilib.cli import app
 from t2ilib.data.captions import build_captions
+from t2ilib.presets import PRESETS
 from t2ilib.runfile import build_run
 from t2ilib.studies.notebooks import SHIPPED
 
@@ -56,12 +57,14 @@ def test_every_dependency_is_pinned_in_constraints() -> None:
     assert wanted <= {name_of(pin) for pin in pins}
 
 
-def test_the_notebooks_of_studies_are_in_the_wheel_and_in_the_source_archive() -> None:
+def test_the_notebooks_of_studies_and_settings_of_cards_are_in_the_wheel_and_in_the_source_archive() -> None:
     targets = PYPROJECT["tool"]["hatch"]["build"]["targets"]
     packed = targets["wheel"]["force-include"]
-    assert {target: source for source, target in packed.items()} == {
+    cards = {f"t2ilib/cards/{name}.yaml": f"experiments/cards/{name}.yaml" for name in PRESETS}
+    assert {target: source for source, target in packed.items()} == cards | {
         f"t2ilib/notebooks/{name}": f"experiments/{name}" for name in SHIPPED
     }
+    assert {path.stem for path in (ROOT / "experiments" / "cards").iterdir()} == set(PRESETS)
     assert all((ROOT / source).is_file() for source in packed)
     assert "experiments" in targets["sdist"]["include"], "a wheel is built from there too"
 
@@ -88,7 +91,7 @@ def test_readme_command_exists_with_its_options(command: str) -> None:
         assert words[1] in (ROOT / "Makefile").read_text().replace("$(VENV)", ".venv"), "as the install says"
         return
     assert words[0] == "t2ilib"
-    depth = 3 if words[1] in ("study", "data", "tiny") else 2
+    depth = 3 if words[1] in ("study", "data", "tiny", "results") else 2
     text = CliRunner().invoke(app, [*words[1:depth], "--help"], env={"COLUMNS": "400"}).output
     for option in re.findall(r"--[a-z-]+", command):
         assert option in text, f"{option} is not an option of {' '.join(words[:depth])}"

@@ -15,6 +15,7 @@ from t2ilib.cli import (
     inspection,
     pipeline,
     planning,
+    results,
     serving,
     shapes,
     shards,
@@ -33,6 +34,7 @@ study_app = typer.Typer(no_args_is_help=True, help="Write a study of variants, r
 data_app = typer.Typer(
     no_args_is_help=True, help="Get data sets, make them, look into them, and see what is done to captions."
 )
+results_app = typer.Typer(no_args_is_help=True, help="Take results from one machine to another.")
 tiny_app = typer.Typer(no_args_is_help=True, help="Rebuild the tiny models that ship with the package.")
 
 
@@ -64,8 +66,11 @@ data_app.command("shapes")(shapes.data_shapes)
 data_app.command("captions")(captions.data_captions)
 data_app.command("download")(download.data_download)
 data_app.command("shard")(shards.data_shard)
+results_app.command("pack")(results.results_pack)
+results_app.command("merge")(results.results_merge)
 tiny_app.command("build")(shapes.tiny_build)
 tiny_app.command("pack")(shapes.tiny_pack)
 app.add_typer(study_app, name="study")
 app.add_typer(data_app, name="data")
+app.add_typer(results_app, name="results")
 app.add_typer(tiny_app, name="tiny")

@@ -49,7 +49,7 @@ from t2ilib.training.processes import (
     tell_once,
     together,
 )
-from t2ilib.training.progress import Progress
+from t2ilib.training.progress import Progress, shown_in_notebook
 from t2ilib.training.resume import LATEST, LOG, Beginning, find_beginning
 from t2ilib.training.setups import Setup, begin_base, setup_diffusion, trained_precision
 from t2ilib.training.sharding import require_no_plugin, require_shardable
@@ -99,7 +99,7 @@ def train(run: RunConfig, tracker: Tracker | None = None, resume: str | Path = L
     accelerator = build_accelerator(run)
     main = accelerator.is_main_process
     tracker = tracker if tracker and main else NullTracker()
-    with RunLog() as said:
+    with RunLog() as said, shown_in_notebook(run, tracker, main) as (tracker, panel):
         memory.note("start")
         with main_first(accelerator):
             beginning, training, held_out, of_class = check(run, accelerator, resume)
@@ -129,7 +129,7 @@ def train(run: RunConfig, tracker: Tracker | None = None, resume: str | Path = L
                 require_one_step(accelerator, start, run)
                 evaluate = Evaluation(run, setup, state, history, tracker)
             evaluate(start) if start == 0 else evaluate.restore(start)
-            progress = Progress(run, start)
+            progress = Progress(run, start, panel)
             stops = Stops(run, state, history, evaluate, memory, began, said.write if main else log.debug)
 
             with stops.catching(), rescued(state, history):

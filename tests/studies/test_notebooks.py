@@ -47,18 +47,22 @@ def test_parameters_are_plain_assignments(path: Path) -> None:
 
 
 def test_parameters_are_sections_and_fields_of_a_run() -> None:
-    """What a person edits by hand makes a run as it stands, and a study can inject every section there is."""
+    """What a person edits by hand makes a run as it stands, and a study can inject every section there is; where it writes to, and a card's
+    settings, are added below."""
     declared = {
         name: ast.literal_eval(value)
         for name, value in notebook_parameters(ROOT / "experiments" / "train.ipynb").items()
     }
+    assert (declared["output"], declared.pop("card")) == (None, None)
     assert list(declared) == list(RunConfig.model_fields)
+    declared["output"] = "here"
     assert build_run(declared).shapes.scenes == ("base", "heart", "striped", "blueprint")
     scratch = {
         name: ast.literal_eval(value)
         for name, value in notebook_parameters(ROOT / "experiments" / "scratch.ipynb").items()
     }
     assert list(scratch) == [name for name in RunConfig.model_fields if name not in ("adapter", "prior")]
+    scratch["output"] = "here"
     assert build_run(scratch).trains == "unet"
     drawn = notebook_parameters(ROOT / "inference" / "base.ipynb")
     assert set(drawn) <= set(RunConfig.model_fields)
