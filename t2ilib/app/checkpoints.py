@@ -95,7 +95,7 @@ class CheckpointsTab:
         visitor.steps = drawn
         forms = formats_for(run)
         yield {
-            self.told: told("Asked for."),
+            self.told: told("Beginning.", "going"),
             self.slider: gr.update(value=0, maximum=len(moments) - 1, visible=True),
             self.title: "",
             self.gallery: [],

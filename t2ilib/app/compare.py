@@ -128,7 +128,7 @@ class CompareTab:
         if comparison is None:
             raise ConfigError("there are no votes whose pairs could be drawn: drop a file of them")
         yield {
-            self.told: told("Asked for."),
+            self.told: told("Beginning.", "going"),
             self.booth: gr.update(visible=False),
             self.tally: "",
             self.file: gr.update(value=None, visible=False),

@@ -39,7 +39,7 @@ class DrawTab:
     def draw(self, visitor: Visitor, beside: bool, *values: Any) -> Iterator[Updates]:
         """Draws, shows what is expected and what is whole, and tells where it was written."""
         settings = self.panel.settings(visitor, values)
-        yield {self.told: told("Asked for."), **self.panel.seed_told(settings)}
+        yield {self.told: told("Beginning.", "going"), **self.panel.seed_told(settings)}
         begun, shown, written = time.monotonic(), [], []
         for event in self.studio.follow(visitor, [settings], beside):
             if isinstance(event, Drawing):

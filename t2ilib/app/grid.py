@@ -129,7 +129,7 @@ class GridTab:
         if columns is None:
             raise ConfigError("choose what changes from column to column")
         grid = plan_grid(settings, columns, rows)
-        yield {self.told: told("Asked for."), self.image: None, **self.panel.seed_told(settings)}
+        yield {self.told: told("Beginning.", "going"), self.image: None, **self.panel.seed_told(settings)}
         for event in self.studio.follow(visitor, grid.jobs()):
             if isinstance(event, Drawing):
                 yield self.written(grid, make_sheet(grid, event), experiment.strip())

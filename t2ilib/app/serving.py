@@ -110,15 +110,23 @@ def serve(options: Options, wait: bool = True) -> tuple[Any, Studio]:
     except BaseException:
         studio.close()
         raise
+    if options.share and not page.share_url:
+        log.warning("--share: no public address could be made; Gradio's servers, or its program, were not reached")
     for line in addresses(options, port, page.share_url):
         print(line, flush=True)
     if wait:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # or what was served would stay
+        signal.signal(signal.SIGTERM, end)  # or what was served would stay
         try:
             page.block_thread()
         finally:
             studio.close()
     return page, studio
+
+
+def end(*_: Any) -> None:
+    """Ends in order; a second signal ends at once."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    sys.exit(128 + signal.SIGTERM)
 
 
 def guarded() -> Any:

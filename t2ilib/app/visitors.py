@@ -7,25 +7,21 @@ import contextlib
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import Any
 
 from t2ilib.config import ModelConfig
 from t2ilib.drawing.settings import AdapterChoice
-
-if TYPE_CHECKING:
-    from t2ilib.app.blind import Comparison
-    from t2ilib.app.steps import StepPictures
 
 
 @dataclass
 class Visitor:
     """`model`: the base of the page's settings, with all that its fields do not show; `restored`: the adapters of the picture that was dropped
-    last, with what their files were then; `steps`, `comparison`: what those tabs are about."""
+    last, with what their files were then; `steps`, `comparison`: what those tabs are about, a `StepPictures` and a `Comparison`."""
 
     model: ModelConfig
     restored: tuple[AdapterChoice, ...] = ()
-    steps: "StepPictures | None" = None
-    comparison: "Comparison | None" = None
+    steps: Any = None
+    comparison: Any = None
     working: list[threading.Event] = field(default_factory=list)
 
     @contextlib.contextmanager

@@ -214,7 +214,7 @@ class Desk:
         course.require_wanted()
         if settings.model != self.loaded.model:
             course.tell(f"loading {settings.model.base}")
-        self.require_room(settings, size, at_once)
+        self.require_room(settings, size, at_once, course)
         with memory_told(settings, size, at_once, self.device):
             components = self.loaded.take(settings)
         require_size(
@@ -245,11 +245,12 @@ class Desk:
         sampler = build_sampler(self.loaded.components.scheduler, settings.sampler)
         return sampler, name_of(sampler)
 
-    def require_room(self, settings: DrawSettings, size: tuple[int, int], at_once: int) -> None:
+    def require_room(self, settings: DrawSettings, size: tuple[int, int], at_once: int, course: "Course") -> None:
         """Raises ConfigError on a CPU, where nothing else would be told, for what will not fit into its memory."""
         known = (settings.model, size, at_once, settings.vae_tiling)
         if self.device.type != "cpu" or known in self.foreseen:
             return
+        course.tell("looking whether it fits into memory")
         components = self.loaded.components
         held = bytes_held([*components.modules().values(), components.vae]) if components else 0
         if told := shortage(settings, size, at_once, self.device, available_bytes(self.device) + held):

@@ -16,7 +16,7 @@ from t2ilib.app.wording import told, told_error, told_progress
 from t2ilib.config import ConfigError, ModelConfig
 from t2ilib.drawing.desk import Progress
 from t2ilib.drawing.pngtext import read_picture
-from t2ilib.drawing.settings import build_settings
+from t2ilib.drawing.settings import DrawSettings, build_settings
 
 
 def test_the_next_free_port_is_taken_and_told(capsys):
@@ -141,6 +141,23 @@ def test_what_a_page_begins_with(results, tmp_path):
         Studio(results, adapters=["nowhere"])
     empty = Studio(tmp_path / "nothing-here")
     assert (empty.runs(), empty.registered(), empty.first_adapters([])) == ([], [], ())
+
+
+def test_only_the_samplers_that_fit_the_base_are_offered(results, tmp_path, monkeypatch):
+    gradio = pytest.importorskip("gradio")
+    from t2ilib.app.asking import form_of
+    from t2ilib.app.panel import Panel
+
+    studio = Studio(results, out=tmp_path)
+    fits = {"tiny-sdxl": ["DDIM", "Euler"], "tiny-sd15": ["DDIM"]}
+    monkeypatch.setattr(studio.desk, "samplers", lambda model: fits[model.base])
+    with gradio.Blocks():
+        panel = Panel(studio)
+    visitor = studio.visitors.of("a")
+    for base, names in fits.items():
+        (update,) = panel.samplers(visitor, form_of(DrawSettings()) | {"base": base}).values()
+        assert update["choices"] == ["auto", *names]
+    studio.close()
 
 
 def test_what_is_served_is_the_very_file(results, tmp_path):
