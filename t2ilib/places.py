@@ -32,7 +32,8 @@ def in_drive() -> Path:
     if drive.is_dir():
         return drive / "t2ilib"
     log.warning(
-        "results are in %s and gone with this session: mount Drive and run this again, or take them home with `t2ilib results pack`", SESSION
+        "results are in %s and gone with this session: mount Drive and run this again, or take them home with `t2ilib results pack`",
+        SESSION,
     )
     return SESSION
 

@@ -42,7 +42,15 @@ def lab(tmp_path_factory):
         port = free.getsockname()[1]
     own = {f"JUPYTER_{kind}_DIR": str(folder / "jupyter" / kind) for kind in ("CONFIG", "DATA", "RUNTIME")}
     threads = {"OMP_NUM_THREADS": "2"} if "PYTEST_XDIST_WORKER" not in os.environ else {}
-    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", f"--port={port}", f"--IdentityProvider.token={TOKEN}"]
+    command = [
+        sys.executable,
+        "-m",
+        "jupyterlab",
+        "--no-browser",
+        "--allow-root",
+        f"--port={port}",
+        f"--IdentityProvider.token={TOKEN}",
+    ]
     command += ["--ServerApp.ip=127.0.0.1", f"--ServerApp.root_dir={folder}", "--LabApp.news_url=None"]
     environment = os.environ | own | threads | {"T2ILIB_RESULTS": str(folder / "results"), "T2ILIB_BATCH": ""}
     with (folder / "lab.log").open("w") as log:
@@ -78,15 +86,7 @@ def test_run_all_cells_in_jupyterlab(lab) -> None:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=[*WANTS, *QUIET])
         page = browser.new_page(viewport={"width": 1300, "height": 1400})
         for number, name in enumerate(("look_inside", "draw"), 1):
-            page.goto(f"{address}/lab/workspaces/{name}/tree/inference/{name}.ipynb?token={TOKEN}", timeout=120_000)
-            page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=120_000)
-            until(lambda: len(asked(address, "/api/kernels")) == number)
-            until(lambda: all(kernel["execution_state"] == "idle" for kernel in asked(address, "/api/kernels")))
-            page.locator(".lm-MenuBar-itemLabel", has_text=re.compile("^Run$")).click()
-            page.locator(".lm-Menu-itemLabel", has_text=re.compile("^Run All Cells$")).click()
-            until(lambda: all(re.fullmatch(r"\[\d+\]:", prompt) for prompt in page.evaluate(PROMPTS)))
-            page.keyboard.press("Control+s")
-            until(lambda path=folder / "inference" / f"{name}.ipynb": all_done(path))
+            run_all(page, address, folder / "inference" / f"{name}.ipynb", number)
         browser.close()
     outputs = {name: outputs_of(folder / "inference" / f"{name}.ipynb") for name in ("look_inside", "draw")}
     for name, found in outputs.items():
@@ -95,9 +95,25 @@ def test_run_all_cells_in_jupyterlab(lab) -> None:
     drawn = "".join("".join(output.get("text", "")) for output in outputs["draw"])
     assert f"drawing with tiny-sdxl and {folder / 'results' / 'look_inside'} at 1" in drawn
     assert int(re.search(r"at most (\d+) of 255 apart", drawn)[1]) <= 1, "the restored picture"
-    panel = [output for output in outputs["look_inside"] if "done, 120 steps" in "".join(output.get("data", {}).get("text/plain", ""))]
+    panel = [
+        output
+        for output in outputs["look_inside"]
+        if "done, 120 steps" in "".join(output.get("data", {}).get("text/plain", ""))
+    ]
     assert len(panel) == 1, "of the training, the last state"
     assert len(list((folder / "results" / "drawn").glob("*.png"))) == 4 + 4 + 1, "pictures, the base's, a grid"
+
+
+def run_all(page, address: str, notebook: Path, number: int) -> None:
+    """Opens a notebook, the so-manieth, chooses Run All Cells, and saves it when all are done."""
+    page.goto(f"{address}/lab/workspaces/{number}/tree/inference/{notebook.name}?token={TOKEN}", timeout=120_000)
+    page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=120_000)
+    until(lambda: [kernel["execution_state"] for kernel in asked(address, "/api/kernels")] == ["idle"] * number)
+    page.locator(".lm-MenuBar-itemLabel", has_text=re.compile("^Run$")).click()
+    page.locator(".lm-Menu-itemLabel", has_text=re.compile("^Run All Cells$")).click()
+    until(lambda: all(re.fullmatch(r"\[\d+\]:", prompt) for prompt in page.evaluate(PROMPTS)))
+    page.keyboard.press("Control+s")
+    until(lambda: all_done(notebook))
 
 
 def until(true) -> None:
@@ -159,7 +175,9 @@ def test_interrupting_the_kernel_commits_a_checkpoint_and_the_cell_goes_on_from_
         assert "Run this cell again" in ended
         told.clear()
         reply = client.execute_interactive(
-            TRAIN.replace("STEPS", str(step + 2)), timeout=240, output_hook=lambda message: told.append(message["content"].get("text", ""))
+            TRAIN.replace("STEPS", str(step + 2)),
+            timeout=240,
+            output_hook=lambda message: told.append(message["content"].get("text", "")),
         )
         assert reply["content"]["status"] == "ok", "the kernel lives"
         assert f"from {step}\n" in "".join(told)

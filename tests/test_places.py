@@ -99,16 +99,26 @@ def test_the_first_cell_is_the_same_everywhere_and_has_the_projects_address() ->
 def lacking(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """A kernel without t2ilib, on whose machine there are a torch and an old kernel; the commands that are run."""
     found, commands = importlib.util.find_spec, []
-    there = {"torch": "2.8.0+cu126", "Torchvision": "0.23.0+cu126", "ipykernel": "6.17.1", "jupyter_client": "7.4.9", "pandas": "2.2.2"}
+    there = {
+        "torch": "2.8.0+cu126",
+        "Torchvision": "0.23.0+cu126",
+        "ipykernel": "6.17.1",
+        "jupyter_client": "7.4.9",
+        "pandas": "2.2.2",
+    }
     distributions = [types.SimpleNamespace(name=name, version=version) for name, version in there.items()]
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "t2ilib" else found(name, *more))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *more: None if name == "t2ilib" else found(name, *more)
+    )
     monkeypatch.setattr(importlib.metadata, "distributions", lambda: distributions)
     monkeypatch.setattr(subprocess, "run", lambda command, check: commands.append(command))
     return commands
 
 
 @pytest.mark.parametrize("sign", ["COLAB_RELEASE_TAG", "KAGGLE_KERNEL_RUN_TYPE"])
-def test_the_first_cell_installs_beside_the_torch_that_is_there(lacking, monkeypatch: pytest.MonkeyPatch, sign: str) -> None:
+def test_the_first_cell_installs_beside_the_torch_that_is_there(
+    lacking, monkeypatch: pytest.MonkeyPatch, sign: str
+) -> None:
     """The command alone; it was run once by hand, in an environment with a torch and Colab's kernel, both of which stayed as they were."""
     monkeypatch.setenv(sign, "x")
     monkeypatch.setenv("T2ILIB_SOURCE", "git+https://example.org/t2ilib")
@@ -121,7 +131,9 @@ def test_the_first_cell_installs_beside_the_torch_that_is_there(lacking, monkeyp
     assert pins == ["torch==2.8.0+cu126", "torchvision==0.23.0+cu126", "ipykernel==6.17.1", "jupyter-client==7.4.9"]
 
 
-@pytest.mark.parametrize("values", [{}, {"T2ILIB_SOURCE": "git+https://example.org/t2ilib"}, {"COLAB_RELEASE_TAG": "x"}])
+@pytest.mark.parametrize(
+    "values", [{}, {"T2ILIB_SOURCE": "git+https://example.org/t2ilib"}, {"COLAB_RELEASE_TAG": "x"}]
+)
 def test_the_first_cell_installs_nothing_at_home_or_from_nowhere(lacking, monkeypatch, values: dict) -> None:
     for name, value in values.items():
         monkeypatch.setenv(name, value)
@@ -153,7 +165,9 @@ def test_pictures_are_read_where_nothing_can_be_written(tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in (data, *data.iterdir())}
     try:
         training, held_out = load_datasets(
-            build_run({"output": str(tmp_path / "out"), "adapter": {}, "data": {"path": str(data), "validation_share": 0.25}})
+            build_run(
+                {"output": str(tmp_path / "out"), "adapter": {}, "data": {"path": str(data), "validation_share": 0.25}}
+            )
         )
     finally:
         data.chmod(0o755)

@@ -11,7 +11,9 @@ from t2ilib.cli.errors import readable_errors
 def results_pack(
     results: Annotated[Path, typer.Argument(help="A results folder, or a run's or study's in it.")],
     file: Annotated[Path, typer.Argument(help="The zip to write.")],
-    checkpoints: Annotated[bool, typer.Option("--checkpoints", help="With checkpoints, to train on elsewhere.")] = False,
+    checkpoints: Annotated[
+        bool, typer.Option("--checkpoints", help="With checkpoints, to train on elsewhere.")
+    ] = False,
 ) -> None:
     """Pack results into one small file: adapters, configs, metrics, reports, pictures, MLflow's store; without checkpoints."""
     with readable_errors():
@@ -41,7 +43,9 @@ def results_merge(
             counted = ", ".join(f"{len(names)} {word}" for word, names in told.items())
             print(f"{arrived.source}: runs: {counted}; {arrived.num_files} other files")
             if (logged := arrived.logged) is not None:
-                print(f"  MLflow: {logged.added} of {len(logged.runs)} runs new, {logged.points:,} points of metrics, {len(logged.models)} model(s)")
+                print(
+                    f"  MLflow: {logged.added} of {len(logged.runs)} runs new, {logged.points:,} points of metrics, {len(logged.models)} model(s)"
+                )
             conflicts += arrived.conflicts
         for sentence in conflicts:
             typer.secho(f"conflict: {sentence}", fg=typer.colors.RED, err=True)

@@ -11,13 +11,14 @@ import json
 import os
 import shutil
 import tempfile
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from t2ilib.config import ConfigError
 from t2ilib.data.download.archives import extract
-from t2ilib.studies.parcel import CHECKPOINTS, INDEX, PART, STORE, VERSION, files_of, ours
+from t2ilib.studies.parcel import CHECKPOINTS, INDEX, PART, STORE, VERSION, files_of, name_of, ours
 from t2ilib.text import shown, write_whole
 from t2ilib.tracking.joined import Merged
 from t2ilib.tracking.merge import merge_store
@@ -54,7 +55,9 @@ def merge_results(sources: Sequence[Path], into: Path, uri: str | None = None) -
     into = Path(into)
     for source in map(Path, sources):
         if not source.exists():
-            raise ConfigError(f"{shown(source)} does not exist: name a file of `t2ilib results pack`, or a results folder")
+            raise ConfigError(
+                f"{shown(source)} does not exist: name a file of `t2ilib results pack`, or a results folder"
+            )
         if into.exists() and source.samefile(into):
             raise ConfigError(f"{shown(source)} is the folder that it is to be merged into")
     into.mkdir(parents=True, exist_ok=True)
@@ -64,15 +67,21 @@ def merge_results(sources: Sequence[Path], into: Path, uri: str | None = None) -
 def merge_source(source: Path, into: Path, uri: str | None) -> Arrived:
     arrived = Arrived(source)
     with unpacked(source, into) as folder:
-        names = [path.relative_to(folder).as_posix() for path in files_of(folder, True, _Uncounted())]
+        paths = list(files_of(folder, True, defaultdict(int)))
+        root = (
+            folder
+            if not paths or name_of(paths[0], folder) == paths[0].relative_to(folder).as_posix()
+            else folder.parent
+        )
+        names = [path.relative_to(root).as_posix() for path in paths]
         runs = [str(Path(name).parent) for name in names if Path(name).name == "run.yaml" and ours(name)]
         outer = [run for run in runs if not any(inside(run, other) for other in runs if other != run)]
         for run in outer:
             own = [Path(name).relative_to(run).as_posix() for name in names if inside(name, run)]
-            merge_run(folder / run, into / run, run, own, arrived)
+            merge_run(root / run, into / run, run, own, arrived)
         for name in names:
             if ours(name) and name != INDEX and not any(inside(name, run) for run in outer):
-                merge_file(folder / name, into / name, name, arrived)
+                merge_file(root / name, into / name, name, arrived)
         store = folder / STORE
         if store.exists():
             target = tracking_uri(uri, into)
@@ -83,22 +92,15 @@ def merge_source(source: Path, into: Path, uri: str | None) -> Arrived:
     return arrived
 
 
-class _Uncounted(dict):
-    """Takes any count and keeps none."""
-
-    def __missing__(self, key: str) -> int:
-        return 0
-
-
 def inside(name: str, folder: str) -> bool:
-    return folder == "." or name.startswith(f"{folder}/")
+    return name.startswith(f"{folder}/")
 
 
 @contextlib.contextmanager
 def unpacked(source: Path, into: Path) -> Iterator[Path]:
     """The folder that a source is, for as long as the scope lasts: itself, or, of a packed file, a new one in `into`."""
     if source.is_dir():
-        yield source
+        yield source.absolute()
         return
     with tempfile.TemporaryDirectory(prefix=".merging-", dir=into) as scratch:
         folder = Path(scratch) / "unpacked"
@@ -114,14 +116,18 @@ def add_copies(source: Path, folder: Path) -> None:
         about = json.loads((folder / INDEX).read_text())
         copies, version = about["copies"], about["version"]
     except (OSError, ValueError, KeyError, TypeError):
-        raise ConfigError(f"{shown(source)} was not made by `t2ilib results pack`: it has no {INDEX} that can be read") from None
+        raise ConfigError(
+            f"{shown(source)} was not made by `t2ilib results pack`: it has no {INDEX} that can be read"
+        ) from None
     if version != VERSION:
         raise ConfigError(f"{shown(source)} is of version {version!r}, which a later t2ilib wrote: update it")
     root = folder.resolve()
     for name, first in copies.items():
         target, origin = (root / name).resolve(), (root / first).resolve()
         if not (target.is_relative_to(root) and origin.is_relative_to(root) and origin.is_file()):
-            raise ConfigError(f"{shown(source)} says that {shown(name)} is a copy of {shown(first)}, which leads out of it or is not there")
+            raise ConfigError(
+                f"{shown(source)} says that {shown(name)} is a copy of {shown(first)}, which leads out of it or is not there"
+            )
         target.parent.mkdir(parents=True, exist_ok=True)
         if not target.exists():
             shutil.copyfile(origin, target)
@@ -152,7 +158,9 @@ def merge_run(source: Path, target: Path, name: str, files: Sequence[str], arriv
         arrived.updated.append(name)
     else:
         told = ", ".join(map(shown, differ[:3]))
-        arrived.conflicts.append(f"{shown(name)} is another run than the one that is here ({told} differ): rename one of the folders")
+        arrived.conflicts.append(
+            f"{shown(name)} is another run than the one that is here ({told} differ): rename one of the folders"
+        )
 
 
 def same(one: Path, other: Path) -> bool:
@@ -161,7 +169,9 @@ def same(one: Path, other: Path) -> bool:
         return True
     if one.name != RESULT:
         return False
-    told = [{name: value for name, value in json.loads(file.read_text()).items() if name != RUN_ID} for file in (one, other)]
+    told = [
+        {name: value for name, value in json.loads(file.read_text()).items() if name != RUN_ID} for file in (one, other)
+    ]
     return told[0] == told[1]
 
 
@@ -183,7 +193,9 @@ def merge_file(source: Path, target: Path, name: str, arrived: Arrived) -> None:
         copy(source, target)
         arrived.num_files += 1
     elif not filecmp.cmp(source, target, shallow=False):
-        arrived.conflicts.append(f"{shown(name)} is otherwise here, and stays: of a study, run it again, and its report is of all runs")
+        arrived.conflicts.append(
+            f"{shown(name)} is otherwise here, and stays: of a study, run it again, and its report is of all runs"
+        )
 
 
 def readdress(run: Path, uri: str, logged: Merged) -> None:

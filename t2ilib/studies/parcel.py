@@ -47,7 +47,7 @@ def pack_results(results: Path, file: Path, checkpoints: bool = False) -> Packed
 
     Raises ConfigError for a folder that is none or holds nothing, a file that is there already, and a disk that cannot hold it.
     """
-    results, file = Path(results), Path(file)
+    results, file = Path(results).absolute(), Path(file)
     if not results.is_dir():
         raise ConfigError(f"{shown(results)} is no folder: name the one that results are in")
     if file.exists():
@@ -56,11 +56,15 @@ def pack_results(results: Path, file: Path, checkpoints: bool = False) -> Packed
     paths = [path for path in files_of(results, checkpoints, left_out) if path.absolute() != file.absolute()]
     if not paths:
         raise ConfigError(f"{shown(results)} holds nothing to pack")
-    names = {path: path.relative_to(results).as_posix() for path in paths}
-    names = dict(sorted(names.items(), key=lambda item: not ours(item[1])))  # of copies, a run's own is the one that is packed
+    names = {path: name_of(path, results) for path in paths}
+    names = dict(
+        sorted(names.items(), key=lambda item: not ours(item[1]))
+    )  # of copies, a run's own is the one that is packed
     for name in names.values():
         plain(file, name)  # what could not be unpacked everywhere is told now
-    require_disk(file.parent, sum(path.stat().st_size for path in paths), "packed results", "free some, or pack to another disk")
+    require_disk(
+        file.parent, sum(path.stat().st_size for path in paths), "packed results", "free some, or pack to another disk"
+    )
     file.parent.mkdir(parents=True, exist_ok=True)
     draft = file.with_name(file.name + PART)
     try:
@@ -70,8 +74,16 @@ def pack_results(results: Path, file: Path, checkpoints: bool = False) -> Packed
         os.replace(draft, file)
     finally:
         draft.unlink(missing_ok=True)
-    runs = tuple(sorted(str(Path(name).parent) for name in names.values() if Path(name).name == "run.yaml" and ours(name)))
+    runs = tuple(
+        sorted(str(Path(name).parent) for name in names.values() if Path(name).name == "run.yaml" and ours(name))
+    )
     return Packed(file, file.stat().st_size, len(names), runs, dict(left_out))
+
+
+def name_of(path: Path, results: Path) -> str:
+    """What a file is called among results: of a folder that is one run's or study's, its own name stands first."""
+    alone = any((results / file).is_file() for file in ("run.yaml", "study.json"))
+    return path.relative_to(results.absolute().parent if alone else results).as_posix()
 
 
 def ours(name: str) -> bool:

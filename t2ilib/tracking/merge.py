@@ -117,7 +117,8 @@ def make_run(ends: Ends, experiment_id: str, run) -> str:
     # MLflow chooses ids itself. What names a new run is its row, its folder's name in it, and its tags.
     with contextlib.closing(sqlite3.connect(file, timeout=60)) as database, database:
         database.execute(
-            "UPDATE runs SET run_uuid = ?, artifact_uri = replace(artifact_uri, ?, ?) WHERE run_uuid = ?", (old, made, old, made)
+            "UPDATE runs SET run_uuid = ?, artifact_uri = replace(artifact_uri, ?, ?) WHERE run_uuid = ?",
+            (old, made, old, made),
         )
         database.execute("UPDATE tags SET run_uuid = ? WHERE run_uuid = ?", (old, made))
     ends.target.delete_tag(old, MERGED)
@@ -146,8 +147,10 @@ def merge_run(ends: Ends, run, merged: Merged, new: bool) -> None:
     if folder is not None:
         merge_artifacts(ends, folder, known, later)
     elif not known_empty(run):
-        merged.conflicts.append(f"run {run.info.run_name} ({place}) comes without artifacts: {run.info.artifact_uri} is not here")
-    if later and run.info.status != known.info.status or run.info.end_time != known.info.end_time and later:
+        merged.conflicts.append(
+            f"run {run.info.run_name} ({place}) comes without artifacts: {run.info.artifact_uri} is not here"
+        )
+    if later and (run.info.status, run.info.end_time) != (known.info.status, known.info.end_time):
         if run.info.end_time is None:
             ends.target.update_run(place, status=run.info.status)
         else:
@@ -173,7 +176,9 @@ def merge_params(ends: Ends, run, known, merged: Merged) -> None:
     for name, value in run.data.params.items():
         other = known.data.params.get(name, value)
         if other != value:
-            merged.conflicts.append(f"run {run.info.run_name} ({known.info.run_id}): {name} is {other} in the target, {value} in the source")
+            merged.conflicts.append(
+                f"run {run.info.run_name} ({known.info.run_id}): {name} is {other} in the target, {value} in the source"
+            )
 
 
 def merge_metrics(ends: Ends, run, place: str, new: bool) -> int:

@@ -37,7 +37,9 @@ def make_model(ends: Ends, place: str, model, merged: Merged) -> str | None:
 
     folder = now_at(model.artifact_location, ends.artifacts)
     if folder is None:
-        merged.conflicts.append(f"model {model.name} ({model.model_id}) is left out: {model.artifact_location} is not here")
+        merged.conflicts.append(
+            f"model {model.name} ({model.model_id}) is left out: {model.artifact_location} is not here"
+        )
         return None
     run = merged.runs.get(model.source_run_id)
     made = ends.target.create_logged_model(
@@ -98,7 +100,9 @@ def merge_versions(ends: Ends, name: str, merged: Merged) -> dict[str, str]:
         if run not in known:
             model = merged.models.get(one.model_id or one.source.removeprefix(SOURCE))
             if model is None:
-                merged.conflicts.append(f"{SOURCE}{name}/{one.version} is left out: its model's files did not come along")
+                merged.conflicts.append(
+                    f"{SOURCE}{name}/{one.version} is left out: its model's files did not come along"
+                )
                 continue
             with as_default(ends.uri):  # which it asks for the model
                 made = ends.target.create_model_version(

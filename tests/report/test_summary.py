@@ -34,7 +34,9 @@ def test_what_matters_comes_first_by_its_title_and_the_rest_is_counted(tmp_path:
 
 
 def test_a_run_that_was_not_measured_is_told(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="has no metrics.json"):
+    with pytest.raises(ConfigError, match=r"has no metrics\.json"):
         summarize(tmp_path)
     (tmp_path / "metrics.json").write_text('{"loss": 1.0}')
-    assert summarize(tmp_path) == f"1 more in {tmp_path / 'metrics.json'}", "of a run from before, which declared nothing"
+    assert summarize(tmp_path) == f"1 more in {tmp_path / 'metrics.json'}", (
+        "of a run from before, which declared nothing"
+    )

@@ -132,7 +132,9 @@ def test_home_it_is_what_it_was_and_twice_adds_nothing(lent: Path, tmp_path: Pat
         assert (found.info.status, found.info.start_time, found.info.end_time, found.info.run_name) == (
             run.info.status, run.info.start_time, run.info.end_time, run.info.run_name,
         )  # fmt: skip
-        assert [d.dataset.digest for d in found.inputs.dataset_inputs] == [d.dataset.digest for d in run.inputs.dataset_inputs]
+        assert [d.dataset.digest for d in found.inputs.dataset_inputs] == [
+            d.dataset.digest for d in run.inputs.dataset_inputs
+        ]
         assert found.info.artifact_uri.startswith(home.as_uri())
         for name in run.data.metrics:
             assert [(m.step, m.value, m.timestamp) for m in after.get_metric_history(run_id, name)] == [
@@ -146,7 +148,11 @@ def test_home_it_is_what_it_was_and_twice_adds_nothing(lent: Path, tmp_path: Pat
     resolved = resolve(AdapterChoice(path=f"models:/{NAME}@champion"), home)
     assert home in resolved.parents
     ours = home / NAME / "lora" / "seed0"
-    assert resolved.read_bytes() == adapter_file(ours).read_bytes() == adapter_file(lent / NAME / "lora" / "seed0").read_bytes()
+    assert (
+        resolved.read_bytes()
+        == adapter_file(ours).read_bytes()
+        == adapter_file(lent / NAME / "lora" / "seed0").read_bytes()
+    )
     model = after.get_logged_model(child.data.tags[MODEL_TAG].removeprefix("models:/"))
     text = (Path(model.artifact_location.removeprefix("file://")) / "MLmodel").read_text()
     assert model.model_id in text
@@ -155,7 +161,10 @@ def test_home_it_is_what_it_was_and_twice_adds_nothing(lent: Path, tmp_path: Pat
     assert note["uri"] == tracking_uri(None, home)
     assert json.loads((ours / "result.json").read_text())["mlflow_run_id"] == note["run_id"] == child.info.run_id
 
-    files, counts = contents(home), [len(after.get_metric_history(child.info.run_id, name)) for name in child.data.metrics]
+    files, counts = (
+        contents(home),
+        [len(after.get_metric_history(child.info.run_id, name)) for name in child.data.metrics],
+    )
     for source in (away, lent):
         again = merge_results([source], home)[0]
         assert (again.new, again.updated, again.num_files, again.conflicts) == ([], [], 0, [])
@@ -209,7 +218,12 @@ def test_onto_a_server_runs_get_new_ids_and_are_known_again(lent: Path, tmp_path
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", sqlite_uri(server / "mlflow.db"), "--artifacts-destination", str(server / "files")]
+    command += [
+        "--backend-store-uri",
+        sqlite_uri(server / "mlflow.db"),
+        "--artifacts-destination",
+        str(server / "files"),
+    ]
     quiet = os.environ | {"MLFLOW_DISABLE_TELEMETRY": "true"}
     process = subprocess.Popen(command, cwd=server, env=quiet, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
@@ -217,7 +231,10 @@ def test_onto_a_server_runs_get_new_ids_and_are_known_again(lent: Path, tmp_path
         wait_for(uri)
         arrived = merge_results([lent], home, uri)[0]
         assert (arrived.conflicts, arrived.logged.added) == ([], 2)
-        client, run_id = MlflowClient(uri), json.loads((home / NAME / "lora" / "seed0" / "tracking.json").read_text())["run_id"]
+        client, run_id = (
+            MlflowClient(uri),
+            json.loads((home / NAME / "lora" / "seed0" / "tracking.json").read_text())["run_id"],
+        )
         old = json.loads((lent / NAME / "lora" / "seed0" / "tracking.json").read_text())["run_id"]
         found = client.get_run(run_id)
         assert found.data.tags["t2ilib.merged_from"] == old != run_id
@@ -264,10 +281,16 @@ def test_an_alias_that_is_given_away_already_is_named(lent: Path, tmp_path: Path
         ({"run/run.yaml": "x"}, ConfigError, "was not made by `t2ilib results pack`"),
         ({INDEX: json.dumps({"version": 2, "copies": {}})}, ConfigError, "a later t2ilib"),
         ({INDEX: json.dumps({"version": 1, "copies": {"../../out.txt": INDEX}})}, ConfigError, "leads out of it"),
-        ({INDEX: json.dumps({"version": 1, "copies": {"in.txt": "../../../etc/passwd"}})}, ConfigError, "leads out of it"),
+        (
+            {INDEX: json.dumps({"version": 1, "copies": {"in.txt": "../../../etc/passwd"}})},
+            ConfigError,
+            "leads out of it",
+        ),
     ],
 )
-def test_what_is_no_pack_is_refused_and_leaves_nothing(tmp_path: Path, members: dict, error: type, message: str) -> None:
+def test_what_is_no_pack_is_refused_and_leaves_nothing(
+    tmp_path: Path, members: dict, error: type, message: str
+) -> None:
     with zipfile.ZipFile(tmp_path / "bad.zip", "w") as archive:
         for name, text in members.items():
             archive.writestr(name, text)
@@ -275,6 +298,15 @@ def test_what_is_no_pack_is_refused_and_leaves_nothing(tmp_path: Path, members: 
         merge_results([tmp_path / "bad.zip"], tmp_path / "home")
     assert not list((tmp_path / "home").iterdir())
     assert {path.name for path in tmp_path.iterdir()} == {"bad.zip", "home"}
+
+
+def test_one_run_alone_keeps_its_name(lent: Path, tmp_path: Path) -> None:
+    run = lent / NAME / "lora" / "seed0"
+    packed = pack_results(run, tmp_path / "one.zip")
+    assert packed.runs == ("seed0",)
+    assert merge_results([packed.file], tmp_path / "home")[0].new == ["seed0"]
+    assert merge_results([run], tmp_path / "home")[0].known == ["seed0"]
+    assert {path.name for path in (tmp_path / "home").iterdir()} == {"seed0"}
 
 
 def test_mistakes_are_told(lent: Path, tmp_path: Path) -> None:

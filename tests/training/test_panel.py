@@ -119,7 +119,7 @@ def test_where_nobody_looks_on_only_the_end_is_shown(tmp_path: Path, shown: Show
 
 
 def test_showing_takes_a_share_of_the_time_whatever_it_costs(shown: Shown) -> None:
-    """Asked without a pause for a second, by a part that takes 2 ms: 2 ms each 200, so five times, where it could be 500."""
+    """Asked without a pause for a second, by a part that takes 2 ms: 2 ms each 270, so four times, where it could be 500."""
     part, spent, began = Part(0.0), 0.0, time.monotonic()
     made = []
     while time.monotonic() - began < 1.0:
@@ -165,7 +165,9 @@ with shown_in_notebook(run, NullTracker(), True) as (tracker, panel):
 
 
 @pytest.mark.parametrize("batch", ["", "1"])
-def test_an_executed_notebook_holds_the_last_state_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: str) -> None:
+def test_an_executed_notebook_holds_the_last_state_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, batch: str
+) -> None:
     """By nbclient, which papermill and nbconvert execute with, in a real kernel: by hand, and as a study does."""
     monkeypatch.setenv("T2ILIB_BATCH", batch)
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(CELL)])
@@ -186,7 +188,9 @@ def test_an_executed_notebook_holds_the_last_state_alone(tmp_path: Path, monkeyp
     assert len(nbformat.writes(notebook)) < 100_000
 
 
-def test_the_curve_is_drawn_again_when_it_is_time(tmp_path: Path, shown: Shown, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_curve_is_drawn_again_when_it_is_time(
+    tmp_path: Path, shown: Shown, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(panels, "SHARE", 1e9)
     panel = make_panel(tmp_path)
     panel.status.least = panel.curve.least = 0.0
