@@ -9,7 +9,15 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 from t2ilib.config import ConfigError
-from t2ilib.tracking.store import as_default, connected, database_file, quiet_mlflow
+from t2ilib.tracking.store import (
+    RETRIES,
+    SECONDS_TO_CONNECT,
+    as_default,
+    connected,
+    database_file,
+    patience,
+    quiet_mlflow,
+)
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 """What an adapter's file is called among artifacts."""
@@ -98,7 +106,7 @@ def find_adapter(uri: str, store: str, cache: Path) -> Path:
     from mlflow.exceptions import MlflowException
 
     try:
-        with as_default(store) as mlflow:
+        with as_default(store) as mlflow, patience(SECONDS_TO_CONNECT, RETRIES):
             client = mlflow.MlflowClient(store)
             run_id = run_of_model(client, uri)
             found = run_artifacts(mlflow, client, run_id, cache) if run_id else None
