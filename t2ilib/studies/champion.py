@@ -122,11 +122,12 @@ def find_lead(runs: Sequence[StudyRun]) -> Lead | None:
     return choice and Lead(trained[choice.leader, choice.seed], choice.metric, choice.doubt)
 
 
-def name_champion(client, name: str, lead: Lead | None) -> str:
+def name_champion(client, name: str, lead: Lead | None, about: str = "", tags: Mapping[str, str] | None = None) -> str:
     """Registers the leader's adapter as a version of the model `name` and gives it the alias, or, where no lead is
-    shown, takes the alias away; returns a line that says what came of it.
+    shown, takes the alias away; returns a line that says what came of it. `about`, in Markdown, and `tags` are said of
+    both.
 
-    A winner that is the champion already gets no second version.
+    A winner that is the champion already gets no second version, but is described anew.
     """
     from mlflow.exceptions import MlflowException
 
@@ -142,8 +143,8 @@ def name_champion(client, name: str, lead: Lead | None) -> str:
     if doubt := lead.doubt or ("" if uri else "its run logged no adapter to register"):
         withdraw(client, name)
         return f"none: {who}, but {doubt}"
-    tags = {"variant": lead.run.variant, "seed": str(lead.run.seed)}
-    return f"{register_version(client, name, uri, run_id, ALIAS, tags)} ({lead.run.label})"
+    own = {"variant": lead.run.variant, "seed": str(lead.run.seed), **lead.run.tags, **(tags or {})}
+    return f"{register_version(client, name, uri, run_id, ALIAS, own, about)} ({lead.run.label})"
 
 
 def withdraw(client, name: str) -> None:

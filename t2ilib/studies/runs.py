@@ -111,7 +111,7 @@ def plan_runs(
             settings=study.settings(preset, name),
             folder=folder / name / f"seed{seed}",
             notebook=notebooks[name],
-            tags={"study": study.name, "preset": preset, "variant": name},
+            tags={"variant": name, "study": study.name, "preset": preset},
         )
         for seed in dict.fromkeys(seeds or study.presets[preset].seeds)
         for name in study.variants

@@ -68,9 +68,11 @@ def log_adapter(client, run_id: str, file: Path, base: str, side: int) -> str:
     return uri
 
 
-def register_version(client, name: str, uri: str, run_id: str, alias: str, tags: Mapping[str, str]) -> str:
+def register_version(
+    client, name: str, uri: str, run_id: str, alias: str, tags: Mapping[str, str], about: str = ""
+) -> str:
     """Makes the adapter of a run a version of the registered model `name`, unless it is one, and gives it the alias; returns
-    `models:/<name>@<alias>`."""
+    `models:/<name>@<alias>`. `tags` and `about`, in Markdown, are of the version as they are now, and `about` of the model too."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -83,9 +85,12 @@ def register_version(client, name: str, uri: str, run_id: str, alias: str, tags:
         version = known[0]
     else:
         with as_default(client.tracking_uri):
-            version = client.create_model_version(
-                name, uri, run_id, tags=dict(tags), model_id=uri.removeprefix("models:/")
-            )
+            version = client.create_model_version(name, uri, run_id, model_id=uri.removeprefix("models:/"))
+    for key, value in tags.items():
+        client.set_model_version_tag(name, version.version, key, value)
+    if about:
+        client.update_model_version(name, version.version, about)
+        client.update_registered_model(name, about)
     client.set_registered_model_alias(name, alias, version.version)
     return f"models:/{name}@{alias}"
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from t2ilib.tracking.models import log_adapter
+from t2ilib.tracking.naming import shown_name
 from t2ilib.tracking.store import HEARTBEAT
 
 log = logging.getLogger(__name__)
@@ -58,6 +59,19 @@ def send_metrics(to: Destination, thing: Thing) -> None:
     for start in range(0, max(1, len(metrics)), MAX_METRICS):
         beat = RunTag(HEARTBEAT, str(int(time.time())))
         to.client.log_batch(to.run_id, metrics=metrics[start : start + MAX_METRICS], tags=[beat])
+
+
+def send_corrections(to: Destination, thing: Thing) -> None:
+    """Metrics of a run that was measured again, those that MLflow has otherwise: the run itself logs nothing again at a step that it has
+    logged."""
+    from mlflow.entities import Metric
+
+    known = to.client.get_run(to.run_id).data.metrics
+    told = {shown_name(name): value for name, value in thing["values"].items()}
+    metrics = [
+        Metric(name, value, thing["time"], thing["step"]) for name, value in told.items() if known.get(name) != value
+    ]
+    to.client.log_batch(to.run_id, metrics=metrics)
 
 
 def send_params(to: Destination, thing: Thing) -> None:
@@ -141,6 +155,7 @@ def send_end(to: Destination, thing: Thing) -> None:
 
 SENDERS: dict[str, Callable[[Destination, Thing], None]] = {
     "metrics": send_metrics,
+    "corrections": send_corrections,
     "params": send_params,
     "tags": send_tags,
     "image": send_image,
