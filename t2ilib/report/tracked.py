@@ -18,7 +18,7 @@ from t2ilib.studies.file import load_study
 from t2ilib.studies.parent import PARENT, describe_parent
 from t2ilib.studies.runs import plan_runs
 from t2ilib.tracking.outbox import Outbox
-from t2ilib.tracking.store import open_client, tracking_uri
+from t2ilib.tracking.store import connected, database_file, tracking_uri
 
 UNDER = "report"
 """Of the parent's artifacts."""
@@ -31,11 +31,10 @@ def log_report(path: Path, preset: str, results: Path) -> str:
     study, results = load_study(path), results.absolute()
     folder = results / f"{study.name}-{preset}"
     uri = tracking_uri(None, results)
-    client, _ = open_client(uri, study.name, results)
     parent = (folder / PARENT).read_text()
-    describe_parent(
-        client, parent, study, plan_runs(study, path, preset, results), told_of(load_report(folder), parent)
-    )
+    told = told_of(load_report(folder), parent)
+    with connected(uri, database_file(uri)) as client:
+        describe_parent(client, parent, study, plan_runs(study, path, preset, results), told)
     outbox = Outbox(folder, uri, parent, client)
     for file in sorted([*folder.glob("*.md"), *folder.glob("*.png"), *folder.glob("report.html")]):
         outbox.add("artifact", path=str(file), under=UNDER)

@@ -32,7 +32,7 @@ from t2ilib.studies.notebooks import error_text, execute_notebook, export_html, 
 from t2ilib.studies.parent import describe_parent, parent_run
 from t2ilib.studies.runs import StudyRun, check_notebooks, plan_runs, require_unedited
 from t2ilib.tracking.outbox import Outbox, keeps, send_kept
-from t2ilib.tracking.store import check_store, open_client, reap_stale_runs, tracking_uri
+from t2ilib.tracking.store import check_store, connected, database_file, open_client, reap_stale_runs, tracking_uri
 
 REPORT = "compare.ipynb"
 """The notebook that a study's report is made with."""
@@ -204,9 +204,9 @@ def champion_line(
     runs = plan_runs(study, path, preset, results.absolute())
     if lacking := sum(run.state != "finished" for run in runs):
         return f"none yet: {lacking} of the preset's {len(runs)} runs are not finished"
-    client, _ = open_client(tracking_uri(None, results), study.name, results)
-    name = f"{study.name}-{preset}"
-    return name_champion(client, name, find_lead(runs), *(card(name) if card else ()))
+    uri, name = tracking_uri(None, results), f"{study.name}-{preset}"
+    with connected(uri, database_file(uri)) as client:
+        return name_champion(client, name, find_lead(runs), *(card(name) if card else ()))
 
 
 def status_rows(path: Path, preset: str, results: Path) -> list[dict[str, str]]:

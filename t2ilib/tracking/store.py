@@ -23,9 +23,10 @@ SECONDS_TO_CONNECT, RETRIES = 10, 2
 
 
 def quiet_mlflow() -> None:
-    """Keeps schema migrations and bars of artifacts off the screen and telemetry off; called before mlflow is imported."""
+    """Keeps schema migrations, bars of artifacts and addresses off the screen and telemetry off; called before mlflow is imported."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     for name in (
         "alembic",
         "mlflow.store.db.utils",

@@ -6,7 +6,9 @@ parent, which would hide them, what differs between variants as the first column
 named are the UI's defaults. Leaves out which runs are unfolded or hidden: the UI takes those from no shared view.
 """
 
+import base64
 import json
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,7 +32,9 @@ def view_address(experiment_id: str, key: str, charts: bool = True) -> str:
 
 
 def view_tag(key: str, state: Mapping[str, Any]) -> dict[str, str]:
-    return {f"{SHARED}{key}": json.dumps(state)}
+    """The tag that holds a view, packed as the UI packs it: a tag's value has a limit."""
+    packed = base64.b64encode(zlib.compress(json.dumps(state).encode())).decode()
+    return {f"{SHARED}{key}": f"deflate;{packed}"}
 
 
 def study_view(
@@ -38,13 +42,13 @@ def study_view(
 ) -> dict[str, Any]:
     """The state of the runs page for the children of `parent`.
 
-    `columns`: fields of RunConfig that differ; `metrics`: names in MLflow that the runs have; `steps`: of the grids that are shown first;
+    `columns`: fields of RunConfig that differ; `metrics`: names in MLflow that the runs have, whose sections stand folded below the first; `steps`: of the grids that are shown first;
     `grouped`: one curve a variant, the mean of its seeds, for which the UI shows no pictures.
     """
     first = [name for name in map(shown_name, FIRST_METRICS) if not metrics or name in metrics]
     others = [name for name in metrics if name not in first]
     sections = {FIRST: True} | dict.fromkeys([*sorted({section_of(name) for name in others} - {*REST}), *REST], False)
-    charts = ([] if grouped else [picture_chart(steps)]) + [metric_chart(name) for name in (*first, *others)]
+    charts = ([] if grouped else [picture_chart(steps)]) + [metric_chart(name) for name in first]
     state: dict[str, Any] = {
         "searchFilter": f"tags.`mlflow.parentRunId` = '{parent}'",
         "orderByKey": "tags.`mlflow.runName`",
@@ -72,11 +76,10 @@ def picture_chart(step: int) -> dict[str, Any]:
 def metric_chart(name: str) -> dict[str, Any]:
     short = name.rpartition("/")[2]
     about = {"metricKey": name, "displayName": short}
-    if section_of(name) == FIRST and short not in CURVES:
+    if short not in CURVES:
         return chart(name, "BAR", FIRST) | about
     line = {"xAxisKey": "step", "scaleType": "linear", "lineSmoothness": 0, "range": {}, "useGlobalXaxisKey": True}
-    time = {"xAxisKey": "time", "useGlobalXaxisKey": False} if section_of(name) == REST[1] else {}
-    return chart(name, "LINE", section_of(name)) | about | line | {"useGlobalLineSmoothing": True} | time
+    return chart(name, "LINE", FIRST) | about | line | {"useGlobalLineSmoothing": True}
 
 
 def chart(name: str, kind: str, section: str) -> dict[str, Any]:
