@@ -18,7 +18,13 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 PAGES = "".join(
     (ROOT / page).read_text()
-    for page in ("experiments/data.md", "experiments/training.md", "experiments/pipeline.md", "inference/README.md")
+    for page in (
+        "experiments/data.md",
+        "experiments/training.md",
+        "experiments/pipeline.md",
+        "experiments/tracking.md",
+        "inference/README.md",
+    )
 )
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 PROJECT = PYPROJECT["project"]

@@ -61,9 +61,6 @@ def champion_card(folder: Path, name: str) -> tuple[str, dict[str, str]]:
         "chosen_by": choice.metric.title,
         "value": write_mean(values, choice.metric),
         "seeds": str(len(values)),
-        "base": str(
-            next(run.settings.get("model", {}).get("base", "tiny-sdxl") for run in report.runs_of(choice.leader))
-        ),
     }
     parts = (
         f"# {report.variants[choice.leader].title}",

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from t2ilib.evaluation.metrics import Metric
 from t2ilib.evaluation.statistics import leads, not_tested
 from t2ilib.studies.runs import StudyRun
-from t2ilib.tracking.models import MODEL_TAG, register_version
+from t2ilib.tracking.models import MODEL_TAG, NO_MODEL, register_version
 
 ALIAS = "champion"
 CRITERIA = ("learned", "kept", "loss", "followed")
@@ -137,10 +137,11 @@ def name_champion(client, name: str, lead: Lead | None, about: str = "", tags: M
     who = f"{lead.run.variant} leads on {lead.metric.title}"
     run_id = lead.run.result().get("mlflow_run_id")
     try:
-        uri = client.get_run(run_id).data.tags.get(MODEL_TAG) if run_id else None
+        logged = client.get_run(run_id).data.tags if run_id else {}
     except MlflowException as error:
         return f"none: {who}, but its run was logged to another store ({error})"
-    if doubt := lead.doubt or ("" if uri else "its run logged no adapter to register"):
+    uri, reason = logged.get(MODEL_TAG), f": {logged[NO_MODEL]}" if NO_MODEL in logged else ""
+    if doubt := lead.doubt or ("" if uri else f"its run logged no adapter to register{reason}"):
         withdraw(client, name)
         return f"none: {who}, but {doubt}"
     own = {"variant": lead.run.variant, "seed": str(lead.run.seed), **lead.run.tags, **(tags or {})}

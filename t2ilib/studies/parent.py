@@ -11,7 +11,7 @@ from t2ilib.studies.file import Study
 from t2ilib.studies.runs import StudyRun, addressed
 from t2ilib.tracking.naming import telling_fields
 from t2ilib.tracking.sending import MAX_TAG
-from t2ilib.tracking.views import KIND, study_view, view_address, view_tag
+from t2ilib.tracking.views import KIND, RUNS, study_view, view_address, view_tag
 
 NOTE = "mlflow.note.content"
 PARENT = "mlflow-parent.txt"
@@ -58,9 +58,10 @@ def views_of(client, parent: str, runs: Sequence[StudyRun]) -> dict[str, tuple[s
     experiment = client.get_run(parent).info.experiment_id
     children = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent}'", max_results=50)
     metrics = sorted({name for child in children for name in child.data.metrics})
-    views = {"pictures and curves": (f"{parent[:8]}-runs", study_view(parent, columns, metrics, steps))}
+    place = "-".join(runs[0].tags[name] for name in ("study", "preset"))
+    views = {"pictures and curves": (f"{place}{RUNS}", study_view(parent, columns, metrics, steps))}
     if len({run.seed for run in runs}) > 1:
-        views["means over seeds"] = (f"{parent[:8]}-means", study_view(parent, columns, metrics, steps, grouped=True))
+        views["means over seeds"] = (f"{place}-means", study_view(parent, columns, metrics, steps, grouped=True))
     return views
 
 

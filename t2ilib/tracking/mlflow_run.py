@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from t2ilib.config import ConfigError, RunConfig
 from t2ilib.runfile import written_run
 from t2ilib.text import write_whole
+from t2ilib.tracking.models import NO_MODEL, why_unloadable
 from t2ilib.tracking.naming import run_tags, shown_name, telling_fields
 from t2ilib.tracking.outbox import SECONDS_AT_END, SECONDS_TO_ANSWER, Outbox
 from t2ilib.tracking.sending import ENDED, MAX_METRICS, is_refusal, store_errors
@@ -166,11 +167,13 @@ class MlflowTracker:
         self.flush()
 
     def log_adapter(self, file: Path, base: str, side: int) -> None:
-        """The adapter as a model that MLflow's diffusers flavor loads onto `base`, a folder or Hub id."""
-        if Path(base).is_file():
-            log.warning("the adapter is not logged as an MLflow model: MLflow loads no base from a single file")
-            return
-        self.outbox.add("adapter", path=str(file.absolute()), base=base, side=side)
+        """The adapter as a model that MLflow's diffusers flavor loads onto `base`, a folder or Hub id; where it would not draw as trained,
+        a tag and a line say why there is none."""
+        if reason := why_unloadable(self.run, base):
+            log.warning("the adapter is not logged as an MLflow model: %s", reason)
+            self.outbox.add("tags", values={NO_MODEL: reason})
+        else:
+            self.outbox.add("adapter", path=str(file.absolute()), base=base, side=side)
         self.flush()
 
 

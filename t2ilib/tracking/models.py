@@ -4,11 +4,13 @@ A logged adapter refers to its base by name or path (MLflow's diffusers flavor s
 base's own picture size, where MLflow's default is 512. Importing this imports no torch.
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 
-from t2ilib.config import ConfigError
+from t2ilib.config import ConfigError, RunConfig
 from t2ilib.tracking.store import (
     RETRIES,
     SECONDS_TO_CONNECT,
@@ -23,6 +25,44 @@ WEIGHTS = "pytorch_lora_weights.safetensors"
 """What an adapter's file is called among artifacts."""
 MODEL_TAG = "t2ilib.model"
 """Tag of a run: the URI of the adapter it logged."""
+
+
+NO_MODEL = "t2ilib.no_model"
+"""Tag of a run: why its adapter is not logged as a model."""
+
+
+def why_unloadable(run: RunConfig, base: str) -> str:
+    """Why `mlflow.diffusers` would load this run's adapter and draw otherwise than it was trained, or not load it; "" where it would not.
+
+    It gives the adapter's file to diffusers' loader, onto the base as it is. `base`: a folder, a file or a Hub id.
+    """
+    adapter, noise = run.adapter, base_noise(base)
+    told = {
+        "prediction_type": None if run.objective.name == "auto" else run.objective.name,
+        "beta_schedule": None if run.objective.beta_schedule == "auto" else run.objective.beta_schedule,
+        "rescale_betas_zero_snr": run.objective.zero_terminal_snr,
+    }
+    other = [f"{name} {value}" for name, value in told.items() if value is not None and value != noise[name]]
+    reasons = {
+        "MLflow loads no base from a single file": Path(base).is_file(),
+        "it loads no new words (adapter.tokens)": adapter is not None and adapter.tokens,
+        "diffusers' loader leaves out what DoRA learned on text encoders (adapter.text_encoder_targets)": adapter
+        is not None
+        and adapter.kind == "dora"
+        and adapter.text_encoder_targets,
+        "it knows nothing of model.clip_skip": run.model.clip_skip,
+        "it would take the base's own VAE, not model.vae": run.model.vae,
+        f"the base is of other noise than the run's ({', '.join(other)})": other,
+    }
+    return "; ".join(reason for reason, holds in reasons.items() if holds)
+
+
+def base_noise(base: str) -> dict[str, Any]:
+    """What a base's scheduler says of noise, the published models' where it is not a folder here."""
+    file = Path(base) / "scheduler" / "scheduler_config.json"
+    told = json.loads(file.read_text()) if file.is_file() else {}
+    usual = {"prediction_type": "epsilon", "beta_schedule": "scaled_linear", "rescale_betas_zero_snr": False}
+    return {name: told.get(name, value) for name, value in usual.items()}
 
 
 def log_adapter(client, run_id: str, file: Path, base: str, side: int) -> str:

@@ -5,18 +5,20 @@ makes none.
 """
 
 import contextlib
-import os
+import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import IO
 
 from t2ilib.config import ConfigError
 from t2ilib.tracking.store import connected, database_file, quiet_mlflow, tracking_uri
-from t2ilib.tracking.views import SHARED, view_address
+from t2ilib.tracking.views import RUNS, SHARED, TRAINING, view_address
 
 HOST, PORT = "127.0.0.1", 5000
 SECONDS_TO_START = 120.0
@@ -38,20 +40,12 @@ def open_ui(results: Path, uri: str | None = None, port: int | None = None, say:
     quiet_mlflow()
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store]
     command += ["--host", HOST, "--port", str(chosen), "--workers", "1"]
-    server = subprocess.Popen(command, env=os.environ | {"MLFLOW_LOGGING_LEVEL": "WARNING"}, stdout=subprocess.DEVNULL)
-    try:
+    with tempfile.TemporaryFile() as said, running(command, said) as server:
         address = f"http://{HOST}:{chosen}"
-        wait_for(address, server)
+        wait_for(address, server, said)
         tell(address, studies, say)
         say("Ctrl-C ends it")
         return server.wait()
-    except KeyboardInterrupt:
-        return 0
-    finally:
-        server.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            server.wait(10)
-        server.kill()
 
 
 def is_server(store: str) -> bool:
@@ -71,18 +65,20 @@ def require_store(store: str) -> Path | None:
 
 
 def study_views(store: str, file: Path | None) -> dict[str, str]:
-    """Experiment -> what follows the server's address, to its newest view of a study."""
+    """Study and preset -> what follows the server's address, to its runs side by side."""
     with connected(store, file) as client:
-        found = {}
-        for experiment in client.search_experiments():
-            keys = [name.removeprefix(SHARED) for name in experiment.tags if name.startswith(SHARED)]
-            if keys:
-                found[experiment.name] = view_address(experiment.experiment_id, keys[-1])
-        return found
+        return {
+            name.removeprefix(SHARED).removesuffix(RUNS): view_address(
+                experiment.experiment_id, name.removeprefix(SHARED)
+            )
+            for experiment in client.search_experiments()
+            for name in sorted(experiment.tags)
+            if name.startswith(SHARED) and name.endswith(RUNS)
+        }
 
 
 def tell(address: str, studies: dict[str, str], say: Callable[[str], None]) -> None:
-    say(f"MLflow UI: {address}")
+    say(f"MLflow UI: {address}/#/experiments?{TRAINING}")
     for name, view in studies.items():
         say(f"  {name}: {address}/{view}")
 
@@ -98,17 +94,30 @@ def choose_port(port: int | None) -> int:
     raise ConfigError(f"port {port} of {HOST} is taken: choose another with --port, or leave it out to have one found")
 
 
-def wait_for(address: str, server: subprocess.Popen) -> None:
+@contextlib.contextmanager
+def running(command: list[str], said: IO[bytes]) -> Iterator[subprocess.Popen]:
+    """A process that ends with the scope; Ctrl-C and SIGTERM end both in good order."""
+    process = subprocess.Popen(command, stdout=said, stderr=said)
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
+    try:
+        yield process
+    except KeyboardInterrupt:
+        raise SystemExit(0) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(10)
+        process.kill()
+
+
+def wait_for(address: str, server: subprocess.Popen, said: IO[bytes]) -> None:
+    """Until the server answers; raises ConfigError, with the last that it said, where it does not."""
     until = time.monotonic() + SECONDS_TO_START
     while time.monotonic() < until and server.poll() is None:
         with contextlib.suppress(OSError), urllib.request.urlopen(f"{address}/health", timeout=2):
             return
         time.sleep(0.2)
-    raise ConfigError(
-        f"MLflow's server did not start on {address}"
-        + (
-            f" (it ended with status {server.returncode})"
-            if server.poll() is not None
-            else f" in {SECONDS_TO_START:.0f} s"
-        )
-    )
+    said.seek(0)
+    last = " ".join(said.read().decode(errors="replace").split())[-300:]
+    raise ConfigError(f"MLflow's server did not start on {address}: {last or 'it said nothing'}")

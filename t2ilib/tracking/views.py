@@ -15,10 +15,16 @@ from typing import Any
 from t2ilib.tracking.naming import FIRST, FIRST_METRICS, shown_name
 
 SHARED = "mlflow.sharedViewState."
+RUNS = "-runs"
+"""What the keys of views of single runs end with; of means over seeds there is another."""
 KIND = {"mlflow.experimentKind": "custom_model_development"}
 """Tag of an experiment by which the UI opens it as training, not as GenAI."""
+TRAINING = "workflowType=machine_learning"
+"""Of an address: the UI's menu of training, not of GenAI."""
 SAMPLES = "samples"
 """Key of the image series of sample grids."""
+TABLE = ("held_out_loss", "world/all", "concept/all", "base_kept/all", "clip_score/prompts", "steps_per_second")
+"""Metrics that have a column."""
 CURVES = ("loss", "held_out_loss")
 """Of FIRST_METRICS, those that have a value at many steps; of the others one bar a run says all."""
 REST = ("Model metrics", "System metrics")
@@ -28,7 +34,7 @@ REST = ("Model metrics", "System metrics")
 def view_address(experiment_id: str, key: str, charts: bool = True) -> str:
     """What follows a server's address, from `#`."""
     mode = "&compareRunsMode=CHART" if charts else ""
-    return f"#/experiments/{experiment_id}/runs?viewStateShareKey={key}{mode}"
+    return f"#/experiments/{experiment_id}/runs?viewStateShareKey={key}{mode}&{TRAINING}"
 
 
 def view_tag(key: str, state: Mapping[str, Any]) -> dict[str, str]:
@@ -49,13 +55,14 @@ def study_view(
     others = [name for name in metrics if name not in first]
     sections = {FIRST: True} | dict.fromkeys([*sorted({section_of(name) for name in others} - {*REST}), *REST], False)
     charts = ([] if grouped else [picture_chart(steps)]) + [metric_chart(name) for name in first]
+    shown = [f"tags.`{name}`" for name in ("variant", "seed")] + [f"params.`{name}`" for name in columns]
+    shown += [f"metrics.`{name}`" for name in map(shown_name, TABLE) if name in first]
     state: dict[str, Any] = {
         "searchFilter": f"tags.`mlflow.parentRunId` = '{parent}'",
         "orderByKey": "tags.`mlflow.runName`",
         "orderByAsc": True,
-        "selectedColumns": [f"tags.`{name}`" for name in ("variant", "seed")]
-        + [f"params.`{name}`" for name in columns]
-        + [f"metrics.`{name}`" for name in first],
+        "selectedColumns": shown,
+        "columnOrder": shown,
         "runsHiddenMode": "SHOW_ALL",
         "compareRunSections": [
             {"uuid": uuid_of(name), "name": name, "display": shown, "isReordered": True, "deleted": False}
@@ -83,8 +90,9 @@ def metric_chart(name: str) -> dict[str, Any]:
 
 
 def chart(name: str, kind: str, section: str) -> dict[str, Any]:
+    """Not marked as generated: those the UI makes anew, as lines of one point."""
     own = {"uuid": uuid_of(f"chart {name}"), "type": kind, "metricSectionId": uuid_of(section)}
-    return own | {"runsCountToCompare": 100, "deleted": False, "isGenerated": True}
+    return own | {"runsCountToCompare": 100, "deleted": False, "isGenerated": False}
 
 
 def section_of(name: str) -> str:

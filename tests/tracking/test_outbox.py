@@ -5,6 +5,7 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from mlflow import MlflowClient
@@ -223,3 +224,16 @@ def test_a_file_that_another_process_sends_is_left_alone(tmp_path: Path) -> None
     assert second.close(0.0)
     steps = [line["values"][0][3] for line in map(json.loads, first.file.read_text().splitlines()) if "values" in line]
     assert steps == [1, 2]
+
+
+def test_what_was_measured_again_is_corrected(tmp_path: Path) -> None:
+    """Which a resumed run does not: it logs nothing again at a step that was logged."""
+    known, logged = {"A first look/held_out_loss": 0.5, "kept": 1.0}, []
+    client = SimpleNamespace(
+        get_run=lambda run_id: SimpleNamespace(data=SimpleNamespace(metrics=known)),
+        log_batch=lambda run_id, metrics: logged.extend((run_id, m.key, m.value, m.timestamp, m.step) for m in metrics),
+    )
+    box = Outbox(tmp_path, "uri", "id", client)
+    box.add("corrections", values={"held_out_loss": 0.4, "kept": 1.0, "new": 2.0}, step=7, time=5)
+    assert box.close() == ""
+    assert logged == [("id", "A first look/held_out_loss", 0.4, 5, 7), ("id", "new", 2.0, 5, 7)]
