@@ -5,13 +5,13 @@ it is written over when the study goes on or is reported again. The champion's c
 numbers, and how it is loaded.
 """
 
-from collections.abc import Mapping
 from pathlib import Path
 
-from t2ilib.evaluation.statistics import leads
+from t2ilib.evaluation.metrics import Metric
+from t2ilib.evaluation.statistics import PairedDifference, leads
 from t2ilib.report.comparing import chosen
 from t2ilib.report.reading import StudyReport, load_report
-from t2ilib.report.tables import markdown_table, verdict_table, write_mean, write_number, write_together
+from t2ilib.report.tables import markdown_table, verdict_table, write_interval, write_mean, write_number
 from t2ilib.report.texts import champion, headline, settings_text
 from t2ilib.studies.champion import Choice
 from t2ilib.studies.file import load_study
@@ -32,8 +32,9 @@ def log_report(path: Path, preset: str, results: Path) -> str:
     folder = results / f"{study.name}-{preset}"
     uri = tracking_uri(None, results)
     parent = (folder / PARENT).read_text()
-    told = told_of(load_report(folder), parent)
     with connected(uri, database_file(uri)) as client:
+        experiment = client.get_run(parent).info.experiment_id
+        told = told_of(load_report(folder), experiment, parent)
         describe_parent(client, parent, study, plan_runs(study, path, preset, results), told)
     outbox = Outbox(folder, uri, parent, client)
     for file in sorted([*folder.glob("*.md"), *folder.glob("*.png"), *folder.glob("report.html")]):
@@ -41,11 +42,12 @@ def log_report(path: Path, preset: str, results: Path) -> str:
     return outbox.close()
 
 
-def told_of(report: StudyReport, parent: str) -> str:
+def told_of(report: StudyReport, experiment: str, parent: str) -> str:
     """Markdown for the parent's note: headline, champion, verdicts, pictures, and where the whole report is."""
     place = f"get-artifact?run_uuid={parent}&path={UNDER}/"
     pictures = [f"![{name}]({place}{name})" for name in SHOWN if (report.folder / name).exists()]
-    whole = f"[The whole report]({place}report.html), also under *Artifacts* in `{UNDER}`."
+    page = f"#/experiments/{experiment}/runs/{parent}/artifacts/{UNDER}/report.html"
+    whole = f"[The whole report]({page}), among the artifacts of this run in `{UNDER}`."
     parts = (headline(report), champion(report), whole, *pictures, markdown_table(verdict_table(report)))
     return "\n\n".join(filter(None, parts))
 
@@ -63,8 +65,8 @@ def champion_card(folder: Path, name: str) -> tuple[str, dict[str, str]]:
         "seeds": str(len(values)),
     }
     parts = (
-        f"# {report.variants[choice.leader].title}",
-        f"The champion of the study *{report.name}* ({report.preset}): {report.question}",
+        f"{report.variants[choice.leader].title}: the champion of the study *{report.name}* ({report.preset}).",
+        report.question,
         champion(report),
         f"## Over what\n\n{markdown_table(rivals(report, choice))}",
         settings_text(report, choice.leader),
@@ -82,12 +84,17 @@ pipeline("a prompt").images[0].save("picture.png")
 
 def rivals(report: StudyReport, choice: Choice) -> list[dict[str, str]]:
     """A row a trained variant: its mean, and by how much the leader is ahead of it, with the interval that all pairs pay for."""
-    ahead: Mapping[str, object] = leads(choice.values, choice.leader)
+    ahead = leads(choice.values, choice.leader)
     rows = []
     for name, values in choice.values.items():
         row = {"name": report.variants[name].title, choice.metric.title: write_mean(values, choice.metric)}
         difference = ahead.get(name)
         row["the champion's lead"] = write_number(difference.mean, choice.metric, signed=True) if difference else ""
-        row["95% interval, of all pairs together"] = write_together(difference, choice.metric) if difference else ""
+        row["95% interval, of all pairs together"] = told_interval(difference, choice.metric)
         rows.append(row)
     return rows
+
+
+def told_interval(difference: PairedDifference | None, metric: Metric) -> str:
+    """The interval that decides, which six seeds and more have."""
+    return write_interval(difference.together, metric) if difference and difference.together else ""

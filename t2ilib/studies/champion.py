@@ -144,7 +144,8 @@ def name_champion(client, name: str, lead: Lead | None, about: str = "", tags: M
     if doubt := lead.doubt or ("" if uri else f"its run logged no adapter to register{reason}"):
         withdraw(client, name)
         return f"none: {who}, but {doubt}"
-    own = {"variant": lead.run.variant, "seed": str(lead.run.seed), **lead.run.tags, **(tags or {})}
+    own = {name: value for name, value in lead.run.tags.items() if not name.startswith("mlflow.")}
+    own |= {"variant": lead.run.variant, "seed": str(lead.run.seed), **(tags or {})}
     return f"{register_version(client, name, uri, run_id, ALIAS, own, about)} ({lead.run.label})"
 
 
