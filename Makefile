@@ -40,7 +40,7 @@ lint: $(BIN)/t2ilib  ## Check style, and that notebooks are committed without ou
 	$(BIN)/nbstripout --verify experiments/*.ipynb inference/*.ipynb
 
 ui: $(BIN)/t2ilib  ## Open the MLflow UI on what was logged (loopback only)
-	$(BIN)/mlflow ui --backend-store-uri sqlite:///results/mlflow.db --host 127.0.0.1
+	$(BIN)/t2ilib ui
 
 gpu: $(BIN)/t2ilib  ## Check, time and measure on the GPU of this machine (at most 8 minutes), into results/gpu
 	$(BIN)/python experiments/benchmarks/gpu.py

@@ -90,7 +90,12 @@ def load_yaml(path: Path) -> dict[str, Any]:
 def save_run(run: RunConfig, path: Path) -> None:
     """Writes the resolved config, with every default filled in, as YAML that `load_run` reads back."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False))
+    write_whole(path, written_run(run))
+
+
+def written_run(run: RunConfig) -> str:
+    """The YAML that `save_run` writes."""
+    return yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False)
 
 
 def describe_mistakes(

@@ -20,6 +20,7 @@ from t2ilib.cli import (
     shapes,
     shards,
     studies,
+    tracking,
     training,
 )
 from t2ilib.cli.launcher import launched_as
@@ -55,6 +56,8 @@ for command in (
     planning.plan,
     adapters.export,
     hub.push,
+    tracking.ui,
+    tracking.send,
 ):
     app.command()(command)
 study_app.command("new")(studies.study_new)

@@ -1,6 +1,5 @@
 """`t2ilib study ...`: write a study of one's own, run it, see how far it is, write a variant out."""
 
-import sys
 import time
 from pathlib import Path
 from shlex import quote
@@ -48,7 +47,7 @@ def study_run(
     """Run every variant and seed that is not finished, then write the report."""
     with readable_errors():
         from t2ilib.config import ConfigError
-        from t2ilib.studies.study import champion_line, run_study, write_report
+        from t2ilib.studies.study import run_study, write_report
 
         try:
             numbers = [int(seed) for seed in seeds.split(",") if seed.strip()]
@@ -65,9 +64,8 @@ def study_run(
             rows = summary_table(report, report.speaking("learned", "kept", "loss", "followed", "size", "speed"))
             print("\n" + format_table([{name: row[name] for name in row if name != "variant"} for row in rows]))
             print(f"\nreport:     {page}\n            {page.with_suffix('.md')}")
-        print(f"champion:   {champion_line(file, preset, results)}")
-        mlflow = Path(sys.executable).parent / "mlflow"
-        print(f"MLflow UI:  {quote(str(mlflow))} ui --backend-store-uri {quote(tracked(results))} --host 127.0.0.1")
+        for line in tell_mlflow(file, preset, results):
+            print(line)
         print(f"{len(runs) - len(failed)} of {len(runs)} runs finished, {time.monotonic() - begun:.0f} s")
         if failed:
             typer.secho(f"not finished: {', '.join(failed)}", fg=typer.colors.RED, err=True)
@@ -107,7 +105,16 @@ def say(line: str) -> None:
     print(f"{line}\n", end="", flush=True)
 
 
-def tracked(results: Path) -> str:
-    from t2ilib.tracking.store import tracking_uri
+def tell_mlflow(file: Path, preset: str, results: Path) -> list[str]:
+    """The report goes to the study's parent run, the best adapter to the registry; lines that say so, or why not: all else is done."""
+    from t2ilib.config import ConfigError
+    from t2ilib.report.tracked import champion_card, log_report
+    from t2ilib.studies.study import champion_line
 
-    return tracking_uri(None, results)
+    store = f" --results {quote(str(results))}" if results != Path("results") else ""
+    try:
+        told = log_report(file, preset, results)
+        champion = champion_line(file, preset, results, lambda name: champion_card(results / name, name))
+    except ConfigError as error:
+        return [f"champion:   not registered, and the report is not in MLflow: {error}"]
+    return [*filter(None, [told]), f"champion:   {champion}", f"MLflow UI:  t2ilib ui{store}"]

@@ -22,7 +22,8 @@ from t2ilib.pipeline.marks import Mark, digest_of, mark_path, read_mark, write_m
 from t2ilib.pipeline.steps import STEPS
 from t2ilib.runlog import RunLog
 from t2ilib.tracking.ending import Stopped
-from t2ilib.tracking.tracker import NOTE, open_tracker
+from t2ilib.tracking.mlflow_run import NOTE
+from t2ilib.tracking.tracker import open_tracker
 
 log = logging.getLogger(__name__)
 

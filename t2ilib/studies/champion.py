@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from t2ilib.evaluation.metrics import Metric
 from t2ilib.evaluation.statistics import leads, not_tested
 from t2ilib.studies.runs import StudyRun
-from t2ilib.tracking.models import MODEL_TAG, register_version
+from t2ilib.tracking.models import MODEL_TAG, NO_MODEL, register_version
 
 ALIAS = "champion"
 CRITERIA = ("learned", "kept", "loss", "followed")
@@ -122,11 +122,12 @@ def find_lead(runs: Sequence[StudyRun]) -> Lead | None:
     return choice and Lead(trained[choice.leader, choice.seed], choice.metric, choice.doubt)
 
 
-def name_champion(client, name: str, lead: Lead | None) -> str:
+def name_champion(client, name: str, lead: Lead | None, about: str = "", tags: Mapping[str, str] | None = None) -> str:
     """Registers the leader's adapter as a version of the model `name` and gives it the alias, or, where no lead is
-    shown, takes the alias away; returns a line that says what came of it.
+    shown, takes the alias away; returns a line that says what came of it. `about`, in Markdown, and `tags` are said of
+    both.
 
-    A winner that is the champion already gets no second version.
+    A winner that is the champion already gets no second version, but is described anew.
     """
     from mlflow.exceptions import MlflowException
 
@@ -136,14 +137,16 @@ def name_champion(client, name: str, lead: Lead | None) -> str:
     who = f"{lead.run.variant} leads on {lead.metric.title}"
     run_id = lead.run.result().get("mlflow_run_id")
     try:
-        uri = client.get_run(run_id).data.tags.get(MODEL_TAG) if run_id else None
+        logged = client.get_run(run_id).data.tags if run_id else {}
     except MlflowException as error:
         return f"none: {who}, but its run was logged to another store ({error})"
-    if doubt := lead.doubt or ("" if uri else "its run logged no adapter to register"):
+    uri, reason = logged.get(MODEL_TAG), f": {logged[NO_MODEL]}" if NO_MODEL in logged else ""
+    if doubt := lead.doubt or ("" if uri else f"its run logged no adapter to register{reason}"):
         withdraw(client, name)
         return f"none: {who}, but {doubt}"
-    tags = {"variant": lead.run.variant, "seed": str(lead.run.seed)}
-    return f"{register_version(client, name, uri, run_id, ALIAS, tags)} ({lead.run.label})"
+    own = {name: value for name, value in lead.run.tags.items() if not name.startswith("mlflow.")}
+    own |= {"variant": lead.run.variant, "seed": str(lead.run.seed), **(tags or {})}
+    return f"{register_version(client, name, uri, run_id, ALIAS, own, about)} ({lead.run.label})"
 
 
 def withdraw(client, name: str) -> None:

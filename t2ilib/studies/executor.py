@@ -18,7 +18,7 @@ from t2ilib.memory import usable_cores
 from t2ilib.studies.cards import variables_of
 from t2ilib.studies.notebooks import end_notebook, error_text, execute_notebook, export_html
 from t2ilib.studies.runs import StudyRun
-from t2ilib.tracking.naming import shown_name
+from t2ilib.tracking.outbox import Outbox
 
 PROGRESS = re.compile(r"step (\d+)/(\d+)")
 SECONDS_BETWEEN_LINES = 10.0
@@ -36,7 +36,6 @@ class Executor:
         self,
         runs: list[StudyRun],
         jobs: int,
-        client,
         parent: str,
         uri: str,
         say: Callable[[str], None],
@@ -46,7 +45,7 @@ class Executor:
         self.slots: queue.SimpleQueue[int] = queue.SimpleQueue()
         for slot in range(jobs):
             self.slots.put(slot)
-        self.client, self.parent, self.uri, self.say = client, parent, uri, say
+        self.parent, self.uri, self.say = parent, uri, say
         self.lock, self.over, self.processes, self.stopping = threading.Lock(), threading.Event(), {}, False
         self.began, self.done, self.parts, self.shown = time.monotonic(), 0, {}, {}
 
@@ -184,10 +183,15 @@ class Executor:
         run_id = json.loads(note.read_text())["run_id"] if note.exists() else None
         page = export_html(run.folder / "notebook.ipynb", hide_code=False)
         if run_id is not None:
+            outbox = Outbox(run.folder, self.uri, run_id)
             for path in (run.folder / "notebook.ipynb", page):
-                self.client.log_artifact(run_id, str(path))
+                outbox.add("artifact", path=str(path), under=None)
             if measured_again:
-                self.correct(run_id, metrics, run.config().training.steps)
+                outbox.add(
+                    "corrections", values=metrics, step=run.config().training.steps, time=int(time.time() * 1000)
+                )
+            if told := outbox.close():
+                self.say(told)
         result = {
             "variant": run.variant,
             "seed": run.seed,
@@ -203,10 +207,3 @@ class Executor:
         draft = run.folder / "result.json.part"
         draft.write_text(json.dumps(result, indent=1))
         draft.rename(run.folder / "result.json")
-
-    def correct(self, run_id: str, metrics: dict[str, float], step: int) -> None:
-        """Logs what MLflow has otherwise: a run that goes on logs nothing again at a step that it has logged."""
-        known = self.client.get_run(run_id).data.metrics
-        for name, value in metrics.items():
-            if known.get(shown_name(name)) != value:
-                self.client.log_metric(run_id, shown_name(name), value, step=step)

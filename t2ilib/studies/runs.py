@@ -1,6 +1,7 @@
 """A study's runs: one for each variant and seed, with its config, its folder, and how far it is."""
 
 import hashlib
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,10 @@ from t2ilib.runfile import build_run
 from t2ilib.studies.file import Study
 from t2ilib.studies.notebooks import find_notebook, notebook_parameters
 
+COLOUR = "mlflow.runColor"
+"""Tag by which MLflow's UI draws a run's curves: all seeds of a variant in one colour."""
+COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf")
+"""Tableau's ten."""
 AFTERWARDS = ("evaluation.", "shapes.checked_prompts")
 """Beginnings of the fields that say how a finished training is judged. It takes no step to judge it otherwise."""
 RULERS = ("evaluation.validation_timesteps", "evaluation.validation_pictures")
@@ -103,6 +108,7 @@ def plan_runs(
         check_choice(name, study.variants, "variant")
     chosen = only or study.of_preset(preset)
     folder = results / f"{study.name}-{preset}"
+    colours = dict(zip(study.variants, itertools.cycle(COLOURS), strict=False))
     notebooks = {name: find_notebook(notebook, file) for name, notebook in study.notebooks().items()}
     return [
         StudyRun(
@@ -111,7 +117,7 @@ def plan_runs(
             settings=study.settings(preset, name),
             folder=folder / name / f"seed{seed}",
             notebook=notebooks[name],
-            tags={"study": study.name, "preset": preset, "variant": name},
+            tags={"variant": name, "study": study.name, "preset": preset, COLOUR: colours[name]},
         )
         for seed in dict.fromkeys(seeds or study.presets[preset].seeds)
         for name in study.variants

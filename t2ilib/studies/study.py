@@ -9,6 +9,7 @@ is an error, because its results would silently mean something else. No torch is
 
 import json
 import os
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -28,8 +29,10 @@ from t2ilib.studies.champion import find_lead, name_champion
 from t2ilib.studies.executor import Executor
 from t2ilib.studies.file import Study, load_study
 from t2ilib.studies.notebooks import error_text, execute_notebook, export_html, find_notebook, notebook_parameters
+from t2ilib.studies.parent import describe_parent, parent_run
 from t2ilib.studies.runs import StudyRun, check_notebooks, plan_runs, require_unedited
-from t2ilib.tracking.store import check_store, open_client, reap_stale_runs, tracking_uri
+from t2ilib.tracking.outbox import Outbox, keeps, send_kept
+from t2ilib.tracking.store import check_store, connected, database_file, open_client, reap_stale_runs, tracking_uri
 
 REPORT = "compare.ipynb"
 """The notebook that a study's report is made with."""
@@ -117,6 +120,10 @@ def run_study(
     uri = tracking_uri(None, results)
     if pending:
         check_store(uri, study.name)
+    for run in runs:  # of a store that was away when it ended
+        if keeps(run.folder):
+            for told in filter(None, send_kept(run.folder).values()):
+                say(told)
     cards = visible_cards() if pending else []
     tell_misfits(pending, jobs, say, cards)
     folder = runs[0].folder.parents[1]
@@ -132,10 +139,15 @@ def run_study(
         client, experiment = open_client(uri, study.name, results)
         reap_stale_runs(client, experiment)
         parent = parent_run(client, experiment, study, preset, folder)
+        describe_parent(client, parent, study, runs)
         try:
-            Executor(pending, jobs, client, parent, uri, say, cards).run()
+            Executor(pending, jobs, parent, uri, say, cards).run()
         finally:
-            client.set_terminated(parent, "FINISHED" if all(run.state == "finished" for run in runs) else "FAILED")
+            outbox = Outbox(folder, uri, parent, client)
+            status = "FINISHED" if all(run.state == "finished" for run in runs) else "FAILED"
+            outbox.add("end", status=status, time=int(time.time() * 1000))
+            if told := outbox.close():
+                say(told)
     return runs
 
 
@@ -161,23 +173,6 @@ def write_study(study: Study, preset: str, folder: Path) -> None:
         target.write_text(text)
 
 
-def parent_run(client, experiment: str, study: Study, preset: str, folder: Path) -> str:
-    """The MLflow run that holds the children of this preset, made once and taken up again later."""
-    from mlflow.exceptions import MlflowException
-
-    note = folder / "mlflow-parent.txt"
-    if note.exists():
-        try:
-            client.update_run(note.read_text(), status="RUNNING")
-            return note.read_text()
-        except MlflowException:
-            pass  # another store than last time: the parent is made anew there
-    tags = {"study": study.name, "preset": preset, "mlflow.note.content": study.question}
-    run = client.create_run(experiment, run_name=f"{study.name} ({preset})", tags=tags)
-    note.write_text(run.info.run_id)
-    return run.info.run_id
-
-
 def write_report(path: Path, preset: str, results: Path) -> Path:
     """Executes the report's notebook on the preset's results, unless nothing has changed since; returns the HTML report.
 
@@ -200,15 +195,18 @@ def write_report(path: Path, preset: str, results: Path) -> Path:
     return export_html(notebook, hide_code=True)
 
 
-def champion_line(path: Path, preset: str, results: Path) -> str:
+def champion_line(
+    path: Path, preset: str, results: Path, card: Callable[[str], tuple[str, dict[str, str]]] | None = None
+) -> str:
     """Once all runs of a preset are finished and a lead is shown, registers the best adapter in MLflow; returns a line that says so,
-    or why there is no champion."""
+    or why there is no champion. `card`: of a model's name, what is to be said of it and its tags."""
     study = load_study(path)
     runs = plan_runs(study, path, preset, results.absolute())
     if lacking := sum(run.state != "finished" for run in runs):
         return f"none yet: {lacking} of the preset's {len(runs)} runs are not finished"
-    client, _ = open_client(tracking_uri(None, results), study.name, results)
-    return name_champion(client, f"{study.name}-{preset}", find_lead(runs))
+    uri, name = tracking_uri(None, results), f"{study.name}-{preset}"
+    with connected(uri, database_file(uri)) as client:
+        return name_champion(client, name, find_lead(runs), *(card(name) if card else ()))
 
 
 def status_rows(path: Path, preset: str, results: Path) -> list[dict[str, str]]:

@@ -4,17 +4,65 @@ A logged adapter refers to its base by name or path (MLflow's diffusers flavor s
 base's own picture size, where MLflow's default is 512. Importing this imports no torch.
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 
-from t2ilib.config import ConfigError
-from t2ilib.tracking.store import as_default, connected, database_file, quiet_mlflow
+from t2ilib.config import ConfigError, RunConfig
+from t2ilib.tracking.store import (
+    RETRIES,
+    SECONDS_TO_CONNECT,
+    as_default,
+    connected,
+    database_file,
+    patience,
+    quiet_mlflow,
+)
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 """What an adapter's file is called among artifacts."""
 MODEL_TAG = "t2ilib.model"
 """Tag of a run: the URI of the adapter it logged."""
+
+
+NO_MODEL = "t2ilib.no_model"
+"""Tag of a run: why its adapter is not logged as a model."""
+
+
+def why_unloadable(run: RunConfig, base: str) -> str:
+    """Why `mlflow.diffusers` would load this run's adapter and draw otherwise than it was trained, or not load it; "" where it would not.
+
+    It gives the adapter's file to diffusers' loader, onto the base as it is. `base`: a folder, a file or a Hub id.
+    """
+    adapter, noise = run.adapter, base_noise(base)
+    told = {
+        "prediction_type": None if run.objective.name == "auto" else run.objective.name,
+        "beta_schedule": None if run.objective.beta_schedule == "auto" else run.objective.beta_schedule,
+        "rescale_betas_zero_snr": run.objective.zero_terminal_snr,
+    }
+    other = [f"{name} {value}" for name, value in told.items() if value is not None and value != noise[name]]
+    reasons = {
+        "MLflow loads no base from a single file": Path(base).is_file(),
+        "it loads no new words (adapter.tokens)": adapter is not None and adapter.tokens,
+        "diffusers' loader leaves out what DoRA learned on text encoders (adapter.text_encoder_targets)": adapter
+        is not None
+        and adapter.kind == "dora"
+        and adapter.text_encoder_targets,
+        "it knows nothing of model.clip_skip": run.model.clip_skip,
+        "it would take the base's own VAE, not model.vae": run.model.vae,
+        f"the base is of other noise than the run's ({', '.join(other)})": other,
+    }
+    return "; ".join(reason for reason, holds in reasons.items() if holds)
+
+
+def base_noise(base: str) -> dict[str, Any]:
+    """What a base's scheduler says of noise, the published models' where it is not a folder here."""
+    file = Path(base) / "scheduler" / "scheduler_config.json"
+    told = json.loads(file.read_text()) if file.is_file() else {}
+    usual = {"prediction_type": "epsilon", "beta_schedule": "scaled_linear", "rescale_betas_zero_snr": False}
+    return {name: told.get(name, value) for name, value in usual.items()}
 
 
 def log_adapter(client, run_id: str, file: Path, base: str, side: int) -> str:
@@ -60,9 +108,11 @@ def log_adapter(client, run_id: str, file: Path, base: str, side: int) -> str:
     return uri
 
 
-def register_version(client, name: str, uri: str, run_id: str, alias: str, tags: Mapping[str, str]) -> str:
+def register_version(
+    client, name: str, uri: str, run_id: str, alias: str, tags: Mapping[str, str], about: str = ""
+) -> str:
     """Makes the adapter of a run a version of the registered model `name`, unless it is one, and gives it the alias; returns
-    `models:/<name>@<alias>`."""
+    `models:/<name>@<alias>`. `tags` and `about`, in Markdown, are of the version as they are now, and `about` of the model too."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -75,9 +125,12 @@ def register_version(client, name: str, uri: str, run_id: str, alias: str, tags:
         version = known[0]
     else:
         with as_default(client.tracking_uri):
-            version = client.create_model_version(
-                name, uri, run_id, tags=dict(tags), model_id=uri.removeprefix("models:/")
-            )
+            version = client.create_model_version(name, uri, run_id, model_id=uri.removeprefix("models:/"))
+    for key, value in tags.items():
+        client.set_model_version_tag(name, version.version, key, value)
+    if about:
+        client.update_model_version(name, version.version, about)
+        client.update_registered_model(name, about)
     client.set_registered_model_alias(name, alias, version.version)
     return f"models:/{name}@{alias}"
 
@@ -98,7 +151,7 @@ def find_adapter(uri: str, store: str, cache: Path) -> Path:
     from mlflow.exceptions import MlflowException
 
     try:
-        with as_default(store) as mlflow:
+        with as_default(store) as mlflow, patience(SECONDS_TO_CONNECT, RETRIES):
             client = mlflow.MlflowClient(store)
             run_id = run_of_model(client, uri)
             found = run_artifacts(mlflow, client, run_id, cache) if run_id else None

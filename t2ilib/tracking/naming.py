@@ -50,7 +50,7 @@ def shown_name(metric: str) -> str:
 
 
 def run_tags(run: RunConfig) -> dict[str, str]:
-    """What the UI groups by: seed, method, base, and whatever the study adds (study, preset, variant)."""
+    """What the UI groups by, in the order in which it is shown: what the study says (variant, ...), then seed, base, method."""
     adapter = run.adapter
     tags = {
         "seed": str(run.seed),
@@ -60,7 +60,7 @@ def run_tags(run: RunConfig) -> dict[str, str]:
         "optimizer": run.optimizer.name,
     }
     parent = {"mlflow.parentRunId": run.tracking.parent_run_id} if run.tracking.parent_run_id else {}
-    return tags | parent | run.tracking.tags
+    return run.tracking.tags | {name: value for name, value in (tags | parent).items() if name not in run.tracking.tags}
 
 
 def telling_fields(run: RunConfig) -> dict[str, Any]:

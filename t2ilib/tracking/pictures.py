@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from t2ilib.tracking.sending import MAX_PARAMS, MAX_VALUE
 from t2ilib.tracking.store import open_client, tracking_uri
-from t2ilib.tracking.tracker import MAX_PARAMS, MAX_VALUE
 
 FOLDER = "drawn"
 """Of a run's artifacts."""

@@ -18,12 +18,15 @@ HEARTBEAT = "t2ilib.heartbeat"
 DATABASE_BYTES = 32 * 2**20
 """What is asked of the disk for a new store: its tables, and the first pictures."""
 SECONDS_UNTIL_STALE = 900.0
+SECONDS_TO_CONNECT, RETRIES = 10, 2
+"""Of a server, before anything has begun: MLflow's own client would try for four minutes before it says that there is none."""
 
 
 def quiet_mlflow() -> None:
-    """Keeps schema migrations and bars of artifacts off the screen and telemetry off; called before mlflow is imported."""
+    """Keeps schema migrations, bars of artifacts and addresses off the screen and telemetry off; called before mlflow is imported."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     for name in (
         "alembic",
         "mlflow.store.db.utils",
@@ -138,6 +141,20 @@ def make_database(file: Path) -> None:
 
 
 @contextlib.contextmanager
+def patience(seconds: int, retries: int = 0) -> Iterator[None]:
+    """How long a server may take to answer a request within the scope, and how often it is asked once more; what the user has set in the
+    environment stays. MLflow takes both from there alone."""
+    wanted = {"MLFLOW_HTTP_REQUEST_TIMEOUT": str(seconds), "MLFLOW_HTTP_REQUEST_MAX_RETRIES": str(retries)}
+    ours = {name: value for name, value in wanted.items() if name not in os.environ}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name in ours:
+            os.environ.pop(name, None)
+
+
+@contextlib.contextmanager
 def connected(uri: str, file: Path | None) -> Iterator:
     """An MLflow client. What MLflow says, within the scope, of a store that does not work is raised as a ConfigError that says
     what to do. `file`: that of a SQLite store."""
@@ -147,7 +164,8 @@ def connected(uri: str, file: Path | None) -> Iterator:
     from sqlalchemy.exc import SQLAlchemyError
 
     try:
-        yield MlflowClient(uri)
+        with patience(SECONDS_TO_CONNECT, RETRIES):
+            yield MlflowClient(uri)
     except (MlflowException, SQLAlchemyError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         remedy = (

@@ -22,7 +22,7 @@ from t2ilib.config import ConfigError, RunConfig
 from t2ilib.data.journal import MANIFEST, NAME
 from t2ilib.data.prior import DRAWING
 from t2ilib.runfile import load_run
-from t2ilib.tracking.tracker import NOTE, fork_note
+from t2ilib.tracking.mlflow_run import NOTE, fork_note
 from t2ilib.training.checkpoint import (
     Checkpoint,
     CheckpointError,

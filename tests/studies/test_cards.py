@@ -82,7 +82,7 @@ def test_notebooks_that_run_at_a_time_have_cards_by_turns(
     monkeypatch.setattr(executor, "execute_notebook", execute)
     monkeypatch.setattr(StudyRun, "parameters", lambda self, parent: {})
     runs = [StudyRun(f"v{n}", 0, {}, tmp_path / f"v{n}", tmp_path / "x.ipynb", {"study": "toy"}) for n in range(6)]
-    Executor(runs, 3, None, "parent", "uri", lambda line: None, few).run()
+    Executor(runs, 3, "parent", "uri", lambda line: None, few).run()
     assert all((run.folder / "failed.txt").read_text().startswith("exit code 1") for run in runs)
     for number in (0, 3):
         assert sorted(seen[number : number + 3], key=str) == expected
@@ -108,8 +108,8 @@ def test_a_variant_is_held_against_the_smallest_card_and_those_that_share_it(mon
 
 def test_kernels_share_the_cores_and_only_those_that_share_give_way(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(executor, "usable_cores", lambda: 5)
-    several = Executor([], 2, None, "parent", "uri", lambda line: None).variables()
-    alone = Executor([], 1, None, "parent", "uri", lambda line: None).variables()
+    several = Executor([], 2, "parent", "uri", lambda line: None).variables()
+    alone = Executor([], 1, "parent", "uri", lambda line: None).variables()
     assert (several["OMP_NUM_THREADS"], several["OMP_WAIT_POLICY"]) == ("2", "passive")
     assert alone["OMP_NUM_THREADS"] == "5"
     assert "OMP_WAIT_POLICY" not in alone

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import nbformat
 import pytest
@@ -20,7 +19,6 @@ from t2ilib.config import ConfigError
 from t2ilib.runfile import load_run
 from t2ilib.shapes import world
 from t2ilib.studies import executor, notebooks, study
-from t2ilib.studies.executor import Executor
 from t2ilib.studies.file import load_study
 from t2ilib.studies.notebooks import error_text, find_notebook, notebook_parameters
 from t2ilib.studies.runs import plan_runs, write_out
@@ -387,17 +385,6 @@ def test_changed_prompts_and_measures_are_measured_again_not_trained_again(study
     assert not (other / "samples").exists(), "grids of the prompts of before"
     edit(study_file, lambda c: c["run"]["evaluation"].update(validation_timesteps=4))
     assert states() == {"plain": "edited", "other": "edited"}, "losses of before were measured by another ruler"
-
-
-def test_what_is_measured_again_is_corrected_in_mlflow() -> None:
-    """Which a resumed run does not: it logs nothing again at a step that was logged."""
-    known, logged = {"A first look/held_out_loss": 0.5, "kept": 1.0}, []
-    client = SimpleNamespace(
-        get_run=lambda run_id: SimpleNamespace(data=SimpleNamespace(metrics=known)),
-        log_metric=lambda *what, step: logged.append((*what, step)),
-    )
-    Executor([], 1, client, "parent", "uri", print).correct("id", {"held_out_loss": 0.4, "kept": 1.0, "new": 2.0}, 7)
-    assert logged == [("id", "A first look/held_out_loss", 0.4, 7), ("id", "new", 2.0, 7)]
 
 
 def test_dead_kernel_is_a_failure(study_file: Path) -> None:

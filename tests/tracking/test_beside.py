@@ -16,7 +16,8 @@ from t2ilib.config import ConfigError, RunConfig
 from t2ilib.runfile import build_run
 from t2ilib.tracking import beside
 from t2ilib.tracking.beside import TensorBoard, WandB, last_events, last_row, read_history
-from t2ilib.tracking.tracker import MlflowTracker, Trackers, open_tracker
+from t2ilib.tracking.mlflow_run import MlflowTracker
+from t2ilib.tracking.tracker import Trackers, open_tracker
 
 LOSS = "A first look/loss"
 STEPS = 4
