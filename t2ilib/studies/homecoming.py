@@ -23,7 +23,7 @@ from t2ilib.text import shown, write_whole
 from t2ilib.tracking.joined import Merged
 from t2ilib.tracking.merge import merge_store
 from t2ilib.tracking.store import tracking_uri
-from t2ilib.tracking.tracker import NOTE
+from t2ilib.tracking.mlflow_run import NOTE
 
 METRICS = "metrics.jsonl"
 RESULT, RUN_ID = "result.json", "mlflow_run_id"

@@ -9,7 +9,8 @@ import torch
 
 from t2ilib.config import ConfigError, RunConfig
 from t2ilib.runfile import build_run, save_run
-from t2ilib.tracking.tracker import FORKED, NullTracker, open_tracker
+from t2ilib.tracking.mlflow_run import FORKED
+from t2ilib.tracking.tracker import NullTracker, open_tracker
 from t2ilib.training.checkpoint import Checkpoint, CheckpointError, list_checkpoints, save_checkpoint
 from t2ilib.training.history import read_rows
 from t2ilib.training.loop import train

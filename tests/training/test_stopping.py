@@ -12,7 +12,8 @@ from t2ilib.config import RunConfig
 from t2ilib.memory import MemoryLog
 from t2ilib.runfile import build_run
 from t2ilib.tracking.ending import Stopped
-from t2ilib.tracking.tracker import ENDED, open_tracker
+from t2ilib.tracking.sending import ENDED
+from t2ilib.tracking.tracker import open_tracker
 from t2ilib.training import checkpoint, loop, state, stopping
 from t2ilib.training.checkpoint import NonFiniteState, list_checkpoints
 from t2ilib.training.history import read_rows
