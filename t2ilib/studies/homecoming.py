@@ -22,8 +22,8 @@ from t2ilib.studies.parcel import CHECKPOINTS, INDEX, PART, STORE, VERSION, file
 from t2ilib.text import shown, write_whole
 from t2ilib.tracking.joined import Merged
 from t2ilib.tracking.merge import merge_store
-from t2ilib.tracking.store import tracking_uri
 from t2ilib.tracking.mlflow_run import NOTE
+from t2ilib.tracking.store import tracking_uri
 
 METRICS = "metrics.jsonl"
 RESULT, RUN_ID = "result.json", "mlflow_run_id"

@@ -16,10 +16,10 @@ from pathlib import Path
 from t2ilib.config import ConfigError
 from t2ilib.tracking.joined import ARTIFACTS, MERGED, Ends, Merged, all_pages, local, now_at
 from t2ilib.tracking.merge_models import merge_models, merge_registered
-from t2ilib.tracking.models import MODEL_TAG
-from t2ilib.tracking.store import HEARTBEAT, as_default, connected, database_file, open_client, sqlite_uri
 from t2ilib.tracking.mlflow_run import FORKED
+from t2ilib.tracking.models import MODEL_TAG
 from t2ilib.tracking.sending import MAX_METRICS, MAX_PARAMS
+from t2ilib.tracking.store import HEARTBEAT, as_default, connected, database_file, open_client, sqlite_uri
 
 PARENT = "mlflow.parentRunId"
 DEFAULT = "Default"
