@@ -15,6 +15,8 @@ LONGEST = (
     "test_golden",
     "test_gpu_benchmark",
     "test_trace",
+    "test_presets",
+    "test_jupyterlab",
     "test_dora",
     "test_export",
     "test_loop",
