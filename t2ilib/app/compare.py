@@ -86,6 +86,9 @@ class CompareTab:
         for side, button in self.sides.items():
             voted = answer(self.studio, self.told, lambda visitor, voter, side=side: self.vote(visitor, side, voter))
             button.click(voted, self.voter, [self.told, *booth, self.tally], **QUIET)
+        named = answer(self.studio, self.told, self.named)
+        for leaves in (self.voter.submit, self.voter.blur):
+            leaves(named, self.voter, [self.told, *booth, self.tally], **QUIET)
         self.result.click(answer(self.studio, self.tally, self.show_result), None, self.tally, **QUIET)
         self.export.click(answer(self.studio, self.tally, self.write), None, [self.tally, self.file], **QUIET)
         self.drop.upload(
@@ -149,7 +152,8 @@ class CompareTab:
         """Shows what is voted on next, or what came of it where all is voted on."""
         pair = comparison.next_pair(voter.strip())
         if pair is None:
-            said = f"All pairs are voted on, {comparison.progress()}." if comparison.shown else "No pair was drawn."
+            done = f"All pairs are voted on, {comparison.progress()}. Who else votes writes their name below first."
+            said = done if comparison.shown else "No pair was drawn."
             result = self.result_told(comparison) if comparison.votes.votes else ""
             return {self.told: told(said), self.booth: gr.update(visible=False), self.tally: result}
         left, right = comparison.shown[pair.number]
@@ -166,6 +170,13 @@ class CompareTab:
         comparison = required(visitor.comparison)
         comparison.vote(side, voter.strip())
         yield self.next_pair(comparison, voter)
+
+    def named(self, visitor: Visitor, voter: str) -> Iterator[Updates]:
+        """Shows what this voter has before them."""
+        comparison = visitor.comparison
+        if comparison is not None and comparison.shown:
+            updates = self.next_pair(comparison, voter)
+            yield updates if comparison.pair is None else updates | {self.tally: ""}
 
     def result_told(self, comparison: Comparison) -> str:
         return told(blind.told_result(comparison.votes.ballot, comparison.votes.tally().sentence()))

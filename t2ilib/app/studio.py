@@ -57,8 +57,8 @@ class Studio:
         self.saving = threading.Lock()
 
     def close(self) -> None:
-        """Gives back the memory, and deletes what was served."""
-        self.desk.close()
+        """Stops all that is being drawn, without waiting for the step that it is at, and deletes what was served."""
+        self.visitors.close()
         self.folder.cleanup()
 
     def runs(self) -> list[Found]:

@@ -61,3 +61,8 @@ class Visitors:
             visitor = self.known.pop(page, None)
         if visitor is not None:
             visitor.stop()
+
+    def close(self) -> None:
+        """Forgets all pages."""
+        for page in list(self.known):
+            self.leave(page)

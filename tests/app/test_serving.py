@@ -101,6 +101,17 @@ def test_a_page_knows_nothing_of_another_and_is_forgotten_with_its_work():
     assert not one.stop()
     assert visitors.of("b") is not other
     visitors.leave("never came")
+    with visitors.of("a").at_work() as work:
+        visitors.close()
+        assert work.is_set()
+
+
+def test_the_end_waits_for_no_drawing(results, tmp_path):
+    """Which may be at a step of minutes."""
+    studio = Studio(results, out=tmp_path)
+    with studio.desk.line.turn():
+        studio.close()
+    assert not studio.served.exists()
 
 
 def test_what_others_wrote_is_text_and_what_nobody_foresaw_is_told(caplog):
