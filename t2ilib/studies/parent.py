@@ -80,5 +80,6 @@ def variants_table(study: Study, runs: Sequence[StudyRun]) -> str:
     for name in present:
         changed = addressed(study.variants[name].run)
         told = ", ".join(f"`{field}: {value}`" for field, value in changed.items()) or "nothing"
-        rows.append(f"| {name} | {study.variants[name].title} | {told.replace('|', ' ')} |")
+        cells = (name, study.variants[name].title, told)
+        rows.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")
     return "\n".join(rows)
