@@ -58,7 +58,8 @@ address:  ## Write the repository's public address where notebooks and pip look:
 	@case "$(URL)" in https://*) ;; *) echo "give the address: make address URL=https://github.com/OWNER/NAME"; exit 2;; esac
 	sed -i.old 's|^    "ADDRESS = \\"[^"]*\\"|    "ADDRESS = \\"git+$(URL)\\"|' experiments/*.ipynb inference/*.ipynb
 	sed -i.old -e '/^\[project\.urls\]/,/^$$/d' -e 's|^\[project\.scripts\]|[project.urls]\nRepository = "$(URL)"\n\n[project.scripts]|' pyproject.toml
-	rm -f experiments/*.ipynb.old inference/*.ipynb.old pyproject.toml.old
+	sed -i.old -e '/^\[!\[Open in /d' -e 's|^<!-- badges.*|&\n[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/$(URL:https://github.com/%=%)/blob/main/experiments/train.ipynb)\n[![Open in Kaggle](https://kaggle.com/static/images/open-in-kaggle.svg)](https://kaggle.com/kernels/welcome?src=$(URL)/blob/main/experiments/train.ipynb)|' README.md
+	rm -f experiments/*.ipynb.old inference/*.ipynb.old pyproject.toml.old README.md.old
 
 clean:  ## Remove .venv and caches; results and work stay
 	rm -rf $(VENV) .pytest_cache .ruff_cache
