@@ -69,7 +69,7 @@ def wire(page: gr.Blocks, studio: Studio, panel: Panel, tabs: gr.Tabs, built: tu
     def offered(anywhere: bool, begins: bool) -> Updates:
         runs, names, said = panel.lists(anywhere)
         own = panel.begun(runs, names) if begins else panel.offered(runs, names)
-        return {panel.told: said, **own, **checkpoints.offered(runs), **compare.offered(runs, names)}
+        return {panel.told: said or gr.skip(), **own, **checkpoints.offered(runs), **compare.offered(runs, names)}
 
     def left(request: gr.Request) -> None:
         studio.visitors.leave(request.session_hash)
