@@ -1,6 +1,7 @@
 """Every test runs offline, on few threads, and with a cache folder of its own."""
 
 import os
+import signal
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -17,6 +18,7 @@ LONGEST = (
     "test_trace",
     "test_presets",
     "test_jupyterlab",
+    "test_page",
     "test_dora",
     "test_export",
     "test_loop",
@@ -24,11 +26,22 @@ LONGEST = (
     "test_study",
     "test_champion",
     "test_end_to_end",
+    "test_processes",
+    "test_kills",
+    "test_outbox",
 )
 """Files that are started first, so that no worker is left alone with one of them at the end."""
 
 
 def pytest_configure(config) -> None:
+    if (
+        signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    ):  # as shells have it for what runs in the background, and all that it starts
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    share_the_cores(config)
+
+
+def share_the_cores(config) -> None:
     """Each worker gets its share of the cores, which it inherits from the process that starts it. Tests are about the CPU, and
     see no other device, unless those marked `gpu` are asked for, by `-m gpu`."""
     if config.option.markexpr != "gpu":

@@ -124,6 +124,9 @@ class WandB(Beside):
     settings: other settings are another run."""
 
     def begin(self) -> Any:
+        os.environ.setdefault(
+            "WANDB_DISABLE_WEAVE", "true"
+        )  # or it is advertised to whoever has loaded huggingface_hub
         import wandb
         from accelerate.tracking import WandBTracker
 

@@ -24,7 +24,6 @@ from shlex import quote
 from typing import Any
 
 from filelock import FileLock, Timeout
-from tenacity import Retrying, retry_if_result, stop_after_delay, wait_exponential
 
 from t2ilib.tracking.sending import MAX_METRICS, SENDERS, Destination, Thing, is_refusal, store_errors
 from t2ilib.tracking.store import patience, quiet_mlflow
@@ -187,10 +186,12 @@ class Outbox:
             return False
         return True
 
-    def close(self, seconds: float = SECONDS_AT_END) -> str:
-        """Tries for `seconds` to send what waits, and keeps the rest; returns a sentence about that, "" where there is none."""
+    def close(self, seconds: float | None = None) -> str:
+        """Tries for `seconds`, SECONDS_AT_END where none are said, to send what waits, and keeps the rest; returns a sentence about that, "" where there is none."""
+        from tenacity import Retrying, retry_if_result, stop_after_delay, wait_exponential
+
         trying = Retrying(
-            stop=stop_after_delay(seconds),
+            stop=stop_after_delay(SECONDS_AT_END if seconds is None else seconds),
             wait=wait_exponential(multiplier=0.5, max=8),
             retry=retry_if_result(lambda sent: not sent),
             retry_error_callback=lambda state: False,
@@ -211,10 +212,10 @@ class Outbox:
         return told if waits else ""
 
 
-def send_kept(folder: Path, seconds: float = SECONDS_AT_END) -> dict[Path, str]:
+def send_kept(folder: Path, seconds: float | None = None) -> dict[Path, str]:
     """Sends what runs at and below `folder` kept; run's folder -> a sentence about what could not be sent, "" where all of it was.
 
-    `seconds`: for how long each is tried. Leaves a file alone that a running training has.
+    `seconds`: for how long each is tried, SECONDS_AT_END where none are said. Leaves a file alone that a running training has.
     """
     told: dict[Path, str] = {}
     for file in sorted(Path(folder).rglob(f"{UNSENT}/*")):

@@ -41,7 +41,8 @@ def up(server: Server, monkeypatch: pytest.MonkeyPatch) -> Server:
     if server.process is None:
         server.start()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
-    monkeypatch.setattr(mlflow_run, "SECONDS_AT_END", 1.0)
+    for module in (mlflow_run, outbox):
+        monkeypatch.setattr(module, "SECONDS_AT_END", 1.0)
     return server
 
 
