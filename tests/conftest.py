@@ -1,5 +1,6 @@
 """Every test runs offline, on few threads, and with a cache folder of its own."""
 
+import gc
 import os
 import signal
 
@@ -59,9 +60,21 @@ def pytest_collection_modifyitems(config, items) -> None:
             item.add_marker(pytest.mark.skip(reason="about a GPU: run pytest -m gpu"))
 
 
+def leave_imports_alone() -> None:
+    """Garbage is looked for among half a million objects of libraries otherwise, which takes most of a second, and drawing asks for it often."""
+    import transformers.models.clip.modeling_clip  # noqa: F401
+
+    import t2ilib.training.loop  # noqa: F401
+
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def machine(tmp_path_factory):
     """A cache folder of its own; and few held-out pictures, whose loss before and after takes most of a short run's time."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        leave_imports_alone()
     os.environ["T2ILIB_CACHE"] = str(tmp_path_factory.mktemp("cache"))
     source.NUM_VALIDATION = FEW_HELD_OUT
 
