@@ -1,6 +1,7 @@
 """Every test runs offline, on few threads, and with a cache folder of its own."""
 
 import gc
+import importlib
 import os
 import signal
 
@@ -61,11 +62,9 @@ def pytest_collection_modifyitems(config, items) -> None:
 
 
 def leave_imports_alone() -> None:
-    """Garbage is looked for among half a million objects of libraries otherwise, which takes most of a second, and drawing asks for it often."""
-    import transformers.models.clip.modeling_clip  # noqa: F401
-
-    import t2ilib.training.loop  # noqa: F401
-
+    """Garbage is looked for among more than half a million objects of libraries otherwise, and drawing has it looked for often."""
+    for name in ("t2ilib.training.loop", "diffusers.loaders.peft", "mlflow"):
+        importlib.import_module(name)
     gc.collect()
     gc.freeze()
 
