@@ -9,6 +9,7 @@ from typing import Any
 
 import gradio as gr
 
+from t2ilib.app.answering import QUIET, Updates
 from t2ilib.app.asking import (
     ADAPTERS,
     NAMES,
@@ -33,7 +34,6 @@ from t2ilib.drawing.settings import AdapterChoice, DrawSettings
 
 WEAKEST, STRONGEST = -1.0, 2.0
 """Ends of a strength's slider; a picture that was drawn with another makes it longer."""
-Updates = dict[Any, Any]
 
 
 class Panel:
@@ -162,20 +162,19 @@ class Panel:
 
     def wire(self, take_grid: Callable[[Restored], Updates], grid_outputs: list[Any]) -> None:
         """What happens when something changes. `take_grid`: shows the axes of a sheet that was dropped, in `grid_outputs`."""
-        hidden = {"api_visibility": "private", "show_progress": "hidden", "concurrency_limit": None}
         shown = gr.State(1)
-        self.more.click(self.one_more, shown, [shown, *self.rows], **hidden)
+        self.more.click(self.one_more, shown, [shown, *self.rows], **QUIET)
         about = [self.told, *(self.fields[name] for name in ("base", "weights", "clip_skip", "sampler"))]
         for name in ADAPTERS:
             # what was chosen from the list, typed, or put there by a picture: the base follows only what a person did
-            self.fields[name].input(self.adapter_chosen, self.inputs, about, **hidden)
+            self.fields[name].input(self.adapter_chosen, self.inputs, about, **QUIET)
         for name in ("base", "weights"):
-            self.fields[name].change(self.base_chosen, self.inputs, [self.base_told, self.fields["sampler"]], **hidden)
+            self.fields[name].change(self.base_chosen, self.inputs, [self.base_told, self.fields["sampler"]], **QUIET)
 
         def dropped(file: str | None, request: gr.Request) -> Updates:
             return self.picture_dropped(file, self.studio.visitors.of(request.session_hash), take_grid)
 
-        self.drop.upload(dropped, self.drop, [self.drop, self.told, *self.inputs, *self.rows, *grid_outputs], **hidden)
+        self.drop.upload(dropped, self.drop, [self.drop, self.told, *self.inputs, *self.rows, *grid_outputs], **QUIET)
 
     def one_more(self, shown: int) -> list[Any]:
         shown = min(SLOTS, shown + 1)
