@@ -19,8 +19,9 @@ from t2ilib.evaluation.measures import Context, Measure
 from t2ilib.evaluation.metrics import Metric
 
 
-def mean_gradient(pictures, prompts, context: Context) -> dict[str, float]:
-    """The mean difference between neighbouring pixels, in units of 0 to 255.
+def mean_gradient(pictures, prompts, context: Context) -> dict[str, list[float]]:
+    """Of each picture the mean difference between neighbouring pixels, in units of 0 to 255. What is said of all pictures
+    together would be a number instead of a list.
 
     `pictures`: PIL images, one a prompt. `context`: the group of prompts, the run, the model that drew (an embedding model could
     go to its device), the scenes in the drawn world, and `shared`, to keep a model from one group to the next.
@@ -29,7 +30,7 @@ def mean_gradient(pictures, prompts, context: Context) -> dict[str, float]:
     for picture in pictures:
         grey = np.asarray(picture.convert("L"), float)
         steps.append((np.abs(np.diff(grey, axis=0)).mean() + np.abs(np.diff(grey, axis=1)).mean()) / 2)
-    return {f"sharpness/{context.group}": float(np.mean(steps))}
+    return {f"sharpness/{context.group}": steps}
 
 
 sharpness = Measure(

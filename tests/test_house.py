@@ -36,6 +36,7 @@ ROWS = (
         "data.download",
         "data.sources",
         "evaluation.metrics",
+        "evaluation.rows",
         "evaluation.statistics",
         "presets",
         "tracking",
@@ -71,6 +72,7 @@ TORCH_FREE = (
     "data.tagging",
     "shapes.world",
     "evaluation.metrics",
+    "evaluation.rows",
 )
 """What must not load torch (or MLflow) when it is imported, so that commands answer at once and kernels get the memory."""
 

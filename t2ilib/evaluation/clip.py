@@ -43,8 +43,8 @@ def load_clip(run: RunConfig, device: torch.device):
 
 
 @torch.no_grad()
-def clip_score(model, tokenizer, pictures: Sequence[Image.Image], texts: Sequence[str]) -> float:
-    """Mean of 100 max(cos(image, text), 0) (CLIPScore without its factor of 2.5, arXiv 2104.08718)."""
+def clip_scores(model, tokenizer, pictures: Sequence[Image.Image], texts: Sequence[str]) -> list[float]:
+    """Of each picture 100 max(cos(image, text), 0) (CLIPScore without its factor of 2.5, arXiv 2104.08718)."""
     size = model.config.vision_config.image_size
     resized = [picture.convert("RGB").resize((size, size), Image.Resampling.BICUBIC) for picture in pictures]
     pixels = (
@@ -56,7 +56,7 @@ def clip_score(model, tokenizer, pictures: Sequence[Image.Image], texts: Sequenc
     image = F.normalize(model.visual_projection(model.vision_model(pixels).pooler_output), dim=-1)
     ids = tokenize(tokenizer, texts).to(model.device)
     text = F.normalize(model.text_projection(model.text_model(ids).pooler_output), dim=-1)
-    return float(100 * (image * text).sum(-1).clamp(min=0).mean())
+    return (100 * (image * text).sum(-1).clamp(min=0)).tolist()
 
 
 def pixel_statistics(folder: Path) -> tuple[torch.Tensor, torch.Tensor]:

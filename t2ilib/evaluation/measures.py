@@ -1,8 +1,9 @@
 """Measures: what judges the pictures that a trained model draws, chosen by name like everything else.
 
-A measure is a function `(pictures, prompts, context) -> {metric: value}` with the declarations of its metrics. The checker of the
-shapes world, the CLIP score and a user's own are the same to `measure`, which draws each group of prompts once and asks every
-measure about it. A metric that was not measured is missing, never zero.
+A measure is a function `(pictures, prompts, context) -> {metric: value}` with the declarations of its metrics; what it says of
+single pictures it gives as a list, whose mean is the metric (`evaluation.rows`). The checker of the shapes world, the CLIP score
+and a user's own are the same to `measure`, which draws each group of prompts once and asks every measure about it. A metric that
+was not measured is missing, never zero.
 """
 
 import json
@@ -18,6 +19,7 @@ from PIL import Image
 from t2ilib.config import ConfigError, RunConfig, check_choice
 from t2ilib.evaluation import clip
 from t2ilib.evaluation.metrics import ENTRY_POINTS, Metric, check_measures, declare
+from t2ilib.evaluation.rows import Row, Value, split, write_rows
 from t2ilib.evaluation.sampling import draw, save_pictures
 from t2ilib.memory import Peaks
 from t2ilib.models.components import Components
@@ -47,9 +49,10 @@ class Context:
 @dataclass(frozen=True)
 class Measure:
     """`function(pictures, prompts, context)` returns metrics by name, each declared in `metrics`, where `{group}` in a name or
-    title stands for the group of prompts. `lacks(run)`: why a run cannot be measured by it, or None."""
+    title stands for the group of prompts: a number, or a list of one a picture, None for a picture that the metric is not about.
+    `lacks(run)`: why a run cannot be measured by it, or None."""
 
-    function: Callable[[Sequence[Image.Image], Sequence[str], Context], Mapping[str, float]]
+    function: Callable[[Sequence[Image.Image], Sequence[str], Context], Mapping[str, Value]]
     metrics: Mapping[str, Metric]
     lacks: Callable[[RunConfig], str | None] = lambda run: None
 
@@ -60,17 +63,17 @@ class Measure:
         }
 
 
-def check_pictures(pictures: Sequence[Image.Image], prompts: Sequence[str], context: Context) -> dict[str, float]:
+def check_pictures(pictures: Sequence[Image.Image], prompts: Sequence[str], context: Context) -> dict[str, Value]:
     """The shapes checker; {} for a group whose scenes nobody knows."""
     return checker.checked(context.group, context.scenes, pictures) if context.scenes else {}
 
 
-def score_by_clip(pictures: Sequence[Image.Image], prompts: Sequence[str], context: Context) -> dict[str, float]:
+def score_by_clip(pictures: Sequence[Image.Image], prompts: Sequence[str], context: Context) -> dict[str, Value]:
     """The CLIP score of the run's CLIP, or of the one that lies beside its base."""
     if "clip" not in context.shared:
         context.shared["clip"] = clip.load_clip(context.run, context.components.device)
     model, tokenizer = context.shared["clip"]
-    return {f"clip_score/{context.group}": clip.clip_score(model, tokenizer, pictures, prompts)}
+    return {f"clip_score/{context.group}": clip.clip_scores(model, tokenizer, pictures, prompts)}
 
 
 MEASURES: dict[str, Measure] = {
@@ -127,7 +130,8 @@ def measure(
     metrics: Mapping[str, float] | None = None,
     prompts: Sequence[str] = (),
 ) -> dict[str, float]:
-    """Draws test prompts, measures the pictures, and writes all of a run's final numbers to `metrics.json` in its output.
+    """Draws test prompts, measures the pictures, and writes all of a run's final numbers to `metrics.json` in its output, and
+    what single pictures measured to `rows.jsonl`.
 
     `metrics`: what training gave (`TrainResult.metrics`), written along. `prompts` (`TrainResult.prompts`): what is drawn where
     `evaluation.prompts` names nothing; the drawn world has test prompts of its own. Also keeps some pictures for the report.
@@ -135,6 +139,7 @@ def measure(
     """
     measures = find_measures(run)
     found: dict[str, float] = {}
+    rows: list[Row] = []
     shown: list[tuple[str, Image.Image]] = []
     shared, known, peaks = {}, {}, Peaks()
     groups = prompt_groups(run, prompts)
@@ -144,12 +149,16 @@ def measure(
             few = SHOWN // len(groups)
             shown += list(zip(asked, pictures, strict=True))[:: max(1, len(asked) // few)][:few]
             context = Context(group, run, components, scenes, shared)
+            told: dict[str, Value] = {}
             for name, chosen in measures.items():
                 values, declared = chosen.function(pictures, asked, context), chosen.declared(group)
                 if unknown := sorted(values.keys() - declared.keys()):
                     raise ConfigError(f"the measure {name} does not declare what it returned: {', '.join(unknown)}")
-                found |= values
+                told |= values
                 known |= {key: metric for key, metric in declared.items() if key in values}
+            means, single = split(told, run.training.steps, group, asked)
+            found, rows = found | means, rows + single
+    write_rows(run.output, rows)
     declare(run.output, known)
     shutil.rmtree(run.output / "pictures", ignore_errors=True)  # of other prompts, perhaps
     if shown:

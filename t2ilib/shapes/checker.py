@@ -170,9 +170,7 @@ def check(scenes: Sequence[Scene], pictures: Iterable[Image.Image]) -> CheckResu
 
 def judge_all(scenes: Sequence[Scene], readings: Sequence[dict[str, str]]) -> CheckResult:
     """The same, of pictures that were read already. Raises ValueError where there is not one for each scene."""
-    if not scenes or len(readings) != len(scenes):
-        raise ValueError(f"{len(readings)} pictures for {len(scenes)} scenes: one picture a scene is needed")
-    verdicts = [judge(scene, reading) for scene, reading in zip(scenes, readings, strict=True)]
+    verdicts = verdicts_on(scenes, readings)
     names = [name for name in ATTRIBUTES if any(name in verdict for verdict in verdicts)]
     accuracy = {name: float(np.mean([v[name] for v in verdicts if name in v])) for name in names}
     chance = {}
@@ -181,6 +179,13 @@ def judge_all(scenes: Sequence[Scene], readings: Sequence[dict[str, str]]) -> Ch
         seen = Counter(reading[name] for reading in readings)
         chance[name] = sum(truths[v] * seen[v] for v in truths) / (truths.total() * seen.total())
     return CheckResult(len(scenes), accuracy, float(np.mean([all(v.values()) for v in verdicts])), chance)
+
+
+def verdicts_on(scenes: Sequence[Scene], readings: Sequence[dict[str, str]]) -> list[dict[str, bool]]:
+    """Of each picture attribute -> right or wrong. Raises ValueError where there is not one picture for each scene."""
+    if not scenes or len(readings) != len(scenes):
+        raise ValueError(f"{len(readings)} pictures for {len(scenes)} scenes: one picture a scene is needed")
+    return [judge(scene, reading) for scene, reading in zip(scenes, readings, strict=True)]
 
 
 METRICS = {
@@ -218,25 +223,31 @@ def checked_scenes(run: RunConfig) -> dict[str, list[Scene]]:
     return groups | {"base_kept": mixed_scenes(count, "test", 0, ["base"])}
 
 
-def checked(group: str, scenes: Sequence[Scene], pictures: Sequence[Image.Image]) -> dict[str, float]:
-    """Accuracies in [0, 1] by attribute and of all together.
+def checked(
+    group: str, scenes: Sequence[Scene], pictures: Sequence[Image.Image]
+) -> dict[str, float | list[float | None]]:
+    """Of each picture whether it is right, 1 or 0, by attribute and in all of them together.
 
     Of what was learned also what the share of pictures with everything right is to be held against: `chance`, when every picture is
     held against every prompt, and `constant`, the best that one of these pictures would score as the answer to all prompts. For concepts
-    also how many pictures show the concept asked for, whatever else is wrong in them.
+    also which pictures show the concept asked for, whatever else is wrong in them.
     """
     readings = [read(picture) for picture in pictures]
-    result = judge_all(scenes, readings)
-    found = {f"{group}/{name}": value for name, value in result.accuracy.items()} | {
-        f"{group}/all": result.all_attributes
+    verdicts = verdicts_on(scenes, readings)
+    found: dict[str, float | list[float | None]] = {
+        f"{group}/{name}": [float(verdict[name]) if name in verdict else None for verdict in verdicts]
+        for name in ATTRIBUTES
+        if any(name in verdict for verdict in verdicts)
     }
+    found[f"{group}/all"] = [float(all(verdict.values())) for verdict in verdicts]
     if group == "concept":
         asked = [scene.concepts[0] for scene in scenes]
-        shown = [concept in reading.values() for concept, reading in zip(asked, readings, strict=True)]
+        shown = [float(concept in reading.values()) for concept, reading in zip(asked, readings, strict=True)]
         for name in dict.fromkeys(asked):
-            hits = [hit for hit, concept in zip(shown, asked, strict=True) if concept == name]
-            found[f"concept/{name}"] = float(np.mean(hits))
-        found["concept/shown"] = float(np.mean(shown))
+            found[f"concept/{name}"] = [
+                hit if concept == name else None for hit, concept in zip(shown, asked, strict=True)
+            ]
+        found["concept/shown"] = shown
     if group in ("concept", "world"):
         right = np.array([[all(judge(scene, reading).values()) for scene in scenes] for reading in readings])
         found |= {f"{group}/chance": float(right.mean()), f"{group}/constant": float(right.mean(1).max())}

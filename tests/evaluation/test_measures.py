@@ -98,8 +98,8 @@ def test_the_example_measures_what_it_says() -> None:
     half.paste("white", (4, 0, 8, 8))  # one step of 127 in each of eight rows, among seven neighbours
     context = Context("prompts", build_run(DRAWN), None)
     own = find_measure(f"{OWN}:sharpness").function
-    assert own([flat], ["a"], context) == {"sharpness/prompts": 0.0}
-    assert own([half], ["a"], context)["sharpness/prompts"] == pytest.approx((127 / 7) / 2)
+    assert own([flat], ["a"], context) == {"sharpness/prompts": [0.0]}
+    assert own([half], ["a"], context)["sharpness/prompts"][0] == pytest.approx((127 / 7) / 2)
 
 
 def test_a_package_can_offer_one(monkeypatch: pytest.MonkeyPatch) -> None:

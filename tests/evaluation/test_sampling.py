@@ -7,7 +7,7 @@ from diffusers import EulerDiscreteScheduler
 from PIL import Image
 
 from t2ilib.config import EvaluationConfig, ModelConfig
-from t2ilib.evaluation.clip import clip_score
+from t2ilib.evaluation.clip import clip_scores
 from t2ilib.evaluation.measures import measure
 from t2ilib.evaluation.sampling import draw, free_path, load_pictures, make_grid, save_pictures
 from t2ilib.models.load import load_base
@@ -176,7 +176,9 @@ def test_clip_score_is_the_cosine_of_transformers(components) -> None:
     ids = tokenizer(PROMPTS[0], padding="max_length", max_length=32, return_tensors="pt").input_ids
     with torch.no_grad():
         logits = clip(input_ids=ids, pixel_values=pixels).logits_per_image / clip.logit_scale.exp()
-    assert clip_score(clip, tokenizer, [picture], PROMPTS[:1]) == pytest.approx(100 * max(0.0, float(logits)), abs=1e-2)
+    assert clip_scores(clip, tokenizer, [picture], PROMPTS[:1])[0] == pytest.approx(
+        100 * max(0.0, float(logits)), abs=1e-2
+    )
 
 
 def test_measure_writes_what_it_found(components, tmp_path) -> None:

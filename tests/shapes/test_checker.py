@@ -5,8 +5,9 @@ import pytest
 from PIL import Image
 
 from t2ilib.evaluation.measures import MEASURES
+from t2ilib.evaluation.rows import split
 from t2ilib.runfile import build_run
-from t2ilib.shapes import checker
+from t2ilib.shapes import checker, world
 from t2ilib.shapes.checker import ATTRIBUTES, UNREADABLE, checked, checked_scenes, judge, read
 from t2ilib.shapes.world import (
     BLUEPRINT_PAPER,
@@ -72,6 +73,10 @@ def test_every_kind_of_scene_is_read(concept) -> None:
     assert not wrong
 
 
+def means(group: str, scenes, pictures) -> dict[str, float]:
+    return split(checked(group, scenes, pictures), 0, group, [world.caption(scene) for scene in scenes])[0]
+
+
 def drawn(scenes, seed: int = 0) -> list[Image.Image]:
     return [render(scene, seed + index) for index, scene in enumerate(scenes)]
 
@@ -81,24 +86,24 @@ def test_learned_is_the_concept_and_all_else_and_stands_beside_what_would_be_had
         {"adapter": {}, "data": {"source": "shapes"}, "shapes": {"scenes": list(CONCEPTS), "checked_prompts": 30}}
     )
     scenes = checked_scenes(run)["concept"]
-    right = checked("concept", scenes, drawn(scenes))
+    right = means("concept", scenes, drawn(scenes))
     assert right["concept/all"] == right["concept/shown"] == 1
     assert right["concept/chance"] == pytest.approx(1 / 30)
     assert right["concept/constant"] == pytest.approx(1 / 30)
     assert {right[f"concept/{name}"] for name in CONCEPTS} == {1}
 
     rng = np.random.default_rng(1)
-    shuffled = checked("concept", scenes, [drawn(scenes)[i] for i in np.roll(np.arange(30), 1)])
+    shuffled = means("concept", scenes, [drawn(scenes)[i] for i in np.roll(np.arange(30), 1)])
     assert shuffled["concept/all"] <= 1 / 30
     assert 0.8 < shuffled["concept/shown"] < 1, "next to each picture stands one of the same concept"
 
     paper = Image.new("RGB", (64, 64), BLUEPRINT_PAPER)
     noise = Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8))
     for nothing in (paper, noise):
-        found = checked("concept", scenes, [nothing] * 30)
+        found = means("concept", scenes, [nothing] * 30)
         assert {found[f"concept/{name}"] for name in ("all", "shown", "chance", "constant", *CONCEPTS)} == {0}
 
-    constant = checked("concept", scenes, [render(scenes[0], 0)] * 30)
+    constant = means("concept", scenes, [render(scenes[0], 0)] * 30)
     assert constant["concept/all"] == constant["concept/constant"] == pytest.approx(1 / 30)
     assert constant["concept/shown"] == pytest.approx(1 / 3), "one blueprint for all: that is why shown is not learned"
 
@@ -107,7 +112,7 @@ def test_of_the_base_world_all_attributes_count() -> None:
     scenes = mixed_scenes(12, "test", 0, ["base"])
     pictures = drawn(scenes)
     pictures[0] = render(scenes[1], 5)
-    found = checked("base_kept", scenes, pictures)
+    found = means("base_kept", scenes, pictures)
     assert found["base_kept/all"] == pytest.approx(11 / 12)
     assert found.keys() == {"base_kept/all", *(f"base_kept/{name}" for name in ATTRIBUTES)}
 
@@ -124,7 +129,7 @@ def test_a_network_from_scratch_had_nothing_to_keep() -> None:
     assert sum(not scene.concepts for scene in scenes) == 6
     pictures = drawn(scenes)
     pictures[0] = render(scenes[1], 5)
-    found = checked("world", scenes, pictures)
+    found = means("world", scenes, pictures)
     assert found["world/all"] == pytest.approx(11 / 12)
     assert found["world/constant"] == pytest.approx(1 / 12)
     assert found["world/chance"] == pytest.approx(12 / 144)

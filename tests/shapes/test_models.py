@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from t2ilib.config import EvaluationConfig, ModelConfig
-from t2ilib.evaluation.clip import clip_score
+from t2ilib.evaluation.clip import clip_scores
 from t2ilib.evaluation.sampling import draw
 from t2ilib.models.files.locate import SHIPPED
 from t2ilib.models.load import load_base
@@ -116,7 +116,7 @@ def test_clip_tells_captions_apart(components) -> None:
     pictures = [world.render(scene, 0) for scene in scenes]
     texts = [world.caption(scene) for scene in scenes]
     right, wrong = (
-        clip_score(clip, tokenizer, pictures, texts),
-        clip_score(clip, tokenizer, pictures, texts[1:] + texts[:1]),
+        np.mean(clip_scores(clip, tokenizer, pictures, texts)),
+        np.mean(clip_scores(clip, tokenizer, pictures, texts[1:] + texts[:1])),
     )
     assert right > wrong + 20
