@@ -16,7 +16,7 @@ from PIL import Image
 from t2ilib.config import RunConfig
 from t2ilib.evaluation.closeness import centroid_distance, mean_similarities, squared_mmd, vendi_score
 from t2ilib.evaluation.context import Context, Measure
-from t2ilib.evaluation.embeddings import embedders, embedding_models, lacks_models
+from t2ilib.evaluation.embeddings import embedders, embedding_models, lacks_models, vectors_of
 from t2ilib.evaluation.metrics import Metric
 from t2ilib.evaluation.references import Real, base_pictures, lacks_base, lacks_held_out, real_pictures
 from t2ilib.evaluation.rows import Value
@@ -83,7 +83,12 @@ def likeness(pictures: Sequence[Image.Image], prompts: Sequence[str], context: C
     of_base = base_pictures(context.run, context.components, prompts, context.shared)
     for embedder in embedders(context.run, context.components.device, context.shared):
         name = f"{context.group}/{embedder.name}"
-        drawn, base, real, others = embedder(pictures), embedder(of_base), held_out.by(embedder), training.by(embedder)
+        drawn, base, real, others = (
+            vectors_of(embedder, pictures, context.shared),
+            vectors_of(embedder, of_base, context.shared),
+            held_out.by(embedder),
+            training.by(embedder),
+        )
         own, floor, ceiling = (mean_similarities(vectors, real) for vectors in (drawn, base, others))
         found[f"likeness/{name}"] = own.tolist()
         found[f"likeness/{name}/base"] = float(floor.mean())
@@ -132,7 +137,11 @@ def diversity(pictures: Sequence[Image.Image], prompts: Sequence[str], context: 
     of_base = base_pictures(context.run, context.components, prompts, context.shared)
     count = min(len(pictures), len(training))
     for embedder in embedders(context.run, context.components.device, context.shared) if count > 1 else []:
-        sets = {"": embedder(pictures), "/base": embedder(of_base), "/real": training.by(embedder)}
+        sets = {
+            "": vectors_of(embedder, pictures, context.shared),
+            "/base": vectors_of(embedder, of_base, context.shared),
+            "/real": training.by(embedder),
+        }
         for suffix, vectors in sets.items():
             found[f"diversity/{context.group}/{embedder.name}{suffix}"] = over_subsets(vendi_score, vectors, count)
     return found

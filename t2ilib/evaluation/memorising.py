@@ -18,7 +18,7 @@ from PIL import Image
 from t2ilib.config import ConfigError, RunConfig
 from t2ilib.evaluation.closeness import most_by_chance, nearer_than_real, nearest_is_training
 from t2ilib.evaluation.context import Context, Measure
-from t2ilib.evaluation.embeddings import Preparation, embedders, embedding_models
+from t2ilib.evaluation.embeddings import Preparation, embedders, embedding_models, vectors_of
 from t2ilib.evaluation.likeness import OWN
 from t2ilib.evaluation.likeness import lacks as lacks_likeness
 from t2ilib.evaluation.metrics import Metric
@@ -73,7 +73,7 @@ def memorising(pictures: Sequence[Image.Image], prompts: Sequence[str], context:
     of_base = base_pictures(context.run, context.components, prompts, context.shared)
     for embedder in embedders(context.run, context.components.device, context.shared):
         name, reals = f"{context.group}/{embedder.name}", (training.by(embedder), held_out.by(embedder))
-        drawn, base = embedder(pictures), embedder(of_base)
+        drawn, base = vectors_of(embedder, pictures, context.shared), vectors_of(embedder, of_base, context.shared)
         if context.group in OPEN:
             for measured, function in {
                 "nearer_training": nearer_than_real,
