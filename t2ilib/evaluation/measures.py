@@ -7,6 +7,7 @@ was not measured is missing, never zero.
 """
 
 import json
+import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -21,7 +22,7 @@ from t2ilib.evaluation.context import Context, Measure
 from t2ilib.evaluation.drift import DRIFT
 from t2ilib.evaluation.likeness import DIVERSITY_OF_GROUPS, LIKENESS
 from t2ilib.evaluation.memorising import COPIED, MEMORISING
-from t2ilib.evaluation.metrics import ENTRY_POINTS, check_measures, declare
+from t2ilib.evaluation.metrics import ENTRY_POINTS, check_measures, declare, flagged
 from t2ilib.evaluation.rows import Row, Value, split, write_rows
 from t2ilib.evaluation.sampling import draw, save_pictures
 from t2ilib.memory import Peaks
@@ -31,6 +32,8 @@ from t2ilib.shapes import checker
 from t2ilib.shapes.world import Scene, caption
 from t2ilib.text import write_whole
 from t2ilib.tracking.tracker import NullTracker, Tracker
+
+log = logging.getLogger(__name__)
 
 SHOWN = 8
 """Pictures that are kept for the report's grid, of each group as many."""
@@ -141,6 +144,10 @@ def measure(
                 known |= {key: metric for key, metric in declared.items() if key in values}
             means, single = split(told, run.training.steps, group, asked)
             found, rows = found | means, rows + single
+    for name, metric in flagged(found, known).items():
+        log.warning(
+            "%s: %.3g, and at most %.3g is usual: %s", metric.title, found[name], found[metric.ceiling], metric.flag
+        )
     write_rows(run.output, rows)
     declare(run.output, known)
     shutil.rmtree(run.output / "pictures", ignore_errors=True)  # of other prompts, perhaps
