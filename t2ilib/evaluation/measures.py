@@ -76,6 +76,13 @@ def find_measures(run: RunConfig) -> dict[str, Measure]:
     return found
 
 
+def tell_lacking(run: RunConfig) -> None:
+    """Warns of measures that are about a run's groups of prompts and cannot be asked, where none was named."""
+    for name in ("likeness", "drift") if run.evaluation.measures is None and run.evaluation.prompt_groups else ():
+        if reason := MEASURES[name].lacks(run):
+            log.warning("%s is not measured: %s", name, reason)
+
+
 def find_measure(name: str) -> Measure:
     """A measure of MEASURES, of an installed package's entry point, or `file.py:name`; raises ConfigError where there is none."""
     check_measures([name])
@@ -123,6 +130,7 @@ def measure(
     Raises ConfigError as `find_measures` does, and for a metric that its measure does not declare.
     """
     measures = find_measures(run)
+    tell_lacking(run)
     found: dict[str, float] = {}
     rows: list[Row] = []
     shown: list[tuple[str, Image.Image]] = []

@@ -65,10 +65,10 @@ COPIES = {
 
 
 def memorising(pictures: Sequence[Image.Image], prompts: Sequence[str], context: Context) -> dict[str, Value]:
-    """See METRICS; {} for groups of which nothing can be said, and without held-out pictures."""
-    training, held_out = real_pictures(context.run, context.shared)
-    if context.group not in OWN or not len(held_out):
+    """See METRICS; {} for groups of which nothing can be said."""
+    if context.group not in OWN:
         return {}
+    training, held_out = real_pictures(context.run, context.shared)
     found: dict[str, Value] = {}
     of_base = base_pictures(context.run, context.components, prompts, context.shared)
     for embedder in embedders(context.run, context.components.device, context.shared):
@@ -141,9 +141,9 @@ def described(model: Any, pictures: Sequence[Image.Image], device: torch.device)
 
 def copies(pictures: Sequence[Image.Image], prompts: Sequence[str], context: Context) -> dict[str, Value]:
     """Of each picture whether a training picture is a copy of it, and the cosine of the nearest."""
-    training, held_out = real_pictures(context.run, context.shared)
-    if context.group not in OWN or not len(held_out):
+    if context.group not in OWN:
         return {}
+    training, held_out = real_pictures(context.run, context.shared)
     device, shared = context.components.device, context.shared
     if "detector" not in shared:
         shared["detector"] = model = load_detector(context.run, device)
