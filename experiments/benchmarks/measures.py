@@ -40,7 +40,7 @@ FOLDER = ROOT / "results" / "measures"
 CONCEPTS = ("heart", "striped")
 PLAN: dict[str, dict[str, Any]] = {
     "base": {"adapter": None, "training": {"trains": "nothing", "steps": 0}},
-    **{f"steps_{n}": {"training": {"steps": n}} for n in (10, 40, 80, 120, 200)},
+    **{f"steps_{n}": {"training": {"steps": n}} for n in (10, 40, 80, 120, 240)},
     **{f"rate_{rate:g}": {"optimizer": {"learning_rate": rate}} for rate in (0.0005, 0.002, 0.008, 0.016)},
     **{f"rank_{n}": {"adapter": {"rank": n, "alpha": float(n)}} for n in (2, 4, 32)},
     "attention": {"adapter": {"targets": "attention"}},
@@ -54,8 +54,8 @@ PLAN: dict[str, dict[str, Any]] = {
 """Run -> what is different in it."""
 OVER_TRAINED = ("few_16_200", "few_8_120", "few_8_300")
 """Trained far too long on far too few pictures, so they must be flagged."""
-GOOD = ("steps_80", "steps_120", "steps_200", "rank_4", "rank_32", "dora", "rate_0.002")
-"""Trained on 200 pictures, each seen ten times at most, so none may be."""
+GOOD = ("steps_80", "steps_120", "steps_240", "rank_4", "rank_32", "dora", "rate_0.002")
+"""Trained on 200 pictures, each seen five times at most, so none may be."""
 TRUTHS = {"learned": "concept/all", "kept": "base_kept/all", "copied": "truth/copied", "gap": "truth/gap"}
 """What the checker says of a run. copied: of pictures in new contexts, how many show a training scene and not what was asked for. gap: how
 much oftener training captions are followed than held-out ones."""
@@ -140,7 +140,7 @@ def planned(seed: int = 0) -> Iterator[tuple[str, dict[str, Any]]]:
                 "shapes": shapes,
                 "objective": {"caption_dropout": 0.1, "snr_gamma": None},
                 "optimizer": {"learning_rate": 0.004, "schedule": "cosine"},
-                "training": {"steps": 120, "batch_size": 8, "checkpoint_every": 1000},
+                "training": {"steps": 120, "batch_size": 4, "checkpoint_every": 1000},
                 "evaluation": {
                     "guidance_scale": 3.0, "num_inference_steps": 6, "validation_pictures": 16, "validate_every": 0, "sample_every": 0,
                     "animation": "none", "prompts": [f"a {words}"], "prompt_groups": groups,
