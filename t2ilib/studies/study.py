@@ -164,6 +164,7 @@ def write_study(study: Study, preset: str, folder: Path) -> None:
         "preset": preset,
         "reference": study.reference,
         "base": study.base if study.base in told else None,
+        "margins": study.margins,
         "seeds": chosen.seeds,
         "run": merge(study.run, chosen.run),
         "variants": {name: values["variants"][name] for name in told},
