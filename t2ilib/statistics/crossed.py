@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from t2ilib.statistics.pooled import Difference, Values, satterthwaite
 from t2ilib.statistics.means import LEVEL
+from t2ilib.statistics.pooled import Difference, Values
 
 Prompt = tuple[str, int]
 """Group and number."""
@@ -66,7 +66,9 @@ def cross(one: Pictures, other: Pictures, difference: Difference) -> Crossed | N
     of_prompts = float(by_prompt.var(ddof=1)) / count
     parts = [(difference.error**2, difference.df), (of_prompts, count - 1.0)]
     rests = [rest_of(side) for side in (first, second)]
-    twice = [(mean_square / side.size, df) for side, (mean_square, df) in zip((first, second), rests, strict=True) if df]
+    twice = [
+        (mean_square / side.size, df) for side, (mean_square, df) in zip((first, second), rests, strict=True) if df
+    ]
     variance = sum(part for part, _ in parts) - sum(part for part, _ in twice)
     variance = max(variance, *(part for part, _ in parts))
     df = variance**2 / sum(part**2 / free for part, free in (*parts, *twice)) if variance > 0 else parts[0][1]

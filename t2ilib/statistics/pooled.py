@@ -27,8 +27,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from t2ilib.statistics.means import LEVEL, SLACK
 from t2ilib.seeds import numpy_generator_for
+from t2ilib.statistics.means import LEVEL, SLACK
 
 DRAWS = 100_000
 UNLIKE = 0.10
@@ -195,15 +195,16 @@ class Family:
         weights = tuple(0.0 if name in noise.still else 1 / noise.counts[name] for name in names)
         largest = largest_t(weights, places, noise.df)
         refused = math.ceil((1 - LEVEL - SLACK) / questions * largest.size)
-        return cls(2 * float(stats.t.sf(largest[largest.size - refused], noise.df)), largest, noise.df, questions)
+        drawn = 2 * float(stats.t.sf(largest[largest.size - refused], noise.df))
+        return cls(min(drawn, (1 - LEVEL) / questions), largest, noise.df, questions)
 
     def p_value(self, alone: float) -> float:
         """Of a question whose p-value, if it were the only one, is `alone`: the share of draws in which some difference of the
-        family would be as large by chance."""
+        family is as large by chance."""
         if alone <= 0:
             return 0.0
         as_large = self.largest.size - np.searchsorted(self.largest, stats.t.isf(alone / 2, self.df), side="left")
-        return min(1.0, self.questions * float(as_large) / self.largest.size)
+        return min(1.0, self.questions * max(alone, float(as_large) / self.largest.size))
 
 
 @functools.lru_cache(maxsize=64)
