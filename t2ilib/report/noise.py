@@ -110,20 +110,19 @@ def level_of(compared: dict[str, Comparison]) -> float:
     return min((one.difference.alpha for one in compared.values() if one.difference.alpha), default=1 - LEVEL)
 
 
-def power_markdown(report: StudyReport) -> str:
-    """Markdown: how many seeds a difference needs in this study, by what its runs vary by; "" where nobody knows."""
-    parts = []
+def power_tables(report: StudyReport) -> list[tuple[str, list[Row]]]:
+    """For each metric that speaks for quality how often so many seeds show a difference, with a sentence about it, by what the study's runs
+    vary by; [] where nobody knows."""
+    tables = []
     for name, noise in noisy(report).items():
         trained = {key: one for key, one in compare(report, name).items() if key != report.base}
         alpha, known = level_of(trained), report.about(name)
         seeds = noise.counts.get(report.reference) or max(noise.counts.values())
         least = smallest_found(noise.deviation, seeds, len(noise.counts.keys() - noise.still), alpha)
-        found = f" With the {seeds} of this study {write_size(least, known)} is found." if least else ""
-        table = markdown_table(power_table(report, name, noise, alpha))
-        parts.append(
-            f"**{known.title}** (one run ± {write_size(noise.deviation, known)}): how often a difference is shown.{found}\n\n{table}"
-        )
-    return "\n\n".join(parts)
+        told = f"{known.title} (one run ± {write_size(noise.deviation, known)}): how often a difference is shown."
+        told += f" With the {seeds} seeds of this study {write_size(least, known)} is found." if least else ""
+        tables.append((told, power_table(report, name, noise, alpha)))
+    return tables
 
 
 def noise_markdown(report: StudyReport) -> str:
@@ -135,7 +134,7 @@ def noise_markdown(report: StudyReport) -> str:
         f"## Noise\n\n{markdown_table(rows)}\n\n**One run**: by how much it varies with its seed. **Noise floor**: the reference against"
         " itself; so far apart two means of the same variant lie in 95 of 100 studies of as many seeds. Verdicts do not pair runs by seed;"
         " intervals over prompts pair by prompt and starting noise.\n\n### How many seeds a difference needs\n\n"
-        + power_markdown(report)
+        + "\n\n".join(f"{told}\n\n{markdown_table(table)}" for told, table in power_tables(report))
     )
 
 
