@@ -110,7 +110,7 @@ def learned(
 ) -> dict[str, Value]:
     """Of each picture of a held-out caption (s - b) / (1 - b): s its mean cosine to the held-out pictures of this caption, b the mean of that of
     the base's pictures; None for other prompts. {} where no prompt is a held-out caption."""
-    belong = [[i for i, own in enumerate(held_out.captions) if prompt in own] for prompt in prompts]
+    belong = held_out.asked_by(prompts)
     asked = [number for number, pictures in enumerate(belong) if pictures]
     if not asked:
         return {}

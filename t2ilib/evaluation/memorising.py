@@ -99,8 +99,8 @@ def gap(
     """{} where prompts are not captions of both kinds. Its bound is that of a difference of two means of such spread, once in a hundred."""
     gains = []
     for real, vectors in zip(kinds, reals, strict=True):
-        belong = [[i for i, own in enumerate(real.captions) if prompt in own] for prompt in prompts]
-        gains.append([float((d - b) @ vectors[o].mean(0)) for d, b, o in zip(drawn, base, belong, strict=True) if o])
+        belong = zip(drawn, base, real.asked_by(prompts), strict=True)
+        gains.append([float((d - b) @ vectors[own].mean(0)) for d, b, own in belong if own])
     if min(map(len, gains)) < 2:
         return {}
     trained, held_out = map(np.array, gains)

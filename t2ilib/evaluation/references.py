@@ -56,6 +56,11 @@ class Real:
             self.vectors[embedder.name] = embedder(self.pictures)
         return self.vectors[embedder.name]
 
+    def asked_by(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Of each prompt the numbers of the pictures whose caption it is, whatever the white space."""
+        own = [{" ".join(caption.split()) for caption in captions} for captions in self.captions]
+        return [[i for i, known in enumerate(own) if " ".join(prompt.split()) in known] for prompt in prompts]
+
 
 def lacks_held_out(run: RunConfig) -> str | None:
     """Why a run has no real pictures to hold drawn ones against, or None where it has."""

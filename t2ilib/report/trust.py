@@ -4,7 +4,7 @@ known, and which runs it flags. All of it comes from declarations, so a user's o
 
 from t2ilib.evaluation.metrics import flagged
 from t2ilib.evaluation.strength import passes, told_strength
-from t2ilib.report.reading import StudyReport
+from t2ilib.report.contents import StudyReport
 
 DECIDING = ("learned", "kept")
 """Roles of measures whose order of variants a reader will act on."""

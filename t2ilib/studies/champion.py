@@ -79,7 +79,7 @@ def choose(
     metric = TOGETHER if len(parts) == 2 else declared[parts[0]]
     values = {
         variant: {
-            seed: statistics.harmonic_mean([metrics[key] for key in parts]) if metric is TOGETHER else metrics[parts[0]]
+            seed: together([metrics[key] for key in parts]) if metric is TOGETHER else metrics[parts[0]]
             for seed, metrics in by_seed.items()
         }
         for variant, by_seed in results.items()
@@ -90,6 +90,12 @@ def choose(
     seed = min(values[leader], key=lambda seed: (abs(values[leader][seed] - middle), seed))
     doubt = doubt_of(values, leader, metric, titles or {})
     return Choice(leader, seed, metric, tuple(declared[key] for key in parts), values, doubt)
+
+
+def together(shares: Sequence[float]) -> float:
+    """Their harmonic mean. Less than nothing learned or kept, such as pictures less like the held-out ones than the base's are, counts as
+    nothing."""
+    return statistics.harmonic_mean([max(share, 0.0) for share in shares])
 
 
 def doubt_of(values: Mapping[str, Mapping[int, float]], leader: str, metric: Metric, titles: Mapping[str, str]) -> str:

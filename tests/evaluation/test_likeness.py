@@ -34,6 +34,7 @@ def test_learned_is_the_way_from_the_bases_picture_to_the_real_one() -> None:
 
 def test_other_captions_of_a_picture_ask_for_it_too_and_of_one_caption_all_count() -> None:
     assert measured([plain(255, 0, 0)], prompts=("crimson",), base=BASE[:1])["learned/colours"] == [pytest.approx(1)]
+    assert measured([plain(255, 0, 0)], prompts=("crimson\n ",), base=BASE[:1])["learned/colours"] == [pytest.approx(1)]
     alike = Real(HELD_OUT.pictures, [("it",), ("it",)])
     (share,) = measured([plain(255, 0, 0)], prompts=("it",), base=BASE[:1], held_out=alike)["learned/colours"]
     cosine = float(np.array([127, -128, -128]) @ [-128, 127, -128] / (127**2 + 2 * 128**2))
