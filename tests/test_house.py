@@ -73,6 +73,7 @@ TORCH_FREE = (
     "shapes.world",
     "evaluation.metrics",
     "evaluation.rows",
+    "evaluation.strength",
     "environment",
     "statistics",
 )

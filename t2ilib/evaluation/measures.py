@@ -24,6 +24,7 @@ from t2ilib.evaluation.drift import DRIFT
 from t2ilib.evaluation.likeness import DIVERSITY_OF_GROUPS, LIKENESS
 from t2ilib.evaluation.memorising import COPIED, MEMORISING
 from t2ilib.evaluation.metrics import ENTRY_POINTS, check_measures, declare, flagged
+from t2ilib.evaluation.references import keep_base_pictures
 from t2ilib.evaluation.rows import Row, Value, split, write_rows
 from t2ilib.evaluation.sampling import draw, save_pictures
 from t2ilib.memory import Peaks
@@ -144,6 +145,8 @@ def measure(
             pictures = draw(components, asked, run.evaluation, resolution=run.data.resolution)
             few = SHOWN // len(groups)
             shown += list(zip(asked, pictures, strict=True))[:: max(1, len(asked) // few)][:few]
+            if run.evaluation.prompt_groups and scenes is None:
+                keep_base_pictures(run, components, asked, pictures)
             context = Context(group, run, components, scenes, shared)
             told: dict[str, Value] = {}
             for name, chosen in measures.items():

@@ -105,15 +105,29 @@ def base_pictures(
     known = shared.setdefault("base pictures", {})
     prompts = tuple(prompts)
     if prompts not in known:
-        told = identity(run, components, prompts)
-        name = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:24]
-        folder = cache_folder() / "base_pictures" / name
+        folder, told = kept_in(run, components, prompts)
         if not folder.is_dir():
             with untouched(run, components) as base:
-                drawn = draw(base, prompts, run.evaluation, resolution=run.data.resolution)
-            put(drawn, told, folder)
+                put(draw(base, prompts, run.evaluation, resolution=run.data.resolution), told, folder)
         known[prompts] = load_pictures(folder)
     return known[prompts]
+
+
+def keep_base_pictures(
+    run: RunConfig, components: Components, prompts: Sequence[str], pictures: Sequence[Image.Image]
+) -> None:
+    """Keeps what a run of the untouched base drew, so that no other run draws it again; of other runs nothing."""
+    if run.trains == "nothing" and stands_still(run):
+        folder, told = kept_in(run, components, prompts)
+        if not folder.is_dir():
+            put(pictures, told, folder)
+
+
+def kept_in(run: RunConfig, components: Components, prompts: Sequence[str]) -> tuple[Path, dict[str, Any]]:
+    """The folder of the base's pictures of these prompts, and what it is known by."""
+    told = identity(run, components, prompts)
+    name = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:24]
+    return cache_folder() / "base_pictures" / name, told
 
 
 def put(pictures: Sequence[Image.Image], told: dict[str, Any], folder: Path) -> None:

@@ -8,6 +8,7 @@ from t2ilib.evaluation import references
 from t2ilib.evaluation.references import (
     adapters_off,
     base_pictures,
+    keep_base_pictures,
     lacks_base,
     lacks_held_out,
     real_pictures,
@@ -72,6 +73,16 @@ def test_they_are_drawn_once_for_all_runs_that_share_what_decides_them(ten, draw
         base_pictures(other, components, PROMPTS, {})
     base_pictures(run, components, PROMPTS[:1], {})
     assert len(drawn_anew) == 4
+
+
+def test_what_the_untouched_base_drew_as_a_run_is_not_drawn_again(ten, drawn_anew) -> None:
+    base = run_on(ten, adapter=None, training={"trains": "nothing", "steps": 0})
+    components = load_base(base.model)
+    pictures = draw(components, PROMPTS, base.evaluation, resolution=64)
+    for run in (run_on(ten), run_on(ten, objective={"name": "v_prediction"}), base):
+        keep_base_pictures(run, components, PROMPTS, pictures if run is base else pictures[::-1])
+    assert (pixels(base_pictures(run_on(ten), components, PROMPTS, {})) == pixels(pictures)).all()
+    assert not drawn_anew
 
 
 def test_other_weights_of_one_name_are_another_base(ten, tmp_path, drawn_anew) -> None:
