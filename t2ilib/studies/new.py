@@ -165,9 +165,11 @@ def choose_prompts(records: Sequence[Record], most: int) -> list[str]:
 
 
 def captions_to_judge(records: Sequence[Record], held_out: Sequence[Record], most: int) -> list[str]:
-    """Distinct captions of held-out pictures, then of others, at most `most` of each, evenly from the first to the last."""
+    """`most` captions of held-out pictures, then as many of others, evenly from the first to the last. Where there are fewer, each is asked
+    several times, from other noise: of one picture nothing can be told."""
     others = [record for record in records if record not in held_out]
-    return list(dict.fromkeys([*choose_prompts(held_out, most), *choose_prompts(others, most)]))
+    kinds = [choose_prompts(kind, most) for kind in (held_out, others) if kind]
+    return [own[number % len(own)] for own in kinds for number in range(most)]
 
 
 def scalar(value: object, style: str | None = None) -> str:

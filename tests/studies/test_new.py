@@ -106,7 +106,7 @@ def test_groups_of_prompts_are_written_of_trigger_and_class(pictures: Path, tmp_
     run = build_run(plan_runs(study, out, "quick", tmp_path, ["lora"])[0].values())
     groups = run.evaluation.prompt_groups.named()
     _, held_out = load_datasets(run)
-    assert groups["captions"][: len(held_out)] == tuple(dict.fromkeys(held_out.captions()))
+    assert groups["captions"][:8] == tuple(held_out.captions() * 8)[:8], "each as often, from other noise"
     assert set(groups["captions"]) <= set(captions(pictures))
     assert len(set(groups["captions"]) - set(held_out.captions())) == 8
     assert groups["trigger"][0] == "a striped heart"
