@@ -113,5 +113,5 @@ def test_declarations_name_the_models_of_the_run_the_first_first(ten) -> None:
         "learned/dino", "gained/dino", "learned/clip", "gained/clip"
     ]  # fmt: skip
     assert declared["likeness/captions/dino"].ceiling == "likeness/captions/dino/most"
-    assert declared["likeness/captions/dino"].title == "captions, by dino"
+    assert declared["likeness/captions/dino"].title == "likeness in captions, by dino"
     assert not [name for name in DIVERSITY_OF_GROUPS.declared("styles", run) if "{" in name]
