@@ -43,8 +43,8 @@ METRICS = {
 MARGINS = {"dino_new": 0.02, "text_new": 0.005}
 """Some 4% of what these measures are: what one would hardly see in pictures."""
 REFERENCE, DEFAULTS = (
-    "1001-sd15-lora8a4",
-    {"lora": "1001-sd15-lora8a4", "loha": "1011-sd15-loha4a2", "lokr": "1021-sd15-lokrf8"},
+    "lora8a4",
+    {"lora": "lora8a4", "loha": "loha4a2", "lokr": "lokrf8"},
 )
 SEEDS = "abc"
 
