@@ -43,8 +43,8 @@ METRICS = {
 MARGINS = {"dino_new": 0.02, "text_new": 0.005}
 """Some 4% of what these measures are: what one would hardly see in pictures."""
 REFERENCE, DEFAULTS = (
-    "1001-sd15-lora8a4",
-    {"lora": "1001-sd15-lora8a4", "loha": "1011-sd15-loha4a2", "lokr": "1021-sd15-lokrf8"},
+    "lora8a4",
+    {"lora": "lora8a4", "loha": "loha4a2", "lokr": "lokrf8"},
 )
 SEEDS = "abc"
 
@@ -53,10 +53,12 @@ def write_study(table: Path, epoch: int, folder: Path) -> None:
     """The table's rows of an epoch as a study's folder."""
     with gzip.open(table, "rt") if table.suffix == ".gz" else table.open() as lines:
         rows = [row for row in csv.DictReader(lines) if row["epoch"] == str(epoch)]
+    for row in rows:
+        row["configuration"] = row["configuration"].split("-", 2)[2]  # without its number and the base, which all share
     if not rows:
         raise SystemExit(f"{table} has no rows of epoch {epoch}")
     names = list(dict.fromkeys(row["configuration"] for row in rows))
-    variants = {name: {"title": name.split("-", 2)[2], "against": neighbour(name)} for name in names}
+    variants = {name: {"title": name, "against": neighbour(name)} for name in names}
     study = {
         "name": "lycoris",
         "question": f"Which of LyCORIS's 21 released fine-tunings of SD1.5 differ, by three seeds each (epoch {epoch})?",
@@ -86,7 +88,7 @@ def write_study(table: Path, epoch: int, folder: Path) -> None:
 
 
 def neighbour(name: str) -> str:
-    kind = next(kind for kind in DEFAULTS if f"-{kind}" in name)
+    kind = next(kind for kind in DEFAULTS if name.startswith(kind))
     return REFERENCE if name == DEFAULTS[kind] else DEFAULTS[kind]
 
 

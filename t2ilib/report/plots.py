@@ -50,7 +50,7 @@ def plots(report: StudyReport) -> list[Plot]:
         (
             "Learned and kept",
             "Figures use the short names of the tables. Bars are 95% intervals over seeds, each alone: whether two variants differ is"
-            " for the table of verdicts to say, which compares them seed by seed.",
+            " for the table of verdicts to say.",
             "How good every variant is; up and right is good",
             "learned_kept.png",
             plot_learned_kept,

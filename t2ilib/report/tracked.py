@@ -97,5 +97,5 @@ def rivals(report: StudyReport, choice: Choice) -> list[dict[str, str]]:
 
 
 def told_interval(difference: Difference | None, metric: Metric) -> str:
-    """The interval that decides, which six seeds and more have."""
+    """The interval that decides, which two seeds and more have."""
     return write_interval(difference.together, metric) if difference and difference.together else ""

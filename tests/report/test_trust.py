@@ -65,7 +65,6 @@ def test_a_report_tells_meaning_strength_and_flags(told, tmp_path) -> None:
                 "learned/clip": 0.5,
                 "kept/clip": 0.9,
                 "copied/clip": by_heart,
-                "drift/pixels": 0.1,
                 "copied/clip/most": 0.6,
                 "drift/pixels": 0.1,
             }
