@@ -41,7 +41,8 @@ METRICS = {
     ),
     "gained/{model}": Metric(
         "likeness gained, by {model}", "share", "higher", table=TABLE, role="learned",
-        note="mean cosine of drawn to held-out pictures, from the base's (0 %) to that of the training pictures (100 %).",
+        note="mean cosine of drawn to held-out pictures, from the base's (0 %) to that of the training pictures (100 %);"
+        " not measured where these two cannot be told apart.",
     ),
     "likeness/{group}/{model}": Metric(
         "likeness in {group}, by {model}", "score", "higher", table=TABLE, ceiling="likeness/{group}/{model}/most",
@@ -94,18 +95,27 @@ def likeness(pictures: Sequence[Image.Image], prompts: Sequence[str], context: C
         found[f"likeness/{name}"] = own.tolist()
         found[f"likeness/{name}/base"] = float(floor.mean())
         found[f"likeness/{name}/real"] = float(ceiling.mean())
-        if context.group != "captions" and len(others) > 1:  # captions ask for the very pictures
-            spread = ceiling.std(ddof=1) * np.sqrt(1 / len(drawn) + 1 / len(others))
-            found[f"likeness/{name}/most"] = float(ceiling.mean() + 2.33 * spread)
+        spread = by_chance(ceiling, len(drawn))
+        if context.group != "captions" and spread is not None:  # captions ask for the very pictures
+            found[f"likeness/{name}/most"] = float(ceiling.mean() + spread)
         for suffix, vectors in {"": drawn, "/base": base, "/real": others}.items():
             found[f"centroid_distance/{name}{suffix}"] = centroid_distance(vectors, real)
         if min(len(drawn), len(real)) >= LEAST_FOR_MMD:
             found[f"mmd/{name}"] = squared_mmd(drawn, real)
         if context.group == "captions":
             found |= learned(embedder.name, prompts, held_out, real, drawn, base)
-            if (room := float(ceiling.mean() - floor.mean())) > 0:
+            room = float(ceiling.mean() - floor.mean())
+            if spread is not None and room > spread:
                 found[f"gained/{embedder.name}"] = ((own - floor.mean()) / room).tolist()
     return found
+
+
+def by_chance(ceiling: np.ndarray, count: int) -> float | None:
+    """How far the mean of `count` more values like those of the training pictures lies above theirs once in a hundred, by the normal limit; None
+    where one picture tells nothing of it."""
+    if len(ceiling) < 2:
+        return None
+    return float(2.33 * ceiling.std(ddof=1) * np.sqrt(1 / count + 1 / len(ceiling)))
 
 
 def learned(
