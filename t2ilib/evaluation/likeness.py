@@ -96,7 +96,9 @@ def likeness(pictures: Sequence[Image.Image], prompts: Sequence[str], context: C
         found[f"likeness/{name}/base"] = float(floor.mean())
         found[f"likeness/{name}/real"] = float(ceiling.mean())
         spread = by_chance(ceiling, len(drawn))
-        if context.group != "captions" and spread is not None:  # captions ask for the very pictures
+        if (
+            context.group == "contexts" and spread is not None
+        ):  # captions ask for the very pictures, the trigger alone for the typical one
             found[f"likeness/{name}/most"] = float(ceiling.mean() + spread)
         for suffix, vectors in {"": drawn, "/base": base, "/real": others}.items():
             found[f"centroid_distance/{name}{suffix}"] = centroid_distance(vectors, real)
