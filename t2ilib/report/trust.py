@@ -3,7 +3,7 @@ known, and which runs it flags. All of it comes from declarations, so a user's o
 """
 
 from t2ilib.evaluation.metrics import flagged
-from t2ilib.evaluation.strength import passes, told_strength
+from t2ilib.evaluation.strength import passes, told_strength, was_checked
 from t2ilib.report.contents import StudyReport
 
 DECIDING = ("learned", "kept")
@@ -49,5 +49,5 @@ def weak(report: StudyReport) -> list[str]:
     return [
         f"{report.about(name).title} is a weak measure of what was {role}: {told_strength(name, role)}"
         for role, name in speaking.items()
-        if told_strength(name, role) and not passes(name, role)
+        if was_checked(name, role) and not passes(name, role)
     ]
