@@ -157,7 +157,7 @@ def measure(
                 known |= {key: metric for key, metric in declared.items() if key in values}
             means, single = split(told, run.training.steps, group, asked)
             found, rows = found | means, rows + single
-    for name, metric in flagged(found, known).items():
+    for name, metric in (flagged(found, known) if run.trains != "nothing" else {}).items():
         log.warning(
             "%s: %.3g, and at most %.3g is usual: %s", metric.title, found[name], found[metric.ceiling], metric.flag
         )

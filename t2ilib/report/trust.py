@@ -30,10 +30,10 @@ def explain_declared(report: StudyReport) -> list[str]:
 
 
 def flags(report: StudyReport) -> list[str]:
-    """A sentence for each variant and metric of which runs lie above the ceiling."""
+    """A sentence for each trained variant and metric of which runs lie above the ceiling."""
     found: dict[tuple[str, str], list[int]] = {}
     for (variant, seed), run in report.runs.items():
-        for name in flagged(run.metrics, run.declared):
+        for name in flagged(run.metrics, run.declared) if variant in report.trained else ():
             found.setdefault((variant, name), []).append(seed)
     return [
         f"{report.variants[variant].title}, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, sorted(seeds)))}: **{about.flag}**"

@@ -1,6 +1,7 @@
 """What a report says of measures without a checker: what they mean, how strong they are, which runs they flag."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from reporting import write_run
@@ -72,6 +73,7 @@ def test_a_report_tells_meaning_strength_and_flags(told, tmp_path) -> None:
     (tmp_path / "study.json").write_text(json.dumps(study))
     report = load_report(tmp_path)
     assert flags(report) == ["DoRA, seeds 0, 1: **learned by heart** (copied)."]
+    assert flags(replace(report, base="dora")) == [], "the untouched base has learned nothing"
     lines = explain_declared(report)
     assert lines[0].startswith("- **learned, by clip**: a share of the way. Over 40 runs on the drawn world")
     assert lines[1:] == ["- **By heart**: copies.", "  - copied more: " + strength.told_strength("drift/pixels")]
