@@ -105,6 +105,24 @@ class Embedder:
         return given.image_embeds if hasattr(given, "image_embeds") else given.last_hidden_state[:, 0]
 
 
+THUMBNAIL = 32
+"""Pixels of a side."""
+
+
+@dataclass(frozen=True)
+class Thumbnails:
+    """Pictures -> thumbnails around middle grey, of length 1: how a picture is painted, place by place, whatever it shows. Of copies that
+    says most, and no model is needed."""
+
+    name: str = "thumbnails"
+
+    def __call__(self, pictures: Sequence[Image.Image]) -> np.ndarray:
+        """(N, D), float64, of N pictures."""
+        small = [picture.convert("RGB").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX) for picture in pictures]
+        found = np.stack([np.asarray(picture, float).ravel() - 127.5 for picture in small])
+        return found / np.linalg.norm(found, axis=1, keepdims=True)
+
+
 def embedding_models(run: RunConfig) -> dict[str, str]:
     """Name -> folder or Hub id of a run's embedding models, the one that decides first; empty where it has none. Raises ConfigError for
     two of one name."""
@@ -155,7 +173,7 @@ def embedders(run: RunConfig, device: torch.device, shared: dict[str, Any]) -> l
     return shared["embedders"]
 
 
-def vectors_of(embedder: Embedder, pictures: Sequence[Image.Image], shared: dict[str, Any]) -> np.ndarray:
+def vectors_of(embedder: Embedder | Thumbnails, pictures: Sequence[Image.Image], shared: dict[str, Any]) -> np.ndarray:
     """(N, D), made once for all measures that are asked about the same list of pictures."""
     known = shared.setdefault("vectors", {})
     key = (embedder.name, id(pictures))
