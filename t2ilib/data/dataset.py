@@ -41,6 +41,8 @@ log = logging.getLogger(__name__)
 
 NAMED = 8
 """Held-out pictures that are told by name."""
+GRID_PROMPTS = 8
+"""Captions that make the prompts of the sample grids where `evaluation.prompts` is empty."""
 TUNING = "held out while tuning"
 """What decides which training pictures these are, apart from what decides which final runs hold out."""
 FEW_HELD_OUT = 8
@@ -257,6 +259,18 @@ def name_of(run: RunConfig) -> str:
     if run.data.path:
         return shown(PurePath(public(run.data.path)).name)
     return "-".join((PurePath(run.data.source).name, *(run.shapes.scenes if run.shapes else ())))
+
+
+def some_captions(held_out: Sequence[str], training: Sequence[str]) -> tuple[str, ...]:
+    """GRID_PROMPTS different captions, held-out ones first, from all along the order that they are in: what lies together is often
+    alike."""
+    own = dict.fromkeys(held_out)
+    rest = [caption for caption in dict.fromkeys(training) if caption not in own]
+    chosen: list[str] = []
+    for captions in (list(own), rest):
+        wanted = GRID_PROMPTS - len(chosen)
+        chosen += captions[:: max(1, len(captions) // max(1, wanted))][:wanted]
+    return tuple(chosen)
 
 
 def manifest_rows(training: Dataset, held_out: Dataset) -> Iterator[tuple]:
