@@ -104,6 +104,7 @@ def all_scenes(concept: str | None = None) -> tuple[Scene, ...]:
     )
 
 
+@cache
 def split_of(scene: Scene) -> str:
     """ "train" (80% of all combinations), "validation" (10%) or "test" (10%), fixed by the combination alone."""
     bucket = seed_for(0, "shapes split", *asdict(scene).values()) % 10
@@ -120,6 +121,7 @@ def sample_scenes(count: int, split: str, seed: int, concept: str | None = None)
     return [pool[i] for i in order[:count]]
 
 
+@cache
 def tuning_split_of(scene: Scene) -> str:
     """The same for what settings are searched on, which scenes of "train" alone are: 60%, 15% and 25% of them."""
     bucket = seed_for(0, "shapes tuning split", *asdict(scene).values()) % 20

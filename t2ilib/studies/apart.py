@@ -30,7 +30,8 @@ def tuning_settings(study: Study, preset: str, variants: Sequence[str]) -> dict[
             prompts = choose_prompts(study, name, config, while_tuning, seen)
             tuning = merge(tuning, {"evaluation": {"prompts": prompts}})
         found[name] = tuning
-        require_apart(name, used(config, seen), used(while_tuning, seen, tuning=True))
+        of_tuning = used(while_tuning, seen, tuning=True)
+        require_apart(name, used(config, seen), of_tuning)
     return found
 
 

@@ -5,9 +5,6 @@ No notebook runs here but in one test: a stand-in writes what a notebook would, 
 
 import json
 import math
-import os
-import random
-import signal
 import subprocess
 import sys
 import time
@@ -20,6 +17,7 @@ import yaml
 from mlflow import MlflowClient
 
 from t2ilib.config import ConfigError
+from t2ilib.runfile import build_run
 from t2ilib.shapes import world
 from t2ilib.studies import executor
 from t2ilib.studies.file import load_study
@@ -27,7 +25,8 @@ from t2ilib.studies.runs import plan_runs
 from t2ilib.studies.study import run_study, write_study
 from t2ilib.studies.tuned import tuned_file
 from t2ilib.studies.tuning import PATIENCE, SCORE, tune_study
-from t2ilib.tracking.store import tracking_uri
+from t2ilib.tracking.store import open_client, sqlite_uri, tracking_uri
+from t2ilib.tracking.tracker import open_tracker
 
 RATE = "optimizer.learning_rate"
 PARAMETERS = """name = "none"
@@ -105,9 +104,18 @@ def study_file(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """An MLflow store for all these tests: making one takes longer than all else that they do."""
+    uri = sqlite_uri(tmp_path_factory.mktemp("store") / "mlflow.db")
+    open_client(uri, "toy", tmp_path_factory.getbasetemp())
+    return uri
+
+
 @pytest.fixture
-def fast(monkeypatch: pytest.MonkeyPatch) -> None:
+def fast(monkeypatch: pytest.MonkeyPatch, store: str) -> None:
     """Stand-ins in place of notebooks."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
     monkeypatch.setattr(executor, "execute_notebook", stand_in)
     monkeypatch.setattr(executor, "export_html", lambda notebook, hide_code: notebook)
 
@@ -179,26 +187,24 @@ def executions(folder: Path) -> Counter[str]:
     return Counter({str(p.parent.relative_to(folder)): len(p.read_text()) for p in folder.rglob("executions.txt")})
 
 
-def test_trials_are_runs_of_their_own_in_mlflow(study_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the study's real notebook, kernel and store: a child run a trial, with its values and its score, under a parent of their own."""
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+def test_trials_are_runs_of_their_own_in_mlflow(study_file: Path, fast: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A child run a trial, with its values and its score, under a parent of their own."""
     results = study_file.parent / "results"
-    notebook = study_file.parent / "fake.ipynb"
-    logging = (
-        "\\nfrom t2ilib.runfile import build_run\\nfrom t2ilib.tracking.tracker import open_tracker\\n"
-        "told = dict(name=name, seed=seed, output=output, model={}, adapter=adapter, data=data, shapes=shapes, optimizer=optimizer,"
-        " training=training, evaluation=evaluation, tracking=tracking)\\n"
-        "with open_tracker(build_run(told)) as tracker:\\n    tracker.log_metrics({'loss': 1.0}, 3)"
-    )
-    body = json.loads(notebook.read_text())
-    body["cells"][1]["source"] = "".join(body["cells"][1]["source"]) + logging.encode().decode("unicode_escape")
-    notebook.write_text(json.dumps(body))
+
+    def logged(notebook, output, parameters, *rest) -> tuple[int, str]:
+        told = yaml.safe_load(Path(parameters).read_text())
+        with open_tracker(build_run(told)) as tracker:
+            tracker.log_metrics({"loss": 1.0}, 3)
+        return stand_in(notebook, output, parameters, *rest)
+
+    monkeypatch.setattr(executor, "execute_notebook", logged)
     edit(study_file, lambda c: [c["variants"].pop("far"), c["tuning"].update(trials=5)])
-    file = tune_study(study_file, results=results, jobs=3, say=print)
+    file = tune_study(study_file, results=results, say=quiet)
     assert [trial["state"] for trial in trials_of(file, "plain")] == ["scored"] * 5
     client = MlflowClient(tracking_uri(None, results))
     parent = (file.parent / "mlflow-parent.txt").read_text()
     assert client.get_run(parent).data.tags["preset"] == "quick-tuning"
+    assert client.get_run(parent).info.status == "FINISHED"
     experiment = client.get_run(parent).info.experiment_id
     children = client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent}'")
     found = {(run.data.tags["variant"], run.data.tags["trial"]): run for run in children}
@@ -210,46 +216,19 @@ def test_trials_are_runs_of_their_own_in_mlflow(study_file: Path, monkeypatch: p
         assert run.data.params["data.part"] == "tuning"
 
 
-CHILD = """
-import sys, random
-from pathlib import Path
-sys.path.insert(0, sys.argv[4])
-import test_tuning
-from t2ilib.studies import executor
-executor.execute_notebook = lambda *a: test_tuning.stand_in(*a, pause=0.25)
-executor.export_html = lambda notebook, hide_code: notebook
-from t2ilib.studies.tuning import tune_study
-tune_study(Path(sys.argv[1]), results=Path(sys.argv[2]), jobs=int(sys.argv[3]))
-print("ended", flush=True)
-"""
-
-
-@pytest.mark.parametrize("jobs", [1, 3])
 def test_a_tuning_that_is_killed_again_and_again_loses_no_trial_and_makes_none_twice(
-    study_file: Path, fast: None, jobs: int
+    study_file: Path, fast: None
 ) -> None:
     """And ends with the trials of one that nothing disturbed. A trial whose notebook had not ended is the same one again, in its folder."""
     edit(study_file, lambda c: [c["tuning"].update(trials=7), c["variants"].pop("itself")])
-    straight = tune_study(study_file, jobs=jobs, results=study_file.parent / "straight", say=quiet)
-    results, chance, kills = study_file.parent / "results", random.Random(jobs), 0
-    folder = results / "toy-quick-tuning"
-    while True:
-        begun = len(executions(folder))
-        command = [sys.executable, "-c", CHILD, str(study_file), str(results), str(jobs), str(Path(__file__).parent)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        until = time.monotonic() + 300
-        while process.poll() is None and len(list(folder.rglob("checkpoints"))) <= begun + 1 and kills < 5:
-            assert time.monotonic() < until
-            time.sleep(0.02)
-        if process.poll() is None and kills < 5:
-            time.sleep(chance.uniform(0, 0.5))
-            os.kill(process.pid, signal.SIGKILL)
-            kills += 1
-        output = process.communicate()[0]
-        if process.returncode == 0:
-            break
-        assert process.returncode == -signal.SIGKILL, output
-    assert kills >= 3
+    straight = tune_study(study_file, jobs=3, results=study_file.parent / "straight", say=quiet)
+    results = study_file.parent / "results"
+    folder, script = results / "toy-quick-tuning", Path(__file__).parents[1] / "tuning_killing.py"
+    done = subprocess.run(
+        [sys.executable, str(script), str(study_file), str(results), "3", "6"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("killed") >= 3
     for variant in ("plain", "far"):
         both = [trials_of(file, variant) for file in (straight, folder / "tuning.json")]
         seen = [[(t["number"], t["state"], t["values"], t["score"]) for t in trials] for trials in both]
