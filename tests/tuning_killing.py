@@ -19,7 +19,6 @@ import optuna.storages
 from t2ilib.studies import executor
 from t2ilib.studies.tuning import tune_study
 
-
 IMPORTED = (mlflow.store.tracking.sqlalchemy_store, optuna.samplers, optuna.storages)
 """What the children would import each for itself."""
 
