@@ -9,6 +9,7 @@ which is unbiased for k <= n, and says nothing beyond. It takes trials as if dra
 chose because of earlier ones, are not, so the curve describes these n trials and promises nothing of others.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -69,5 +70,5 @@ def leading(first: Curve, second: Curve) -> Lead | None:
     while since and signs[since - 1] == signs[-1]:
         since -= 1
     ahead = [(time, sign) for time, sign in zip(times, signs, strict=True) if sign]
-    crossings = tuple(now[0] for before, now in zip(ahead, ahead[1:], strict=False) if before[1] != now[1])
+    crossings = tuple(now[0] for before, now in itertools.pairwise(ahead) if before[1] != now[1])
     return Lead(signs[-1], times[since], crossings, begins, ends)

@@ -32,6 +32,15 @@ def tuned_file(study: Path) -> Path:
     return study.with_suffix(".tuned.yaml")
 
 
+def tuned_preset(study: Path, preset: str) -> str:
+    """The name of the preset at tuned values; raises ConfigError where it was not tuned."""
+    file = tuned_file(study)
+    known = load_yaml(file).get("tuned") or {} if file.exists() else {}
+    if preset not in known:
+        raise ConfigError(f"{study}: preset {preset} was not tuned: t2ilib study tune {study} --preset {preset}")
+    return preset + TUNED
+
+
 def read_tuned(study: Path, presets: Mapping[str, Any]) -> dict[str, Any]:
     """`<preset>-tuned` -> what the study file says of the preset, and the tuned values; {} where nothing was tuned. Raises ConfigError
     for a file that is not what it should be."""

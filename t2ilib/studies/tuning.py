@@ -299,6 +299,7 @@ class Tune:
             "preset": self.preset,
             "score": None if self.score is None else as_written(self.score.metric),
             "parts": None if self.score is None else self.score.parts,
+            "order": list(self.study.variants),
             "budget": self.study.tuning.model_dump(exclude={"run", "prompts"}),
             "variants": known | {search.name: self.told(search) for search in self.searches},
         }

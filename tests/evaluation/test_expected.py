@@ -27,9 +27,9 @@ def test_it_is_unbiased_where_choosing_with_replacement_is_not() -> None:
 
 def test_what_has_no_value_is_refused() -> None:
     for values in ([], [1.0, float("nan")]):
-        with pytest.raises(ValueError, match="at least one value, all finite"):
+        with pytest.raises(ValueError, match=r"at least one value, all finite"):
             expected_best(values)
-    with pytest.raises(ValueError, match="known from 0.5 to 1 h, not at 0.2 h"):
+    with pytest.raises(ValueError, match=r"known from 0.5 to 1 h, not at 0.2 h"):
         Curve(0.5, (1.0, 2.0)).at(0.2)
 
 
