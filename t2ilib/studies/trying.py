@@ -9,9 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from t2ilib.studies.search import EXTENSION, Search, kind_of, significant
+from t2ilib.studies.search import EXTENSION, GRID, Search, Searched, kind_of, significant
 
 ENDED = ("scored", "diverged", "given up")
+Allowed = Callable[[Mapping[str, Any]], bool]
+"""Whether RunConfig takes these values."""
 State = Literal["waiting", "running", "scored", "diverged", "given up"]
 
 
@@ -60,34 +62,39 @@ def best_of(tried: Sequence[Tried]) -> Tried | None:
     return level[len(level) // 2]
 
 
-def at_end(tried: Sequence[Tried], search: Search) -> dict[str, str]:
+def at_end(tried: Sequence[Tried], search: Search, allowed: Allowed = lambda values: True) -> dict[str, str]:
     """`section.field` -> "low" or "high", of the ranges in which the best value is the lowest or highest that was tried, and not shown to be
-    a best one; of choices nothing can lie beyond."""
+    a best one. Of choices nothing can lie beyond, nor where RunConfig has nothing there (`allowed`), as below a dropout of 0."""
     best = best_of(tried)
-    if best is None:
-        return {}
-    found = {}
+    found: dict[str, str] = {}
     for address, field in search.items():
         values = [t.values[address] for t in tried if t.state in ("scored", "diverged") and address in t.values]
-        if field.choices or address not in best.values or len(set(values)) < 2:
+        if best is None or field.choices or address not in best.values or len(set(values)) < 2:
             continue
-        if best.values[address] in (min(values), max(values)):
-            found[address] = "low" if best.values[address] == min(values) else "high"
+        for end, last in (("low", min(values)), ("high", max(values))):
+            if best.values[address] == last and allowed({**best.values, address: beyond(address, field, last, end)}):
+                found[address] = end
     return found
 
 
-def extension(
-    tried: Sequence[Tried], search: Search, allowed: Callable[[Mapping[str, Any]], bool]
-) -> dict[str, Any] | None:
-    """The best trial's values, one of them beyond the end that it lies at: a range that goes by ratios, by EXTENSION. None where the best lies
-    inside, where the range has another form (a rank is not extended: it costs), and where RunConfig has nothing there (`allowed`)."""
+def beyond(address: str, field: Searched, value: float, end: str) -> float:
+    """What lies next outside a range: by EXTENSION where it goes by ratios, otherwise by a step of it."""
+    whole = kind_of(address) is int
+    if field.log:
+        moved = significant(value / EXTENSION if end == "low" else value * EXTENSION)
+    else:
+        step = field.step or (field.high - field.low) / (GRID - 1)
+        moved = value - step if end == "low" else value + step
+    return round(moved) if whole else moved
+
+
+def extension(tried: Sequence[Tried], search: Search, allowed: Allowed) -> dict[str, Any] | None:
+    """The best trial's values, one of them beyond the end that it lies at. None where the best lies inside, and where the range has another
+    form than real numbers by ratios: a rank is not extended, for it costs, nor a share, whose ends are meant."""
     best = best_of(tried)
-    for address, end in at_end(tried, search).items():
+    for address, end in at_end(tried, search, allowed).items():
         if search[address].log and kind_of(address) is float:
-            factor = 1 / EXTENSION if end == "low" else EXTENSION
-            values = {**best.values, address: significant(best.values[address] * factor)}
-            if allowed(values):
-                return values
+            return {**best.values, address: beyond(address, search[address], best.values[address], end)}
     return None
 
 
@@ -98,7 +105,7 @@ def next_trial(
     trials: int,
     hours: float | None,
     extensions: int,
-    allowed: Callable[[Mapping[str, Any]], bool],
+    allowed: Allowed,
 ) -> Next:
     """What comes next of a search that has `tried` these. The grid is made in any case; then `hours` of its notebooks end it, or `trials`
     with its best value inside the range, or so many `extensions` beyond them."""

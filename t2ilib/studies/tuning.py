@@ -12,6 +12,7 @@ Leaves out pruning: a score takes a whole measurement, and what is stopped early
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -108,6 +109,10 @@ def require_search(study: Study, path: Path, preset: str, only: Sequence[str]) -
         raise ConfigError(f"preset {preset} is at tuned values already: name the one that it was made of")
     for name in only:
         check_choice(name, study.of_preset(preset), f"variant of preset {preset}:")
+    if not os.access(path.absolute().parent, os.W_OK):
+        raise ConfigError(
+            f"{path.absolute().parent} cannot be written to, and tuned values go beside the study file: copy it elsewhere"
+        )
     if not any(study.search_of(preset, name) for name in study.of_preset(preset)):
         raise ConfigError(
             f"{path} says nothing to search: add, for instance,\nsearch:\n  optimizer.learning_rate: {{low: 1.0e-4, high: 1.0e-2, log: true}}"
@@ -322,7 +327,7 @@ class Tune:
             "search": {address: told.model_dump(exclude_defaults=True) for address, told in search.search.items()},
             "trials": rows,
             "best": best and best.number,
-            "at_end": at_end(tried, search.search),
+            "at_end": at_end(tried, search.search, search.allows),
             "ended": search.why or None,
         }
 

@@ -119,6 +119,10 @@ def test_ranges_are_extended_where_the_best_lies_at_their_end() -> None:
     assert extension(high, LOG, lambda values: True) == {RATE: 0.03}
     assert extension(low, LOG, lambda values: True) == {RATE: 3.33e-5}
     assert extension(high, LOG, lambda values: values[RATE] < 0.02) is None
+    share = {"adapter.dropout": Searched(low=0, high=0.4)}
+    dropped = [Tried(i, "scored", {"adapter.dropout": v}, -v) for i, v in enumerate((0.0, 0.2, 0.4))]
+    assert at_end(dropped, share) == {"adapter.dropout": "low"}
+    assert at_end(dropped, share, lambda values: values["adapter.dropout"] >= 0) == {}, "nothing lies below"
     linear = {RATE: Searched(low=1e-4, high=1e-2)}
     assert extension(high, linear, lambda values: True) is None
 
