@@ -110,7 +110,7 @@ def tuning_table(tuning: Tuning) -> list[dict[str, str]]:
                 "variant": name,
                 "class": told["class"],
                 "best values": write_values(best["values"]) if best else NOT_MEASURED,
-                tuning.metric.title: write_number(best["score"], tuning.metric) if best else NOT_MEASURED,
+                tuning.metric.title: write_score(best["score"], tuning.metric) if best else NOT_MEASURED,
                 "trials": f"{len(trials)}{f' ({diverged} diverged)' * bool(diverged)}",
                 "hours": f"{tuning.hours(name):.2g}",
                 "search": told["ended"] or "not ended",
@@ -127,6 +127,15 @@ def write_values(values: Mapping[str, Any]) -> str:
 
 def write_value(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def write_score(score: float, metric: Metric) -> str:
+    """Nobody knows how large a formula's numbers are."""
+    return f"{score:.4g}" if metric.unit == "score" else write_number(score, metric)
+
+
+def write_hours(hours: float) -> str:
+    return f"{hours:.2g} h" if hours >= 0.5 else f"{60 * hours:.2g} min"
 
 
 def write_ends(told: Mapping[str, Any]) -> str:
@@ -216,22 +225,22 @@ def write_lead(first: str, second: str, a: Curve, b: Curve) -> str:
         )
     names = {1: (first, second), -1: (second, first)}
     if lead.sign == 0:
-        return f"{first} and {second} are level after {lead.ends:.2g} h."
+        return f"{first} and {second} are level after {write_hours(lead.ends)}."
     ahead, behind = names[lead.sign]
     if lead.crossings:
-        at = ", ".join(f"{time:.2g} h" for time in lead.crossings)
-        return f"{first} and {second} cross at {at}; {ahead} leads from {lead.since:.2g} h on."
-    return f"{ahead} leads {behind} from {lead.since:.2g} h of tuning on{', as soon as both have a trial' * (lead.since == lead.begins)}."
+        at = ", ".join(f"{write_hours(time)}" for time in lead.crossings)
+        return f"{first} and {second} cross at {at}; {ahead} leads from {write_hours(lead.since)} on."
+    return f"{ahead} leads {behind} from {write_hours(lead.since)} of tuning on{', as soon as both have a trial' * (lead.since == lead.begins)}."
 
 
 def against_one(first: str, second: str, a: Curve, b: Curve) -> str:
     """The searched variant against one that takes a single run."""
     level = b.best[-1]
     times = [a.hours * (k + 1) for k, value in enumerate(a.best) if value > level]
-    takes = f"{second}, which tunes itself, takes {b.hours:.2g} h"
+    takes = f"{second}, which tunes itself, takes {write_hours(b.hours)}"
     if not times:
-        return f"{takes}, and {first} is not expected to be ahead of it within the {a.ends:.2g} h of its search."
-    return f"{takes}; {first} is expected to be ahead of it once {times[0]:.2g} h are searched."
+        return f"{takes}, and {first} is not expected to be ahead of it within the {write_hours(a.ends)} of its search."
+    return f"{takes}; {first} is expected to be ahead of it once {write_hours(times[0])} are searched."
 
 
 def trials_table(tuning: Tuning) -> list[dict[str, str]]:
@@ -240,7 +249,7 @@ def trials_table(tuning: Tuning) -> list[dict[str, str]]:
         for trial in told["trials"]:
             score = trial["score"]
             row = {"variant": name, "trial": str(trial["number"]), "values": write_values(trial["values"])}
-            row[tuning.metric.title] = trial["state"] if score is None else write_number(score, tuning.metric)
+            row[tuning.metric.title] = trial["state"] if score is None else write_score(score, tuning.metric)
             row["minutes"] = f"{trial['seconds'] / 60:.1f}"
             rows.append(row)
     return rows

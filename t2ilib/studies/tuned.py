@@ -22,8 +22,9 @@ TUNING = "-tuning"
 TRIALS = "tuning.json"
 """In such a folder, and beside a report of tuned values: every trial of every variant."""
 HEAD = """\
-# Written by `t2ilib study tune`: preset -> variant -> the values that were best for it while tuning, which go over all that the study
-# says of it. `t2ilib study run --preset {preset} --tuned` runs them. All trials: {where}
+# Written by `t2ilib study tune`: preset -> variant -> the values that were best for it while tuning, which go over all that {study}
+# says of it. `t2ilib study run {study} --preset PRESET --tuned` runs them; their trials are in <study>-PRESET-tuning/tuning.json
+# among the results.
 """
 
 
@@ -59,11 +60,11 @@ def read_tuned(study: Path, presets: Mapping[str, Any]) -> dict[str, Any]:
     return {preset + TUNED: {**presets[preset], "tuned": values} for preset, values in told.items()}
 
 
-def write_tuned(study: Path, preset: str, values: Mapping[str, Mapping[str, Any]], where: Path) -> Path:
-    """Puts a preset's tuned values (variant -> sections) into the file, other presets' staying; returns the file. `where`: the trials."""
+def write_tuned(study: Path, preset: str, values: Mapping[str, Mapping[str, Any]]) -> Path:
+    """Puts a preset's tuned values (variant -> sections) into the file, other presets' and variants' staying; returns the file."""
     file = tuned_file(study)
     known = load_yaml(file).get("tuned") or {} if file.exists() else {}
     known = {**known, preset: {**(known.get(preset) or {}), **{name: dict(own) for name, own in values.items()}}}
     text = yaml.safe_dump({"tuned": known}, sort_keys=False, width=110, default_flow_style=None)
-    write_whole(file, HEAD.format(preset=preset, where=where) + text)
+    write_whole(file, HEAD.format(study=study.name) + text)
     return file

@@ -99,7 +99,7 @@ def tune_study(
             if search.why and search.name not in values:
                 say(f"{search.name}: no trial of it has a score, so there is nothing that it is tuned to")
         if values:
-            say(f"tuned values: {write_tuned(path, preset, values, folder / TRIALS)}")
+            say(f"tuned values: {write_tuned(path, preset, values)}")
     return folder / TRIALS
 
 

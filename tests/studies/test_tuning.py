@@ -23,7 +23,7 @@ from t2ilib.studies import executor
 from t2ilib.studies.file import load_study
 from t2ilib.studies.runs import plan_runs
 from t2ilib.studies.study import run_study, write_study
-from t2ilib.studies.tuned import tuned_file
+from t2ilib.studies.tuned import tuned_file, tuned_preset
 from t2ilib.studies.tuning import PATIENCE, SCORE, tune_study
 from t2ilib.tracking.store import open_client, sqlite_uri, tracking_uri
 from t2ilib.tracking.tracker import open_tracker
@@ -352,7 +352,10 @@ def test_variants_that_were_not_tuned_do_not_run_beside_those_that_were(study_fi
     results = study_file.parent / "results"
     with pytest.raises(ConfigError, match="preset 'quick-tuned' does not exist"):
         plan_runs(load_study(study_file), study_file, "quick-tuned", results)
+    with pytest.raises(ConfigError, match=r"preset quick was not tuned: t2ilib study tune .*toy.yaml --preset quick"):
+        tuned_preset(study_file, "quick")
     tune_study(study_file, only=["plain"], results=results, say=quiet)
+    assert tuned_preset(study_file, "quick") == "quick-tuned"
     with pytest.raises(
         ConfigError, match=r"far, itself were not tuned.*t2ilib study tune .*toy.yaml --preset quick --only far"
     ):
