@@ -22,6 +22,7 @@ from t2ilib.cli import (
     studies,
     tracking,
     training,
+    tuning,
 )
 from t2ilib.cli.launcher import launched_as
 
@@ -62,6 +63,8 @@ for command in (
     app.command()(command)
 study_app.command("new")(studies.study_new)
 study_app.command("run")(studies.study_run)
+study_app.command("tune")(tuning.study_tune)
+study_app.command("changed")(tuning.study_changed)
 study_app.command("status")(studies.study_status)
 study_app.command("show")(studies.study_show)
 study_app.command("power")(studies.study_power)

@@ -42,13 +42,18 @@ def study_run(
     only: Annotated[list[str], typer.Option(help="Only this variant; may be given several times.")] = [],
     seeds: Annotated[str, typer.Option(help="Other seeds than the preset's, e.g. 0,1,2.")] = "",
     jobs: Annotated[int, typer.Option(min=1, help="Notebooks at a time.")] = 1,
+    tuned: Annotated[
+        bool, typer.Option("--tuned", help="Each variant at its own best, as `study tune` found it.")
+    ] = False,
     results: Results = Path("results"),
 ) -> None:
     """Run every variant and seed that is not finished, then write the report."""
     with readable_errors():
         from t2ilib.config import ConfigError
         from t2ilib.studies.study import run_study, write_report
+        from t2ilib.studies.tuned import tuned_preset
 
+        preset = tuned_preset(file, preset) if tuned else preset
         try:
             numbers = [int(seed) for seed in seeds.split(",") if seed.strip()]
         except ValueError:

@@ -31,6 +31,8 @@ from t2ilib.studies.file import Study, load_study
 from t2ilib.studies.notebooks import error_text, execute_notebook, export_html, find_notebook, notebook_parameters
 from t2ilib.studies.parent import describe_parent, parent_run
 from t2ilib.studies.runs import StudyRun, check_notebooks, plan_runs, require_same_versions, require_unedited
+from t2ilib.studies.tuned import TRIALS, TUNED, TUNING
+from t2ilib.text import write_whole
 from t2ilib.tracking.outbox import Outbox, keeps, send_kept
 from t2ilib.tracking.store import check_store, connected, database_file, open_client, reap_stale_runs, tracking_uri
 
@@ -168,8 +170,15 @@ def write_study(study: Study, preset: str, folder: Path) -> None:
         "margins": study.margins,
         "seeds": chosen.seeds,
         "run": merge(study.run, chosen.run),
-        "variants": {name: values["variants"][name] for name in told},
+        "variants": {name: values["variants"][name] | {"run": study.delta(preset, name)} for name in told},
     }
+    if study.score is not None:
+        content["score"] = study.score
+    if chosen.tuned is not None:
+        content["tuned"] = chosen.tuned
+        trials = folder.with_name(folder.name.removesuffix(TUNED) + TUNING) / TRIALS
+        if trials.exists():  # for the report, which is made of this folder alone
+            write_whole(folder / TRIALS, trials.read_text())
     text, target = json.dumps(content, indent=1), folder / "study.json"
     if not target.exists() or target.read_text() != text:
         target.write_text(text)
@@ -208,7 +217,7 @@ def champion_line(
         return f"none yet: {lacking} of the preset's {len(runs)} runs are not finished"
     uri, name = tracking_uri(None, results), f"{study.name}-{preset}"
     with connected(uri, database_file(uri)) as client:
-        return name_champion(client, name, find_lead(runs), *(card(name) if card else ()))
+        return name_champion(client, name, find_lead(runs, study.score), *(card(name) if card else ()))
 
 
 def status_rows(path: Path, preset: str, results: Path) -> list[dict[str, str]]:
