@@ -71,7 +71,7 @@ def kill_marked(mark: str) -> None:
 def guard(folder: Path, mark: str) -> None:
     lock = FileLock(folder / LOCK)
     try:
-        lock.acquire(timeout=SECONDS_TO_WAIT)
+        lock.acquire(timeout=SECONDS_TO_WAIT, poll_interval=0.2)
     except Timeout:
         print(REFUSED, flush=True)
         return

@@ -59,7 +59,7 @@ def import_ray():
 @contextlib.contextmanager
 def on_own_cluster(jobs: int, cards: Sequence[str], demand: Demand) -> Iterator[Place]:
     """A cluster of this machine alone, which nobody else can reach, started and shut down with the scope."""
-    folder = tempfile.mkdtemp(prefix="t2ilib-ray-")
+    folder = tempfile.mkdtemp(prefix="t2ilib-ray-", dir="/tmp")  # a socket's path has few letters, and TMPDIR can have many
     token = {} if "RAY_AUTH_MODE" in os.environ else {"RAY_AUTH_TOKEN": os.environ.get("RAY_AUTH_TOKEN", TOKEN)}
     seen = {VISIBLE: ",".join(cards)} if cards else {}
     options = {
@@ -106,7 +106,8 @@ def environment(variables: Mapping[str, str]) -> Iterator[None]:
     try:
         yield
     finally:
-        os.environ.clear()
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
         os.environ.update(before)
         if main:
             signal.signal(signal.SIGTERM, handler)
@@ -241,13 +242,8 @@ def first_line(error: BaseException) -> str:
 
 def require_shared_store(uri: str, machines: int) -> None:
     """Raises ConfigError for an MLflow store that several machines cannot write to."""
-    if machines < 2:
-        return
-    address = urlsplit(uri)
-    local = (address.hostname or "") in ("localhost", "127.0.0.1", "::1")
-    if address.scheme in ("http", "https") and not local:
-        return
-    if address.scheme.startswith(("sqlite", "file")) or not address.scheme or local:
+    own = uri.startswith(("sqlite", "file:", "/", ".")) or urlsplit(uri).hostname in ("localhost", "127.0.0.1", "::1")
+    if machines > 1 and own:
         raise ConfigError(
             f"the MLflow store {uri} is one machine's, and {machines} are to log to it (an SQLite file on shared storage breaks): start an"
             " MLflow server that all of them reach, and set MLFLOW_TRACKING_URI to its address"

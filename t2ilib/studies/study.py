@@ -114,7 +114,7 @@ def run_study(
 ) -> list[StudyRun]:
     """Runs what is not finished, `jobs` notebooks at a time. Returns all runs of the preset; look at their `state`.
 
-    `on`: where, here or on a Ray cluster (`where.PLACES`); `jobs`: None for what suits the place, one at a time here; `per_card`: how many
+    `on`: where, here or on a Ray cluster (`where.WHERE`); `jobs`: None for what suits the place, one at a time here; `per_card`: how many
     may share a GPU.
 
     Raises ConfigError before anything starts for mistakes in the study file and for pictures that cannot be used. KeyboardInterrupt and SIGTERM reach the

@@ -55,16 +55,16 @@ def on_ray(address: str, demand: Demand) -> AbstractContextManager[Place]:
     return on_own_cluster(jobs, cards, demand)
 
 
-PLACES = {"here": here, "ray": on_ray}
+WHERE = {"here": here, "ray": on_ray}
 """Name -> opens the place at an address, "" where none was given, for a demand."""
 
 
 def open_place(on: str, demand: Demand) -> AbstractContextManager[Place]:
     """The place that `--on` names: here, ray, or ray:ADDRESS. Raises ConfigError, on entering it too."""
     name, colon, address = on.partition(":")
-    check_choice(name, PLACES, "--on")
+    check_choice(name, WHERE, "--on")
     if colon and not address:
         raise ConfigError(
             f"--on {on}: an address is missing behind the colon; leave the colon out, or write --on {name}:ADDRESS"
         )
-    return PLACES[name](address, demand)
+    return WHERE[name](address, demand)
