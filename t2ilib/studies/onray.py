@@ -28,6 +28,8 @@ from t2ilib.studies.bench import Bench
 from t2ilib.studies.cards import VISIBLE
 from t2ilib.studies.place import Demand, Place, WorkerLost
 
+log = logging.getLogger(__name__)
+
 QUIET = {"RAY_USAGE_STATS_ENABLED": "0"}
 """Nothing is reported to Ray's makers."""
 ALONE = {
@@ -45,6 +47,12 @@ SECONDS_TO_READ = 1.0
 PASSED_ON = ("T2ILIB_", "HF_HUB_OFFLINE")
 """Beginnings of the variables of this process that kernels on other machines have too. Credentials are not sent: nodes have their own."""
 STOPPED = 128 + signal.SIGTERM
+REASONS = {
+    "ActorDiedError": "it was killed, or its machine is gone",
+    "ActorUnavailableError": "its machine does not answer",
+    "OutOfMemoryError": "its machine had no memory left",
+}
+"""Ray's name for what befell a worker -> what to say, for Ray says it at length."""
 
 
 def import_ray():
@@ -59,7 +67,9 @@ def import_ray():
 @contextlib.contextmanager
 def on_own_cluster(jobs: int, cards: Sequence[str], demand: Demand) -> Iterator[Place]:
     """A cluster of this machine alone, which nobody else can reach, started and shut down with the scope."""
-    folder = tempfile.mkdtemp(prefix="t2ilib-ray-", dir="/tmp")  # a socket's path has few letters, and TMPDIR can have many
+    folder = tempfile.mkdtemp(
+        prefix="t2ilib-ray-", dir="/tmp"
+    )  # a socket's path has few letters, and TMPDIR can have many
     token = {} if "RAY_AUTH_MODE" in os.environ else {"RAY_AUTH_TOKEN": os.environ.get("RAY_AUTH_TOKEN", TOKEN)}
     seen = {VISIBLE: ",".join(cards)} if cards else {}
     options = {
@@ -127,9 +137,22 @@ def connected(address: str, options: dict[str, Any]) -> Iterator[Any]:
             f"--on ray: no Ray cluster at {address} ({first_line(error)}): start one there (`ray start --head`), and run the study on a node of it"
         ) from None
     try:
-        yield ray
+        with hushed():
+            yield ray
     finally:
         ray.shutdown()
+
+
+@contextlib.contextmanager
+def hushed() -> Iterator[None]:
+    """Ray prints what it hears of nodes that die, with the end of their logs, and has no setting against it; here the run says that."""
+    there = importlib.import_module("ray._private.worker")
+    printing = there.print_to_stdstream
+    there.print_to_stdstream = lambda data, **_: log.debug("Ray: %s", data)
+    try:
+        yield
+    finally:
+        there.print_to_stdstream = printing
 
 
 def cluster(ray, jobs: int | None, demand: Demand, name: str) -> Place:
@@ -233,7 +256,7 @@ def got(ray, answer) -> Any:
         ray.exceptions.OutOfMemoryError,
         ray.exceptions.ObjectLostError,
     ) as error:
-        raise WorkerLost(f"its worker was lost ({first_line(error)})") from None
+        raise WorkerLost(f"its worker was lost ({REASONS.get(type(error).__name__) or first_line(error)})") from None
 
 
 def first_line(error: BaseException) -> str:

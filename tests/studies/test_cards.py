@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from t2ilib.config import ConfigError
 from t2ilib.memory import GIB
 from t2ilib.planning import fit
-from t2ilib.config import ConfigError
 from t2ilib.studies import cards, executor, study, where
 from t2ilib.studies.cards import VISIBLE, parse_listing, sharing, tell_sharing, visible_cards
 from t2ilib.studies.executor import Executor
