@@ -14,6 +14,7 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -43,7 +44,7 @@ TOKEN = secrets.token_hex(32)
 """By which the processes of a cluster of this machine's own know each other, so that Ray leaves none in the user's home."""
 OBJECT_STORE_BYTES = 80 * 2**20
 """About the least that Ray takes: what is sent is text."""
-SECONDS_TO_READ = 1.0
+SECONDS_TO_READ, SECONDS_TO_CONNECT = 1.0, 10.0
 PASSED_ON = ("T2ILIB_", "HF_HUB_OFFLINE")
 """Beginnings of the variables of this process that kernels on other machines have too. Credentials are not sent: nodes have their own."""
 STOPPED = 128 + signal.SIGTERM
@@ -101,10 +102,26 @@ def on_cluster(address: str, demand: Demand) -> Iterator[Place]:
         raise ConfigError(
             f"--on ray:{address}: run the study on a node of the cluster, where its folders are: --on ray:auto, or --on ray:HOST:6379"
         )
+    require_answer(address)
     with environment({}), connected(address, {}) as ray:
         machines = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
         require_shared_store(demand.uri, len(machines))
         yield cluster(ray, demand.jobs, demand, f"the Ray cluster at {address}, {counted(len(machines), 'machine')}")
+
+
+def require_answer(address: str) -> None:
+    """Raises ConfigError where nobody listens at host:port, which Ray itself would find out within minutes."""
+    host, colon, port = address.rpartition(":")
+    if address == "auto":
+        return
+    if not (host and colon and port.isdecimal()):
+        raise ConfigError(f"--on ray:{address}: write --on ray:auto, or --on ray:HOST:PORT, such as ray:10.0.0.5:6379")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=SECONDS_TO_CONNECT).close()
+    except (OSError, OverflowError) as error:
+        raise ConfigError(
+            f"--on ray:{address}: nobody answers there ({error}): start a cluster (`ray start --head`), or correct the address"
+        ) from None
 
 
 @contextlib.contextmanager
@@ -131,10 +148,11 @@ def connected(address: str, options: dict[str, Any]) -> Iterator[Any]:
         raise ConfigError("this process is connected to a Ray cluster already: call ray.shutdown() first")
     try:
         ray.init(address, logging_level=logging.ERROR, log_to_driver=False, **options)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         ray.shutdown()
         raise ConfigError(
-            f"--on ray: no Ray cluster at {address} ({first_line(error)}): start one there (`ray start --head`), and run the study on a node of it"
+            f"--on ray: no connection to a Ray cluster at {address} ({first_line(error)}): start one (`ray start --head`), run the study on a node"
+            " of it, and where it asks for a token, set RAY_AUTH_MODE=token"
         ) from None
     try:
         with hushed():

@@ -337,6 +337,8 @@ def test_several_machines_need_an_mlflow_server(uri: str, machines: int, refused
         ("rya", "--on 'rya' does not exist; choose from here, ray. Did you mean 'ray'"),
         ("ray:", "--on ray:: an address is missing behind the colon"),
         ("here:there", "here is this machine, and has no address"),
+        ("ray:head", "write --on ray:auto, or --on ray:HOST:PORT"),
+        ("ray:127.0.0.1:1", "nobody answers there .*refused"),
         ("ray:ray://head:10001", "run the study on a node of the cluster"),
     ],
 )
