@@ -71,6 +71,7 @@ TORCH_FREE = (
     "data.captions",
     "data.tagging",
     "shapes.world",
+    "evaluation.choosing",
     "evaluation.metrics",
     "evaluation.rows",
 )
