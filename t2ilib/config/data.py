@@ -32,6 +32,9 @@ class DataConfig(Section):
     """Held-out pictures; without it and `validation_split` `validation_share` of the pictures is held out."""
     validation_split: str | None = None
     validation_share: Share = 0.125
+    part: Literal["final", "tuning"] = "final"
+    """tuning: what a study searches its settings on, and its final runs are not judged by. Pictures that are held out otherwise take no
+    part, `validation_share` of the training pictures is held out in their place; the drawn world draws other scenes for all."""
     streaming: bool = False
     """huggingface, webdataset: read from front to back as training goes, and never held as a whole."""
     image_column: str | None = None
@@ -115,6 +118,10 @@ class DataConfig(Section):
                 raise ValueError(f"{name} is about data.source huggingface, and source is {self.source}: leave it out")
         if self.streaming and self.source not in ("huggingface", "webdataset"):
             raise ValueError(f"streaming is for huggingface and webdataset: {self.source} is read as a whole")
+        if self.part == "tuning" and self.streaming:
+            raise ValueError(
+                "part tuning divides the training pictures, and a stream cannot be divided before it is read: leave streaming out"
+            )
         sides = [*self.stages, self.resolution]
         if sides != sorted(set(sides)):
             raise ValueError(

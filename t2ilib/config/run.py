@@ -176,6 +176,8 @@ class RunConfig(Section):
             | {"shapes": {"checked_prompts": True}, "data": dict.fromkeys(("cache", "cache_path", "workers"), True)},
         )
         values["training"]["trains"] = self.trains
+        if self.data.part == "final":
+            del values["data"]["part"]  # so that what began before there were parts goes on
         if self.optimizer.schedule == "constant" and (self.adapter is None or self.adapter.token_share == 1):
             del values["training"]["steps"]
         return values

@@ -18,8 +18,9 @@ from t2ilib.models.load import load_base
 from t2ilib.report import champion, headline, load_report
 from t2ilib.runfile import build_run
 from t2ilib.seeds import seed_for
-from t2ilib.studies.champion import ALIAS, TOGETHER, Lead, choose, find_lead, name_champion
+from t2ilib.studies.champion import ALIAS, Lead, choose, find_lead, name_champion
 from t2ilib.studies.runs import StudyRun
+from t2ilib.studies.scoring import TOGETHER
 from t2ilib.tracking.models import MODEL_TAG
 from t2ilib.tracking.store import open_client, tracking_uri
 from t2ilib.tracking.tracker import open_tracker
