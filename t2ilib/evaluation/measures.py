@@ -8,8 +8,8 @@ was not measured is missing, never zero.
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,10 @@ from PIL import Image
 
 from t2ilib.config import ConfigError, RunConfig, check_choice
 from t2ilib.evaluation import clip
+from t2ilib.evaluation.context import Context, Measure
+from t2ilib.evaluation.drift import DRIFT
+from t2ilib.evaluation.likeness import DIVERSITY_OF_GROUPS, LIKENESS
+from t2ilib.evaluation.memorising import COPIED, MEMORISING
 from t2ilib.evaluation.metrics import ENTRY_POINTS, Metric, check_measures, declare
 from t2ilib.evaluation.rows import Row, Value, split, write_rows
 from t2ilib.evaluation.sampling import draw, save_pictures
@@ -31,36 +35,6 @@ from t2ilib.tracking.tracker import NullTracker, Tracker
 
 SHOWN = 8
 """Pictures that are kept for the report's grid, of each group as many."""
-
-
-@dataclass(frozen=True)
-class Context:
-    """What a measure may want to know besides pictures and prompts: the `group` of prompts (it is part of the metrics' names),
-    the run, the model that drew, and, in the drawn world, the scene that each prompt asks for. `shared`: kept from one group to
-    the next, for a model that a measure loads."""
-
-    group: str
-    run: RunConfig
-    components: Components
-    scenes: tuple[Scene, ...] | None = None
-    shared: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Measure:
-    """`function(pictures, prompts, context)` returns metrics by name, each declared in `metrics`, where `{group}` in a name or
-    title stands for the group of prompts: a number, or a list of one a picture, None for a picture that the metric is not about.
-    `lacks(run)`: why a run cannot be measured by it, or None."""
-
-    function: Callable[[Sequence[Image.Image], Sequence[str], Context], Mapping[str, Value]]
-    metrics: Mapping[str, Metric]
-    lacks: Callable[[RunConfig], str | None] = lambda run: None
-
-    def declared(self, group: str) -> dict[str, Metric]:
-        return {
-            name.format(group=group): replace(metric, title=metric.title.format(group=group.replace("_", " ")))
-            for name, metric in self.metrics.items()
-        }
 
 
 def check_pictures(pictures: Sequence[Image.Image], prompts: Sequence[str], context: Context) -> dict[str, Value]:
@@ -79,6 +53,11 @@ def score_by_clip(pictures: Sequence[Image.Image], prompts: Sequence[str], conte
 MEASURES: dict[str, Measure] = {
     "checker": Measure(check_pictures, checker.METRICS, checker.lacks),
     "clip": Measure(score_by_clip, clip.METRICS, clip.lacks),
+    "likeness": LIKENESS,
+    "drift": DRIFT,
+    "diversity": DIVERSITY_OF_GROUPS,
+    "memorising": MEMORISING,
+    "copies": COPIED,
 }
 
 
@@ -112,13 +91,17 @@ def find_measure(name: str) -> Measure:
 
 
 def prompt_groups(run: RunConfig, prompts: Sequence[str] = ()) -> dict[str, tuple[list[str], tuple[Scene, ...] | None]]:
-    """Group -> prompts, and their scenes where they are known: the drawn world's test scenes, or the run's own prompts.
+    """Group -> prompts, and their scenes where they are known: the drawn world's test scenes, and the run's groups of prompts, or where it
+    has neither its own prompts.
 
     `prompts`: for a run on pictures of one's own that names none.
     """
     scenes = checker.checked_scenes(run)
-    if scenes:
-        return {group: ([caption(scene) for scene in own], tuple(own)) for group, own in scenes.items()}
+    groups = {group: ([caption(scene) for scene in own], tuple(own)) for group, own in scenes.items()}
+    if run.evaluation.prompt_groups:
+        groups |= {group: (list(asked), None) for group, asked in run.evaluation.prompt_groups.named().items()}
+    if groups:
+        return groups
     asked = run.evaluation.prompts or (prompts if run.data.source != "shapes" else ())
     return {"prompts": (list(asked), None)} if asked else {}
 
@@ -160,7 +143,7 @@ def judge(
             context = Context(group, run, components, scenes, shared)
             told: dict[str, Value] = {}
             for name, chosen in measures.items():
-                values, declared = chosen.function(pictures, asked, context), chosen.declared(group)
+                values, declared = chosen.function(pictures, asked, context), chosen.declared(group, run)
                 if unknown := sorted(values.keys() - declared.keys()):
                     raise ConfigError(f"the measure {name} does not declare what it returned: {', '.join(unknown)}")
                 told |= values

@@ -1,7 +1,7 @@
 """Which checkpoint of each variant to keep: what its runs' checkpoints measured, read from their folders, and the choice.
 
 Several training runs of a variant are one sample of it: curves are their means, the choice is one for all, over the checkpoints that all of
-them have. What decides is what a study's champion is chosen by (`studies.champion`): learned and kept together where both are shares. What
+them have. What decides is the study's score (`studies.scoring`): learned and kept together, where both are shares and no formula says otherwise. What
 the held-out loss alone would have chosen stands beside it. Imports no torch.
 """
 
@@ -16,7 +16,7 @@ from t2ilib.config import ConfigError
 from t2ilib.evaluation.choosing import Choice, Measured, Score, alone, choose_step, harmonic_mean
 from t2ilib.evaluation.metrics import Metric
 from t2ilib.evaluation.steps import BASE, LOSS, MeasuredSteps, load_steps
-from t2ilib.studies.champion import TOGETHER, criteria
+from t2ilib.studies.scoring import TOGETHER, scoring
 
 ROLES = ("learned", "kept", "followed", "loss")
 """Roles of the metrics that are shown over the checkpoints, in this order."""
@@ -64,18 +64,32 @@ class VariantSteps:
         return int(np.abs(scores - np.median(scores)).argmin())
 
 
-def decide(results: Sequence[Mapping[str, float]], declared: Mapping[str, Metric]) -> Deciding | None:
-    """What decides, of the metrics that all `results` have; None where none of them can."""
-    found = criteria(results, declared)
-    parts = [found[role] for role in ("learned", "kept") if role in found]
-    if len(parts) == 2 and all((declared[key].unit, declared[key].better) == ("share", "higher") for key in parts):
-        return Deciding(TOGETHER, tuple(parts), harmonic_mean)
-    first = next(iter(found.values()), None)
-    return first and Deciding(declared[first], (first,), alone)
+def decide(
+    results: Sequence[Mapping[str, float]], declared: Mapping[str, Metric], formula: str | None = None
+) -> Deciding | None:
+    """What decides, of the metrics that all `results` have: the study's `formula`, or the rule of `studies.scoring`, which raises what it
+    raises there; None where nothing can."""
+    scored = scoring(results, declared, formula)
+    if scored is None:
+        return None
+
+    def score(metrics: Mapping[str, np.ndarray]) -> np.ndarray:
+        columns = np.broadcast_arrays(*(metrics[name] for name in scored.parts))
+        cells = zip(*(column.ravel().tolist() for column in columns), strict=True)
+        values = [scored.of(dict(zip(scored.parts, cell, strict=True))) for cell in cells]
+        return np.array(values).reshape(columns[0].shape)
+
+    fast = {TOGETHER: harmonic_mean} | ({scored.metric: alone} if scored.formula.names == scored.parts else {})
+    return Deciding(scored.metric, scored.parts, fast.get(scored.metric, score))
 
 
 def read_variant_steps(
-    name: str, title: str, folders: Sequence[Path], seeds: Sequence[int], only: Sequence[int] = ()
+    name: str,
+    title: str,
+    folders: Sequence[Path],
+    seeds: Sequence[int],
+    only: Sequence[int] = (),
+    formula: str | None = None,
 ) -> VariantSteps:
     """The checkpoints of a variant's runs (`folders`, by `seeds`), those of `only` where some are named. Raises ConfigError where nothing
     that could decide was measured of them, and where the runs have no checkpoint in common."""
@@ -86,7 +100,7 @@ def read_variant_steps(
         raise ConfigError(f"{name}: no checkpoint was measured of all its runs ({', '.join(map(str, folders))})")
     results = [run.metrics[step] for run in runs for step in common]
     declared = runs[0].declared
-    deciding = decide(results, declared)
+    deciding = decide(results, declared, formula)
     if deciding is None:
         raise ConfigError(
             f"{name}: nothing was measured that tells which checkpoint is better: hold pictures out (data.validation_share), or name"
