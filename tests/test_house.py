@@ -71,7 +71,9 @@ TORCH_FREE = (
     "data.captions",
     "data.tagging",
     "shapes.world",
+    "drawing.stepgrid",
     "evaluation.choosing",
+    "evaluation.steps",
     "evaluation.metrics",
     "evaluation.rows",
 )

@@ -9,6 +9,7 @@ import typer
 from t2ilib.cli import (
     adapters,
     captions,
+    choosing,
     download,
     drawing,
     hub,
@@ -64,6 +65,7 @@ study_app.command("new")(studies.study_new)
 study_app.command("run")(studies.study_run)
 study_app.command("status")(studies.study_status)
 study_app.command("show")(studies.study_show)
+study_app.command("checkpoints")(choosing.study_checkpoints)
 data_app.command("inspect")(inspection.data_inspect)
 data_app.command("shapes")(shapes.data_shapes)
 data_app.command("captions")(captions.data_captions)
