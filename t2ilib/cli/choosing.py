@@ -66,3 +66,43 @@ def numbers(text: str, option: str, kind: type) -> list:
 
 def say(line: str) -> None:
     print(line, flush=True)
+
+
+def study_ballot(
+    file: Annotated[Path, typer.Argument(help="A study file in YAML.")],
+    of: Annotated[
+        list[str],
+        typer.Option(help="A variant, or a checkpoint of it such as lora@400; to be given twice."),
+    ],
+    preset: Preset = "quick",
+    pairs: Annotated[int, typer.Option(min=1, help="Pairs of pictures to vote on.")] = 24,
+    prompt: Annotated[
+        list[str], typer.Option(help="May be given several times; without it those that were measured.")
+    ] = [],
+    seed: Annotated[int | None, typer.Option(min=0, help="Training seed; without it the first of both.")] = None,
+    noise: Annotated[int, typer.Option(min=0, help="Seed of the pictures' noise.")] = 0,
+    results: Results = Path("results"),
+) -> None:
+    """Make a page on which people vote between two variants without their names; t2ilib study votes takes the votes in."""
+    with readable_errors():
+        from t2ilib.report.balloting import make_ballot
+
+        page, ballot = make_ballot(file, preset, of, pairs, results, prompt, seed, noise, say)
+        print(f"{len(ballot.pairs())} pairs of {len(ballot.prompts)} prompts: open {page} in a browser")
+
+
+def study_votes(
+    file: Annotated[Path, typer.Argument(help="A study file in YAML.")],
+    votes: Annotated[list[Path], typer.Argument(help="Files of votes that were saved from a ballot's page.")],
+    preset: Preset = "quick",
+    results: Results = Path("results"),
+) -> None:
+    """Take votes into the study's results, so that the report shows them; the same file twice adds nothing."""
+    with readable_errors():
+        from t2ilib.report.balloting import take_votes
+
+        taken = take_votes(file, preset, votes, results)
+        for path, (target, _, new) in zip(votes, taken, strict=True):
+            print(f"{path}: {new} new vote{'s' * (new != 1)}, in {target}")
+        for target, own in {target: own for target, own, _ in taken}.items():
+            print(f"{target.stem}: {own.tally().sentence()}")
