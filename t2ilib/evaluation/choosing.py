@@ -12,9 +12,12 @@ What is recommended is the earliest checkpoint that is less than one standard er
 1984, Classification and Regression Trees, section 3.4.3; Hastie et al. 2009, section 7.10). The standard error is of
 the paired difference, not of the best one's own score: what makes a prompt hard is hard at every checkpoint.
 
-A checkpoint is *behind* where the 95% interval of its difference from the best leaves out zero, all pairs paid for: the
-interval is as wide as the largest of all pairs' studentized differences is in 95% of resamples (Efron & Tibshirani
-1993, section 12.5; Westfall & Young 1993, section 2.6). Where none is behind, nothing tells the checkpoints apart, and
+A checkpoint is *behind* where the model confidence set leaves it out (Hansen, Lunde & Nason 2011, Econometrica 79, 453):
+while the hypothesis that all that are left score alike is refused at 5%, by how far the lowest lies below their mean, it
+goes. What is left holds the best in 95% of cases, and of checkpoints that are all alike anyone goes in 5%. Distances are
+not studentized: where few pictures are right, the error of two checkpoints that differ by one of them is nearly nothing
+by chance (measured on flat curves of 12 checkpoints with 3 and 10% right, 24 prompts: 24 and 15% false alarms with, 2
+and 0% without). Where none goes, nothing tells the checkpoints apart, and
 the choice says so. The share of resamples in which a checkpoint is best is no probability that it truly is: whoever
 leads has had luck with these prompts, and resamples keep some of it. Imports no torch.
 """
@@ -161,7 +164,7 @@ def choose_step(
         over = None if base is None else (float(scores[best] - scores[steps.index(base)]), None, None)
         return Choice(**told, recommended=steps[best], as_good=(steps[best],), behind=(), over_base=over, **UNKNOWN)
     drawn = way * drawn
-    errors, behind = compare_all(scores, drawn, candidates, best)
+    errors, behind = (drawn[:, [best]] - drawn).std(0), left_behind(scores, drawn, candidates)
     as_good = [c for c in candidates if scores[best] - scores[c] <= errors[c] + SLACK * abs(scores[best])]
     recommended = as_good[0]
     winners = np.array(candidates)[drawn[:, candidates].argmax(1)]
@@ -224,26 +227,16 @@ def draw_weights(count: int, resamples: int, seed: int, *address: str) -> np.nda
     return drawn.multinomial(count - 1, np.full(count, 1 / count), size=resamples) / (count - 1)
 
 
-def compare_all(
-    scores: np.ndarray, drawn: np.ndarray, candidates: Sequence[int], best: int
-) -> tuple[dict[int, float], list[int]]:
-    """Of each candidate the standard error of its difference from the best, and the candidates that are shown to be behind it, all pairs
-    paid for."""
-    differences = scores[candidates, None] - scores[None, candidates]
-    moved = drawn[:, candidates, None] - drawn[:, None, candidates] - differences
-    size = SLACK * max(1e-300, float(np.abs(scores).max()))
-    errors = moved.std(0)
-    errors[errors <= size] = 0.0
-    studentized = np.abs(moved) / np.where(errors > 0, errors, np.inf)
-    width = float(np.quantile(studentized.max((1, 2)), LEVEL))
-    row = list(candidates).index(best)
-    of_best = {column: float(errors[row, place]) for place, column in enumerate(candidates)}
-    behind = [
-        column
-        for place, column in enumerate(candidates)
-        if differences[row, place] > max(size, width * errors[row, place])
-    ]
-    return of_best, behind
+def left_behind(scores: np.ndarray, drawn: np.ndarray, candidates: Sequence[int]) -> list[int]:
+    """The candidates that the model confidence set leaves out, in their order."""
+    kept, rounding = list(candidates), SLACK * np.abs(scores).max()
+    while len(kept) > 1:
+        below = scores[kept].mean() - scores[kept]
+        moved = drawn[:, kept].mean(1, keepdims=True) - drawn[:, kept] - below
+        if below.max() <= rounding or (moved.max(1) >= below.max() - rounding).mean() >= 1 - LEVEL:
+            break
+        del kept[int(below.argmax())]
+    return [column for column in candidates if column not in kept]
 
 
 def lead_over(scores: np.ndarray, drawn: np.ndarray, column: int, other: int) -> tuple[float, float, float]:

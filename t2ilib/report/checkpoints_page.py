@@ -70,9 +70,10 @@ and what the base could do before. The <b>score</b> says what is looked for; wit
 both, which is high only where both are.</p>
 <p><b>The step to keep</b> is the earliest whose score is less than one standard error behind the best (Breiman et al. 1984). <b>How sure
 that is</b>: the prompts are drawn anew by lot, {RESAMPLES:,} times, the same ones for every checkpoint, and of several training runs the runs too;
-"best in 71% of resamples; 300 to 600 in 95%" says how often the step was best, and between which steps the best one lay. It is about other
-prompts of the same kind, and is on the sure side: whoever leads has had some luck with these. A checkpoint is <b>shown to be behind</b>
-where the 95% interval of its difference from the best leaves out zero, all pairs of checkpoints paid for.</p>
+"best in 71% of resamples; 300 to 600 in 95%" says how often the step was best, and between which steps the best one lay. That is about
+other prompts of the same kind, and looks a little surer than it is: whoever leads has had some luck with these. A checkpoint is <b>shown to
+be behind</b> where the 95% model confidence set leaves it out (Hansen et al. 2011); where it leaves none out, the checkpoints cannot be told
+apart.</p>
 <p><b>Grids</b>: the noise is the same all along a row, so what differs is the adapter alone. Strength 1 is as trained. One picture proves
 nothing; the numbers count more of them.</p>"""
 
@@ -114,7 +115,7 @@ def section(own: VariantSteps, sheets: Sequence[StepSheet]) -> str:
                 f'<h2 id="{escape(own.name)}">{escape(own.title)}</h2>',
                 f'<p class="quiet">{len(own.choice.candidates)} checkpoints{several}'
                 f"{missing(own)}. Score: {escape(own.deciding.metric.title)}{made_of(own)}.</p>",
-                f'<div class="keep{unsure}"><p><b>Keep step {step}</b></p><p>{escape(own.choice.sentence())}. {escape(own.choice.reason())}</p>'
+                f'<div class="keep{unsure}"><p><b>Keep step {step}</b></p><p>{escape(capital(own.choice.sentence()))}. {escape(own.choice.reason())}</p>'
                 f"<p>{escape(against_loss(own))}</p>{over_base(own)}</div>",
                 f"<p>Take it along (kohya is for A1111, ComfyUI and Forge):</p><pre>t2ilib export {escape(quote(str(run)))}"
                 f" step-{step}.safetensors --checkpoint {step} --format kohya</pre>",
@@ -127,6 +128,10 @@ def section(own: VariantSteps, sheets: Sequence[StepSheet]) -> str:
             ),
         )
     )
+
+
+def capital(sentence: str) -> str:
+    return sentence[:1].upper() + sentence[1:]
 
 
 def missing(own: VariantSteps) -> str:

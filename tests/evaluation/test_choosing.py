@@ -54,17 +54,15 @@ def test_the_earliest_of_those_that_are_as_good_is_recommended():
     assert "earliest within one standard error" in earlier[0].reason()
 
 
-def test_a_flat_curve_is_told_to_be_flat():
-    """In at most 5% of flat curves anything is called behind, whatever the number of checkpoints and runs."""
-    for num_runs, count in ((1, 40), (3, 24)):
-        apart = [
-            choose_step(STEPS, {"learned": planted([0.6] * 6, count, seed, num_runs)}, alone, resamples=600).told_apart
-            for seed in range(100)
-        ]
-        assert np.mean(apart) <= 0.08
-    flat = choose_step(STEPS, {"learned": planted([0.6] * 6, 40, 0)}, alone)
-    assert not flat.told_apart
-    assert "cannot be told apart" in flat.reason()
+@pytest.mark.parametrize(("num_runs", "count", "share"), [(1, 40, 0.6), (3, 24, 0.6), (1, 24, 0.05), (1, 100, 0.1)])
+def test_a_flat_curve_is_told_to_be_flat(num_runs, count, share):
+    """In some 5% of flat curves anything is called behind, whatever the number of checkpoints and runs, and where hardly a picture is right."""
+    flat = [planted([share] * 6, count, seed, num_runs) for seed in range(100)]
+    apart = [choose_step(STEPS, {"learned": metric}, alone, resamples=400).told_apart for metric in flat]
+    assert np.mean(apart) <= 0.09
+    told = choose_step(STEPS, {"learned": flat[0]}, alone)
+    assert not told.told_apart
+    assert "cannot be told apart" in told.reason()
 
 
 def test_the_share_of_resamples_is_how_often_the_step_is_best_in_other_prompts():
