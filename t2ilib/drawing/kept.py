@@ -18,6 +18,9 @@ from t2ilib.drawing.settings import AdapterChoice, DrawSettings
 from t2ilib.text import shown
 from t2ilib.training.checkpoint import file_digest
 
+PARTS = 5
+"""How often it is told how far a drawing is."""
+
 
 def draw_kept(
     desk: Desk, settings: Sequence[DrawSettings], folder: Path, say: Callable[[str], None] = lambda line: None
@@ -29,15 +32,17 @@ def draw_kept(
     files = [folder / f"{digest_of(one, weights)}.png" for one in settings]
     lacking = {file: one for file, one in zip(files, settings, strict=True) if not file.is_file()}
     ordered = in_order(lacking)
-    written = iter(ordered)
+    written, told = iter(ordered), 0
 
     def watch(progress: Progress) -> None:
+        nonlocal told
         for picture in progress.finished:
             file = next(written)
             draft = file.with_suffix(".part")
             picture.image.save(draft, "PNG")
             draft.replace(file)
-        if progress.finished:
+        if progress.finished and (part := PARTS * progress.done // progress.total) > told:
+            told = part
             say(f"{shown(folder)}: {progress.done} of {progress.total} pictures drawn")
 
     desk.draw([lacking[file] for file in ordered], watch=watch)
