@@ -175,23 +175,23 @@ def test_prompts_are_shared_out_evenly():
 @pytest.fixture
 def study(tmp_path):
     """A study of two variants that finished, seed 1 of the second not."""
-    run = {key: value for key, value in {"data": {"source": "shapes"}, "adapter": {"rank": 2}}.items()}
     content = {
         "name": "toy",
         "question": "?",
         "reference": "lora",
-        "run": run,
+        "run": {"data": {"source": "shapes"}, "adapter": {"rank": 2}},
         "presets": {"quick": {"seeds": [1, 0]}},
         "variants": {"lora": {"title": "LoRA"}, "dora": {"title": "DoRA", "run": {"adapter": {"kind": "dora"}}}},
     }
     file = tmp_path / "toy.yaml"
     file.write_text(yaml.safe_dump(content))
     results = tmp_path / "results"
-    for variant, seed in (("lora", 1), ("lora", 0), ("dora", 0)):
-        folder = write_measured_run(results / "toy-quick" / variant / f"seed{seed}", seed, count=8)
-        (folder / "result.json").write_text("{}")
-        (folder / "adapter").mkdir()
-        (folder / "adapter" / "pytorch_lora_weights.safetensors").write_bytes(f"{variant} {seed}".encode())
+    for run in plan_runs(load_study(file), file, "quick", results):
+        if run.label != "dora seed 1":
+            write_measured_run(run.folder, run.seed, count=8)
+            (run.folder / "result.json").write_text(json.dumps({"digest": run.digest, "run": run.settings}))
+            (run.folder / "adapter").mkdir()
+            (run.folder / "adapter" / "pytorch_lora_weights.safetensors").write_bytes(run.label.encode())
     return file, results
 
 
