@@ -20,6 +20,11 @@ def study_new(
     compare: Annotated[
         str, typer.Option(help="What to compare, with commas, the reference first; a wrong name shows the right ones.")
     ] = "lora,dora",
+    trigger: Annotated[
+        str | None,
+        typer.Option(help="The word that captions use for what is taught; it is drawn in new places and styles."),
+    ] = None,
+    class_word: Annotated[str | None, typer.Option("--class", help="What that is one of: dog, face, house.")] = None,
     out: Annotated[
         Path | None, typer.Option(help="The file to write; without it FOLDER's name with .yaml, here.")
     ] = None,
@@ -28,7 +33,8 @@ def study_new(
     with readable_errors():
         from t2ilib.studies.new import new_study
 
-        path, study = new_study(folder, base, [name.strip() for name in compare.split(",") if name.strip()], out)
+        names = [name.strip() for name in compare.split(",") if name.strip()]
+        path, study = new_study(folder, base, names, out, trigger, class_word)
         command = f"t2ilib study run {quote(str(path))}"
         print(f"{path}: {', '.join(study.variants)}, compared with {study.reference}. Look it over, then")
         for preset, about in study.presets.items():
@@ -83,6 +89,28 @@ def study_status(
         from t2ilib.studies.study import status_rows
 
         print(format_table(status_rows(file, preset, results)))
+
+
+def study_power(
+    file: Annotated[Path, typer.Argument(help="A study file in YAML.")],
+    preset: Annotated[str, typer.Option(help="A preset of the study file.")] = "quick",
+    results: Results = Path("results"),
+) -> None:
+    """Say how many seeds a difference needs in this study, from the runs that are there."""
+    with readable_errors():
+        from t2ilib.config import ConfigError
+        from t2ilib.report import format_table, load_report
+        from t2ilib.report.noise import power_tables
+        from t2ilib.studies.file import load_study
+
+        folder = results / f"{load_study(file).name}-{preset}"
+        tables = power_tables(load_report(folder))
+        if not tables:
+            raise ConfigError(
+                f"{folder}: what runs vary by is known from two finished seeds of some variant on; run them first"
+            )
+        for told, rows in tables:
+            print(f"{told}\n{format_table(rows)}\n")
 
 
 def study_show(

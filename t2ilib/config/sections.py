@@ -291,15 +291,16 @@ class ComputeConfig(Section):
 
 
 class PromptGroups(Section):
-    """Kinds of prompts that a run on pictures of one's own is judged by, as `t2ilib study new` writes them."""
+    """Kinds of prompts that a run on pictures of one's own is judged by, as `t2ilib study new` writes them, in the order in which they speak
+    for what a report says in a word."""
 
+    contexts: tuple[str, ...] = ()
+    """What was taught, in places where no training picture shows it."""
     captions: tuple[str, ...] = ()
     """Captions as they stand beside the pictures. Those of held-out pictures say what was learned: what is drawn of one is held against
     its picture."""
     trigger: tuple[str, ...] = ()
-    """The words that call up what was taught, and nothing else."""
-    contexts: tuple[str, ...] = ()
-    """These words in places where no training picture shows it."""
+    """The words that call it up, and nothing else."""
     styles: tuple[str, ...] = ()
     """The same in other styles."""
     unrelated: tuple[str, ...] = ()

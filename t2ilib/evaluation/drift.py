@@ -12,7 +12,7 @@ from PIL import Image
 
 from t2ilib.config import RunConfig
 from t2ilib.evaluation.context import Context, Measure
-from t2ilib.evaluation.embeddings import embedders, embedding_models, lacks_models
+from t2ilib.evaluation.embeddings import embedders, embedding_models, lacks_models, vectors_of
 from t2ilib.evaluation.metrics import Metric
 from t2ilib.evaluation.references import base_pictures, lacks_base
 from t2ilib.evaluation.rows import Value
@@ -43,7 +43,7 @@ def drift(pictures: Sequence[Image.Image], prompts: Sequence[str], context: Cont
     of_base = base_pictures(context.run, context.components, prompts, context.shared)
     found: dict[str, Value] = {"drift/pixels": [far(*pair) for pair in zip(pictures, of_base, strict=True)]}
     for embedder in embedders(context.run, context.components.device, context.shared):
-        drawn, base = embedder(pictures), embedder(of_base)
+        drawn, base = vectors_of(embedder, pictures, context.shared), vectors_of(embedder, of_base, context.shared)
         alike = (drawn * base).sum(1)
         found[f"drift/{embedder.name}"] = (1 - alike).tolist()
         if len(set(prompts)) > 1:

@@ -142,3 +142,12 @@ def embedders(run: RunConfig, device: torch.device, shared: dict[str, Any]) -> l
     if "embedders" not in shared:
         shared["embedders"] = [load_embedder(name, place, device) for name, place in embedding_models(run).items()]
     return shared["embedders"]
+
+
+def vectors_of(embedder: Embedder, pictures: Sequence[Image.Image], shared: dict[str, Any]) -> np.ndarray:
+    """(N, D), made once for all measures that are asked about the same list of pictures."""
+    known = shared.setdefault("vectors", {})
+    key = (embedder.name, id(pictures))
+    if key not in known:
+        known[key] = pictures, embedder(pictures)  # held, so that no other list gets its id
+    return known[key][1]

@@ -16,7 +16,7 @@ from PIL import Image
 from t2ilib.config import RunConfig
 from t2ilib.evaluation.closeness import centroid_distance, mean_similarities, squared_mmd, vendi_score
 from t2ilib.evaluation.context import Context, Measure
-from t2ilib.evaluation.embeddings import embedders, embedding_models, lacks_models
+from t2ilib.evaluation.embeddings import embedders, embedding_models, lacks_models, vectors_of
 from t2ilib.evaluation.metrics import Metric
 from t2ilib.evaluation.references import Real, base_pictures, lacks_base, lacks_held_out, real_pictures
 from t2ilib.evaluation.rows import Value
@@ -73,22 +73,25 @@ def lacks_groups(run: RunConfig) -> str | None:
 
 
 def likeness(pictures: Sequence[Image.Image], prompts: Sequence[str], context: Context) -> dict[str, Value]:
-    """See METRICS; {} for groups that do not ask for what was taught, and where no picture is held out."""
+    """See METRICS; {} for groups that do not ask for what was taught."""
     if context.group not in OWN:
         return {}
     training, held_out = real_pictures(context.run, context.shared)
-    if not len(held_out):
-        return {}
     found: dict[str, Value] = {}
     of_base = base_pictures(context.run, context.components, prompts, context.shared)
     for embedder in embedders(context.run, context.components.device, context.shared):
         name = f"{context.group}/{embedder.name}"
-        drawn, base, real, others = embedder(pictures), embedder(of_base), held_out.by(embedder), training.by(embedder)
+        drawn, base, real, others = (
+            vectors_of(embedder, pictures, context.shared),
+            vectors_of(embedder, of_base, context.shared),
+            held_out.by(embedder),
+            training.by(embedder),
+        )
         own, floor, ceiling = (mean_similarities(vectors, real) for vectors in (drawn, base, others))
         found[f"likeness/{name}"] = own.tolist()
         found[f"likeness/{name}/base"] = float(floor.mean())
         found[f"likeness/{name}/real"] = float(ceiling.mean())
-        if len(others) > 1:
+        if context.group != "captions" and len(others) > 1:  # captions ask for the very pictures
             spread = ceiling.std(ddof=1) * np.sqrt(1 / len(drawn) + 1 / len(others))
             found[f"likeness/{name}/most"] = float(ceiling.mean() + 2.33 * spread)
         for suffix, vectors in {"": drawn, "/base": base, "/real": others}.items():
@@ -107,7 +110,7 @@ def learned(
 ) -> dict[str, Value]:
     """Of each picture of a held-out caption (s - b) / (1 - b): s its mean cosine to the held-out pictures of this caption, b the mean of that of
     the base's pictures; None for other prompts. {} where no prompt is a held-out caption."""
-    belong = [[i for i, own in enumerate(held_out.captions) if prompt in own] for prompt in prompts]
+    belong = held_out.asked_by(prompts)
     asked = [number for number, pictures in enumerate(belong) if pictures]
     if not asked:
         return {}
@@ -132,7 +135,11 @@ def diversity(pictures: Sequence[Image.Image], prompts: Sequence[str], context: 
     of_base = base_pictures(context.run, context.components, prompts, context.shared)
     count = min(len(pictures), len(training))
     for embedder in embedders(context.run, context.components.device, context.shared) if count > 1 else []:
-        sets = {"": embedder(pictures), "/base": embedder(of_base), "/real": training.by(embedder)}
+        sets = {
+            "": vectors_of(embedder, pictures, context.shared),
+            "/base": vectors_of(embedder, of_base, context.shared),
+            "/real": training.by(embedder),
+        }
         for suffix, vectors in sets.items():
             found[f"diversity/{context.group}/{embedder.name}{suffix}"] = over_subsets(vendi_score, vectors, count)
     return found

@@ -7,6 +7,7 @@ was not measured is missing, never zero.
 """
 
 import json
+import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,21 +18,26 @@ from typing import Any
 from PIL import Image
 
 from t2ilib.config import ConfigError, RunConfig, check_choice
+from t2ilib.environment import note_environment
 from t2ilib.evaluation import clip
 from t2ilib.evaluation.context import Context, Measure
 from t2ilib.evaluation.drift import DRIFT
 from t2ilib.evaluation.likeness import DIVERSITY_OF_GROUPS, LIKENESS
 from t2ilib.evaluation.memorising import COPIED, MEMORISING
-from t2ilib.evaluation.metrics import ENTRY_POINTS, Metric, check_measures, declare
+from t2ilib.evaluation.metrics import ENTRY_POINTS, Metric, check_measures, declare, flagged
+from t2ilib.evaluation.references import keep_base_pictures
 from t2ilib.evaluation.rows import Row, Value, split, write_rows
 from t2ilib.evaluation.sampling import draw, save_pictures
 from t2ilib.memory import Peaks
 from t2ilib.models.components import Components
+from t2ilib.models.load import name_of_device
 from t2ilib.pyfile import module_at
 from t2ilib.shapes import checker
 from t2ilib.shapes.world import Scene, caption
 from t2ilib.text import write_whole
 from t2ilib.tracking.tracker import NullTracker, Tracker
+
+log = logging.getLogger(__name__)
 
 SHOWN = 8
 """Pictures that are kept for the report's grid, of each group as many."""
@@ -72,6 +78,13 @@ def find_measures(run: RunConfig) -> dict[str, Measure]:
         if reason := measure.lacks(run):
             raise ConfigError(f"evaluation.measures: {name} cannot measure this run: {reason}")
     return found
+
+
+def tell_lacking(run: RunConfig) -> None:
+    """Warns of measures that are about a run's groups of prompts and cannot be asked, where none was named."""
+    for name in ("likeness", "drift") if run.evaluation.measures is None and run.evaluation.prompt_groups else ():
+        if reason := MEASURES[name].lacks(run):
+            log.warning("%s is not measured: %s", name, reason)
 
 
 def find_measure(name: str) -> Measure:
@@ -140,6 +153,8 @@ def judge(
             pictures = draw(components, asked, run.evaluation, resolution=run.data.resolution)
             few = SHOWN // len(groups)
             found.shown.extend(list(zip(asked, pictures, strict=True))[:: max(1, len(asked) // few)][:few])
+            if run.evaluation.prompt_groups and scenes is None:
+                keep_base_pictures(run, components, asked, pictures)
             context = Context(group, run, components, scenes, shared)
             told: dict[str, Value] = {}
             for name, chosen in measures.items():
@@ -168,11 +183,17 @@ def measure(
     `evaluation.prompts` names nothing; the drawn world has test prompts of its own. Also keeps some pictures for the report.
     Raises ConfigError as `find_measures` does, and for a metric that its measure does not declare.
     """
+    tell_lacking(run)
     peaks = Peaks()
     judged = judge(run, components, prompts, peaks=peaks)
     found = judged.metrics
+    for name, metric in flagged(found, judged.declared).items():
+        log.warning(
+            "%s: %.3g, and at most %.3g is usual: %s", metric.title, found[name], found[metric.ceiling], metric.flag
+        )
     write_rows(run.output, judged.rows)
     declare(run.output, judged.declared)
+    note_environment(run.output, name_of_device(components.device))
     shutil.rmtree(run.output / "pictures", ignore_errors=True)  # of other prompts, perhaps
     if judged.shown:
         save_pictures([picture for _, picture in judged.shown], run.output / "pictures")

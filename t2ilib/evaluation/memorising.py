@@ -18,18 +18,18 @@ from PIL import Image
 from t2ilib.config import ConfigError, RunConfig
 from t2ilib.evaluation.closeness import most_by_chance, nearer_than_real, nearest_is_training
 from t2ilib.evaluation.context import Context, Measure
-from t2ilib.evaluation.embeddings import Preparation, embedders, embedding_models
-from t2ilib.evaluation.likeness import OWN
+from t2ilib.evaluation.embeddings import Preparation, embedders, embedding_models, vectors_of
+from t2ilib.evaluation.likeness import OWN, lacks_groups
 from t2ilib.evaluation.likeness import lacks as lacks_likeness
 from t2ilib.evaluation.metrics import Metric
-from t2ilib.evaluation.references import Real, base_pictures, lacks_held_out, real_pictures
+from t2ilib.evaluation.references import Real, base_pictures, lacks_base, lacks_held_out, real_pictures
 from t2ilib.evaluation.rows import Value
 
 OPEN = ("trigger", "contexts", "styles")
 """Groups whose prompts ask for no training picture."""
 TABLE = "Learned by heart"
-SSCD_COPY = 0.5
-"""The cosine from which SSCD's authors call a picture a copy, with a precision of 90 % on their benchmark."""
+SSCD_COPY = 0.75
+"""The cosine above which 90 of 100 pairs of DISC are copies, by the authors' `sscd_disc_mixup` (its repository's README)."""
 SSCD = Preparation(None, 288, Image.Resampling.BILINEAR, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 METRICS = {
@@ -65,15 +65,15 @@ COPIES = {
 
 
 def memorising(pictures: Sequence[Image.Image], prompts: Sequence[str], context: Context) -> dict[str, Value]:
-    """See METRICS; {} for groups of which nothing can be said, and without held-out pictures."""
-    training, held_out = real_pictures(context.run, context.shared)
-    if context.group not in OWN or not len(held_out):
+    """See METRICS; {} for groups of which nothing can be said."""
+    if context.group not in OWN:
         return {}
+    training, held_out = real_pictures(context.run, context.shared)
     found: dict[str, Value] = {}
     of_base = base_pictures(context.run, context.components, prompts, context.shared)
     for embedder in embedders(context.run, context.components.device, context.shared):
         name, reals = f"{context.group}/{embedder.name}", (training.by(embedder), held_out.by(embedder))
-        drawn, base = embedder(pictures), embedder(of_base)
+        drawn, base = vectors_of(embedder, pictures, context.shared), vectors_of(embedder, of_base, context.shared)
         if context.group in OPEN:
             for measured, function in {
                 "nearer_training": nearer_than_real,
@@ -99,8 +99,8 @@ def gap(
     """{} where prompts are not captions of both kinds. Its bound is that of a difference of two means of such spread, once in a hundred."""
     gains = []
     for real, vectors in zip(kinds, reals, strict=True):
-        belong = [[i for i, own in enumerate(real.captions) if prompt in own] for prompt in prompts]
-        gains.append([float((d - b) @ vectors[o].mean(0)) for d, b, o in zip(drawn, base, belong, strict=True) if o])
+        belong = zip(drawn, base, real.asked_by(prompts), strict=True)
+        gains.append([float((d - b) @ vectors[own].mean(0)) for d, b, own in belong if own])
     if min(map(len, gains)) < 2:
         return {}
     trained, held_out = map(np.array, gains)
@@ -111,7 +111,7 @@ def gap(
 def lacks_detector(run: RunConfig) -> str | None:
     if run.evaluation.copy_detector is None:
         return "set evaluation.copy_detector, a TorchScript file of SSCD"
-    return lacks_likeness(run) or lacks_held_out(run)
+    return lacks_groups(run) or lacks_held_out(run) or lacks_base(run)
 
 
 def load_detector(run: RunConfig, device: torch.device) -> torch.jit.ScriptModule:
@@ -141,9 +141,9 @@ def described(model: Any, pictures: Sequence[Image.Image], device: torch.device)
 
 def copies(pictures: Sequence[Image.Image], prompts: Sequence[str], context: Context) -> dict[str, Value]:
     """Of each picture whether a training picture is a copy of it, and the cosine of the nearest."""
-    training, held_out = real_pictures(context.run, context.shared)
-    if context.group not in OWN or not len(held_out):
+    if context.group not in OWN:
         return {}
+    training, held_out = real_pictures(context.run, context.shared)
     device, shared = context.components.device, context.shared
     if "detector" not in shared:
         shared["detector"] = model = load_detector(context.run, device)

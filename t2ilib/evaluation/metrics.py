@@ -67,6 +67,12 @@ def as_written(metric: Metric) -> dict[str, Any]:
     return {f.name: value for f in fields(metric) if (value := getattr(metric, f.name)) != f.default}
 
 
+def flagged(values: Mapping[str, float], metrics: Mapping[str, Metric]) -> dict[str, Metric]:
+    """Those of `metrics` whose value lies above their ceiling's, where both were measured."""
+    known = {name: metric for name, metric in metrics.items() if {name, metric.ceiling} <= values.keys()}
+    return {name: metric for name, metric in known.items() if values[name] > values[metric.ceiling]}
+
+
 def declare(folder: Path, metrics: Mapping[str, Metric]) -> None:
     """Puts those of `metrics` that a table shows in front of what a run's folder says of its numbers: what is declared last is
     shown first."""

@@ -8,7 +8,6 @@ again while what was trained waits in host memory.
 import contextlib
 import hashlib
 import json
-import logging
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -34,8 +33,6 @@ from t2ilib.models.load import load_base
 from t2ilib.models.quantize import move
 from t2ilib.seeds import numpy_generator_for
 
-log = logging.getLogger(__name__)
-
 MOST = 256
 """Real pictures of each kind that are looked at; of more always the same ones are taken."""
 DECIDING = ("num_inference_steps", "guidance_scale", "negative_prompt", "vae_tiling")
@@ -59,6 +56,11 @@ class Real:
             self.vectors[embedder.name] = embedder(self.pictures)
         return self.vectors[embedder.name]
 
+    def asked_by(self, prompts: Sequence[str]) -> list[list[int]]:
+        """Of each prompt the numbers of the pictures whose caption it is, whatever the white space."""
+        own = [{" ".join(caption.split()) for caption in captions} for captions in self.captions]
+        return [[i for i, known in enumerate(own) if " ".join(prompt.split()) in known] for prompt in prompts]
+
 
 def lacks_held_out(run: RunConfig) -> str | None:
     """Why a run has no real pictures to hold drawn ones against, or None where it has."""
@@ -78,8 +80,6 @@ def real_pictures(run: RunConfig, shared: dict[str, Any]) -> tuple[Real, Real]:
         shared["real"] = tuple(
             looked_at(run, records, kind) for records, kind in zip(split, ("training", "held out"), strict=True)
         )
-        if not len(shared["real"][1]):
-            log.warning("no picture is held out, so nothing can say how like real ones the drawn ones are")
     return shared["real"]
 
 
@@ -105,15 +105,29 @@ def base_pictures(
     known = shared.setdefault("base pictures", {})
     prompts = tuple(prompts)
     if prompts not in known:
-        told = identity(run, components, prompts)
-        name = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:24]
-        folder = cache_folder() / "base_pictures" / name
+        folder, told = kept_in(run, components, prompts)
         if not folder.is_dir():
             with untouched(run, components) as base:
-                drawn = draw(base, prompts, run.evaluation, resolution=run.data.resolution)
-            put(drawn, told, folder)
+                put(draw(base, prompts, run.evaluation, resolution=run.data.resolution), told, folder)
         known[prompts] = load_pictures(folder)
     return known[prompts]
+
+
+def keep_base_pictures(
+    run: RunConfig, components: Components, prompts: Sequence[str], pictures: Sequence[Image.Image]
+) -> None:
+    """Keeps what a run of the untouched base drew, so that no other run draws it again; of other runs nothing."""
+    if run.trains == "nothing" and stands_still(run):
+        folder, told = kept_in(run, components, prompts)
+        if not folder.is_dir():
+            put(pictures, told, folder)
+
+
+def kept_in(run: RunConfig, components: Components, prompts: Sequence[str]) -> tuple[Path, dict[str, Any]]:
+    """The folder of the base's pictures of these prompts, and what it is known by."""
+    told = identity(run, components, prompts)
+    name = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:24]
+    return cache_folder() / "base_pictures" / name, told
 
 
 def put(pictures: Sequence[Image.Image], told: dict[str, Any], folder: Path) -> None:
