@@ -16,6 +16,7 @@ ABOUT = {
     "concept/all": Metric("concept learned", "share", "higher", table="Learned and kept", role="learned"),
     "base_kept/all": Metric("base kept", "share", "higher", table="Learned and kept", role="kept"),
     "clip_score/concept": Metric("CLIP score", "score", "higher", role="followed"),
+    "copies": Metric("copies", "share", "lower", ceiling="copies/most", flag="learned by heart"),
 }
 LOSS = {"held_out_loss": asdict(Metric("held-out loss", "loss", "lower", table="Learned and kept", role="loss"))}
 # step -> learned, kept, held-out loss: 300 is best by far, and the loss goes on falling
@@ -44,6 +45,8 @@ def write_measured_run(folder, seed=0, truth=TRUTH, count=60, metrics=("concept/
             right = (hard < share).astype(float)
             values[name] = float(right.mean())
             rows += [Row(step, group, i, f"{group} {i}", {name: right[i]}) for i in range(count)]
+        if "copies" in metrics:
+            values |= {"copies": step / 500, "copies/most": 0.7}
         steps[str(step)] = {"how": "x", "metrics": values}
         path = losses_file(folder, step)
         path.parent.mkdir(exist_ok=True)

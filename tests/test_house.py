@@ -72,7 +72,6 @@ TORCH_FREE = (
     "data.tagging",
     "shapes.world",
     "drawing.stepgrid",
-    "evaluation.choosing",
     "evaluation.steps",
     "evaluation.metrics",
     "evaluation.rows",

@@ -7,7 +7,7 @@ What was measured stays in the run's folder and is not measured again: `rows.jso
 metrics of each step, what they are, and how they were measured; `held_out/` the losses. A step whose weights, prompts, drawing or measures
 are others now is measured anew; a kill costs the step that was going on. What the run measured at its end is taken as it stands.
 
-Step 0 is the base without an adapter. Which step to keep, `evaluation.choosing` says of these numbers. Leaves out runs that trained
+Step 0 is the base without an adapter. Which step to keep, `statistics.choosing` says of these numbers. Leaves out runs that trained
 something else than an adapter.
 """
 

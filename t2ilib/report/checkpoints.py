@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from t2ilib.config import ConfigError
-from t2ilib.evaluation.choosing import Choice, Measured, Score, alone, choose_step, harmonic_mean
-from t2ilib.evaluation.metrics import Metric
+from t2ilib.evaluation.metrics import Metric, flagged
 from t2ilib.evaluation.steps import BASE, LOSS, MeasuredSteps, load_steps
+from t2ilib.statistics.choosing import Choice, Measured, Score, alone, choose_step, harmonic_mean
 from t2ilib.studies.scoring import TOGETHER, scoring
 
 ROLES = ("learned", "kept", "followed", "loss")
@@ -35,7 +35,7 @@ class Deciding:
 class VariantSteps:
     """The checkpoints of a variant, or of a run alone. `steps` rise; BASE among them is the base without an adapter. `metrics`: those with
     a role, each over all `steps` and runs, NaN where the base was not measured; `choice`: by what decides; `by_loss`: by the held-out loss.
-    `left_out`: checkpoints that not all runs have."""
+    `left_out`: checkpoints that not all runs have; `flags`: checkpoint -> what a metric above its ceiling means there, in any run."""
 
     name: str
     title: str
@@ -48,6 +48,7 @@ class VariantSteps:
     choice: Choice
     by_loss: Choice | None
     left_out: tuple[int, ...]
+    flags: Mapping[int, tuple[str, ...]]
 
     def speaking(self, role: str) -> str | None:
         """The metric that speaks for a role; None where none was measured."""
@@ -124,7 +125,14 @@ def read_variant_steps(
         choice,
         by_loss,
         tuple(sorted(set.union(*there) - set(common))),
+        {step: told for step in common if (told := flags_of([run.metrics[step] for run in runs], declared))},
     )
+
+
+def flags_of(results: Sequence[Mapping[str, float]], declared: Mapping[str, Metric]) -> tuple[str, ...]:
+    """What the metrics that lie above their ceiling mean, each once."""
+    metrics = [metric for own in results for metric in flagged(own, declared).values()]
+    return tuple(dict.fromkeys(f"{metric.title}: {metric.flag}" for metric in metrics))
 
 
 def chosen_metrics(
@@ -173,6 +181,7 @@ def numbers_of(own: VariantSteps) -> dict[str, Any]:
         "seeds": list(own.seeds),
         "steps": list(own.steps),
         "left_out": list(own.left_out),
+        "flags": {str(step): list(told) for step, told in own.flags.items()},
         "score": {"title": metric.title, "unit": metric.unit, "better": metric.better, "made_of": list(own.deciding.parts)},
         "recommended": own.choice.recommended,
         "sentence": own.choice.sentence(),

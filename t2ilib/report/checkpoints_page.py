@@ -13,12 +13,12 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from t2ilib.drawing.stepgrid import StepRow, StepSheet
-from t2ilib.evaluation.choosing import RESAMPLES, Choice
 from t2ilib.evaluation.metrics import Metric
 from t2ilib.evaluation.steps import BASE
 from t2ilib.report.checkpoints import VariantSteps
 from t2ilib.report.checkpoints_figures import plot_curves, plot_path
 from t2ilib.report.embedding import figure_uri, picture_uri
+from t2ilib.statistics.choosing import RESAMPLES, Choice
 
 STYLE = """
 body { font: 15px/1.5 system-ui, "Helvetica Neue", Arial, sans-serif; color: #222; max-width: 1120px; margin: 2em auto; padding: 0 1.2em }
@@ -116,7 +116,7 @@ def section(own: VariantSteps, sheets: Sequence[StepSheet]) -> str:
                 f'<p class="quiet">{len(own.choice.candidates)} checkpoints{several}'
                 f"{missing(own)}. Score: {escape(own.deciding.metric.title)}{made_of(own)}.</p>",
                 f'<div class="keep{unsure}"><p><b>Keep step {step}</b></p><p>{escape(capital(own.choice.sentence()))}. {escape(own.choice.reason())}</p>'
-                f"<p>{escape(against_loss(own))}</p>{over_base(own)}</div>",
+                f"<p>{escape(against_loss(own))}</p>{over_base(own)}{flagged_steps(own)}</div>",
                 f"<p>Take it along (kohya is for A1111, ComfyUI and Forge):</p><pre>t2ilib export {escape(quote(str(run)))}"
                 f" step-{step}.safetensors --checkpoint {step} --format kohya</pre>",
                 "<h3>By training step</h3>" + plotted(plot_curves(own), f"Measures of {own.title} by training step"),
@@ -170,6 +170,20 @@ def over_base(own: VariantSteps) -> str:
         "<p><b>Not shown to be better than the base without an adapter</b>, over which its lead is"
         f" {shown(own.deciding.metric, difference, signed=True)} (95% interval {ends}).</p>"
     )
+
+
+def flagged_steps(own: VariantSteps) -> str:
+    """Where a measure says that a checkpoint is over-trained, and of the chosen one that it is."""
+    if not own.flags:
+        return ""
+    chosen = own.choice.recommended
+    first = f"<b>Step {chosen} is flagged</b>: " if chosen in own.flags else "The chosen step is not flagged. "
+    steps: dict[str, list[int]] = {}
+    for step, flags in own.flags.items():
+        for flag in flags:
+            steps.setdefault(flag, []).append(step)
+    told = [f"{escape(flag)} (step {', '.join(map(str, where))})" for flag, where in steps.items()]
+    return f"<p>{first}{'; '.join(told)}.</p>"
 
 
 def plotted(figure: Figure, about: str) -> str:

@@ -60,6 +60,16 @@ def test_without_a_checker_the_loss_decides(tmp_path):
     assert "all that decided" in page_text("T", "", [own], {}, {})
 
 
+def test_checkpoints_above_a_ceiling_are_flagged(tmp_path):
+    measured = ("concept/all", "base_kept/all", "copies")
+    own = read_variant_steps("x", "X", [write_measured_run(tmp_path / "x", metrics=measured)], (0,))
+    assert own.flags == {400: ("copies: learned by heart",), 500: ("copies: learned by heart",)}
+    text = page_text("T", "", [own], {}, {})
+    assert "The chosen step is not flagged. copies: learned by heart (step 400, 500)" in text
+    late = read_variant_steps("x", "X", own.runs, (0,), formula="learned")
+    assert "<b>Step 400 is flagged</b>" in page_text("T", "", [late], {}, {})
+
+
 def test_what_cannot_be_chosen_is_told(tmp_path):
     nothing = write_measured_run(tmp_path / "nothing", metrics=(), losses=False)
     with pytest.raises(ConfigError, match="hold pictures out"):

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from t2ilib.config import ConfigError
-from t2ilib.evaluation.choosing import Measured, alone, choose_step, draw_weights, harmonic_mean, resample
 from t2ilib.seeds import numpy_generator_for
+from t2ilib.statistics.choosing import Measured, alone, choose_step, draw_weights, harmonic_mean, resample
 
 STEPS = [100, 200, 300, 400, 500, 600]
 
