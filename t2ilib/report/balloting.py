@@ -8,8 +8,9 @@ The pictures are of one training run a variant, the first seed that both have un
 two runs.
 """
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def make_ballot(
     if len(between) != 2:
         raise ConfigError(f"a vote is between two variants: give --of twice, not {len(between)} times")
     one, other = contenders(file, preset, between, results, seed)
-    asked, each = share_out(list(prompts) or common_prompts(one.run, other.run), pairs)
+    asked, each = share_out({"asked": prompts} if prompts else common_prompts(one.run, other.run), pairs)
     ballot = build_ballot(
         ((one.name, settings_of(one)), (other.name, settings_of(other))), asked, seed=noise, num_pictures=each
     )
@@ -117,8 +118,8 @@ def settings_of(side: Contender) -> DrawSettings:
     return settings
 
 
-def common_prompts(one: StudyRun, other: StudyRun) -> list[str]:
-    """The prompts that both runs were measured by, a group's after another's in turn."""
+def common_prompts(one: StudyRun, other: StudyRun) -> dict[str, list[str]]:
+    """Group -> the prompts that both runs were measured by. Raises ConfigError where there are none."""
     told = [{row.prompt: row.group for row in read_rows(run.folder)} for run in (one, other)]
     groups: dict[str, list[str]] = {}
     for prompt, group in told[0].items():
@@ -126,16 +127,20 @@ def common_prompts(one: StudyRun, other: StudyRun) -> list[str]:
             groups.setdefault(group, []).append(prompt)
     if not groups:
         raise ConfigError(f"{one.label} and {other.label} were measured by no common prompt: name some by --prompt")
-    places = [((i + 0.5) / len(own), prompt) for own in groups.values() for i, prompt in enumerate(own)]
-    return [prompt for _, prompt in sorted(places, key=lambda place: place[0])]
+    return groups
 
 
-def share_out(prompts: Sequence[str], pairs: int) -> tuple[list[str], int]:
-    """So many prompts, evenly, and so many pictures of each that there are `pairs` at least, and as few more as can be."""
-    prompts = list(dict.fromkeys(prompts))
-    each = math.ceil(pairs / len(prompts))
-    count = math.ceil(pairs / each)
-    return [prompts[i * len(prompts) // count] for i in range(count)], each
+def share_out(groups: Mapping[str, Sequence[str]], pairs: int) -> tuple[list[str], int]:
+    """So many prompts, of every group about as many and evenly, and so many pictures of each that there are `pairs` at least, and as few
+    more as can be. Groups follow one another in turn."""
+    left = {name: list(dict.fromkeys(prompts)) for name, prompts in groups.items()}
+    each = math.ceil(pairs / sum(map(len, left.values())))
+    count, chosen = math.ceil(pairs / each), []
+    for place, (_, prompts) in enumerate(sorted(left.items(), key=lambda item: len(item[1]))):
+        own = min(len(prompts), (count - sum(map(len, chosen))) // (len(left) - place))
+        chosen.append([prompts[i * len(prompts) // own] for i in range(own)])
+    turns = itertools.zip_longest(*sorted(chosen, key=len, reverse=True))
+    return [prompt for turn in turns for prompt in turn if prompt is not None], each
 
 
 def draw_pairs(ballot: Ballot, folder: Path, results: Path, say: Say) -> list[tuple[Path, Path]]:

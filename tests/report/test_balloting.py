@@ -162,11 +162,15 @@ def test_the_pages_interval_is_scipys(page):
 
 def test_prompts_are_shared_out_evenly():
     prompts = [f"p{i}" for i in range(10)]
-    assert share_out(prompts, 4) == (["p0", "p2", "p5", "p7"], 1)
-    assert share_out(prompts, 20) == (prompts, 2)
-    assert share_out(["a", "b", "a"], 24) == (["a", "b"], 12)
-    some, each = share_out(prompts, 24)
+    assert share_out({"a": prompts}, 4) == (["p0", "p2", "p5", "p7"], 1)
+    assert share_out({"a": prompts}, 20) == (prompts, 2)
+    assert share_out({"a": ["a", "b", "a"]}, 24) == (["a", "b"], 12)
+    some, each = share_out({"a": prompts}, 24)
     assert (len(some), each) == (8, 3), "24 and no more"
+    other = [f"q{i}" for i in range(10)]
+    assert share_out({"a": prompts, "b": other}, 4) == (["p0", "q0", "p5", "q5"], 1)
+    some, each = share_out({"a": prompts, "few": ["x"], "b": other}, 9)
+    assert (some, each) == (["p0", "q0", "x", "p2", "q2", "p5", "q5", "p7", "q7"], 1)
     assert step_of("lora@400", "400") == 400
     with pytest.raises(ConfigError, match="lora@400"):
         step_of("lora@last", "last")
@@ -215,7 +219,8 @@ def test_a_ballot_is_of_one_training_seed_and_of_prompts_that_were_measured(stud
     assert len(ballot.prompts) == 5
     assert {prompt.split()[0] for prompt in ballot.prompts} == {"concept", "base_kept"}, "of both groups"
     runs = plan_runs(load_study(file), file, "quick", results)
-    assert len(common_prompts(runs[2], runs[3])) == 16
+    groups = common_prompts(runs[2], runs[3])
+    assert {name: len(prompts) for name, prompts in groups.items()} == {"concept": 8, "base_kept": 8}
     with pytest.raises(ConfigError, match="no finished training seed in common"):
         contenders(file, "quick", ["lora", "dora"], results, 1)
     with pytest.raises(ConfigError, match="between two variants"):
