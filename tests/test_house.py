@@ -71,8 +71,11 @@ TORCH_FREE = (
     "data.captions",
     "data.tagging",
     "shapes.world",
+    "drawing.stepgrid",
+    "evaluation.steps",
     "evaluation.metrics",
     "evaluation.rows",
+    "evaluation.strength",
     "environment",
     "statistics",
 )

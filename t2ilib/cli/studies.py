@@ -20,6 +20,11 @@ def study_new(
     compare: Annotated[
         str, typer.Option(help="What to compare, with commas, the reference first; a wrong name shows the right ones.")
     ] = "lora,dora",
+    trigger: Annotated[
+        str | None,
+        typer.Option(help="The word that captions use for what is taught; it is drawn in new places and styles."),
+    ] = None,
+    class_word: Annotated[str | None, typer.Option("--class", help="What that is one of: dog, face, house.")] = None,
     out: Annotated[
         Path | None, typer.Option(help="The file to write; without it FOLDER's name with .yaml, here.")
     ] = None,
@@ -28,7 +33,8 @@ def study_new(
     with readable_errors():
         from t2ilib.studies.new import new_study
 
-        path, study = new_study(folder, base, [name.strip() for name in compare.split(",") if name.strip()], out)
+        names = [name.strip() for name in compare.split(",") if name.strip()]
+        path, study = new_study(folder, base, names, out, trigger, class_word)
         command = f"t2ilib study run {quote(str(path))}"
         print(f"{path}: {', '.join(study.variants)}, compared with {study.reference}. Look it over, then")
         for preset, about in study.presets.items():

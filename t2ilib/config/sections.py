@@ -290,6 +290,33 @@ class ComputeConfig(Section):
     encoders and VAE are there whenever a step does not need them.)"""
 
 
+class PromptGroups(Section):
+    """Kinds of prompts that a run on pictures of one's own is judged by, as `t2ilib study new` writes them, in the order in which they speak
+    for what a report says in a word."""
+
+    contexts: tuple[str, ...] = ()
+    """What was taught, in places where no training picture shows it."""
+    captions: tuple[str, ...] = ()
+    """Captions as they stand beside the pictures. Those of held-out pictures say what was learned: what is drawn of one is held against
+    its picture."""
+    trigger: tuple[str, ...] = ()
+    """The words that call it up, and nothing else."""
+    styles: tuple[str, ...] = ()
+    """The same in other styles."""
+    unrelated: tuple[str, ...] = ()
+    """What has nothing to do with the training, and should be drawn as the base draws it; fifty or more."""
+
+    @model_validator(mode="after")
+    def something_is_asked(self) -> "PromptGroups":
+        if not any(self.named().values()):
+            raise ValueError(f"all groups are empty: give prompts to one of {', '.join(type(self).model_fields)}")
+        return self
+
+    def named(self) -> dict[str, tuple[str, ...]]:
+        """Group -> prompts, of those that have any."""
+        return {name: prompts for name, prompts in self if prompts}
+
+
 class EvaluationConfig(Section):
     """What is measured and drawn, and when. Step counts of 0 mean only before and after training."""
 
@@ -321,6 +348,13 @@ class EvaluationConfig(Section):
     in Python files (`my_measures.py:sharpness`). None: all that come with t2ilib and apply."""
     clip_model: str | None = None
     """Folder or Hub id of the CLIP that scores pictures; None takes the base's own `clip` folder, if it has one."""
+    prompt_groups: PromptGroups | None = None
+    """Pictures of one's own: what is drawn and judged at the end, by kind, in place of `prompts`."""
+    embedding_models: tuple[Location, ...] = ()
+    """Folders or Hub ids of the models that say how alike pictures are: DINOv2, a CLIP, another vision transformer. The first decides. Empty
+    takes `clip_model`, or the base's own `clip` folder."""
+    copy_detector: Place | None = None
+    """A TorchScript file of SSCD (arXiv 2202.10261), which finds copied pictures. Only open one that you trust."""
 
     @model_validator(mode="after")
     def holds_together(self) -> "EvaluationConfig":

@@ -18,6 +18,9 @@ from t2ilib.models.pipeline import clip_folder, quiet_libraries
 METRICS = {
     "clip_score/{group}": Metric("CLIP score, {group}", "score", "higher", table="CLIP scores"),
     "clip_score/concept": Metric("CLIP score, concept", "score", "higher", table=None),
+    "clip_score/contexts": Metric(
+        "CLIP score in new contexts", "score", "higher", table="Learned and kept", role="followed"
+    ),
     "clip_score/prompts": Metric("CLIP score", "score", "higher", table="Learned and kept", role="followed"),
 }
 """Of the drawn world's groups it is shown and decides nothing, for there the checker counts. Of the concepts it is

@@ -7,9 +7,10 @@ was not measured is missing, never zero.
 """
 
 import json
+import logging
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,12 @@ from PIL import Image
 from t2ilib.config import ConfigError, RunConfig, check_choice
 from t2ilib.environment import note_environment
 from t2ilib.evaluation import clip
-from t2ilib.evaluation.metrics import ENTRY_POINTS, Metric, check_measures, declare
+from t2ilib.evaluation.context import Context, Measure
+from t2ilib.evaluation.drift import DRIFT
+from t2ilib.evaluation.likeness import DIVERSITY_OF_GROUPS, LIKENESS
+from t2ilib.evaluation.memorising import COPIED, MEMORISING
+from t2ilib.evaluation.metrics import ENTRY_POINTS, Metric, check_measures, declare, flagged
+from t2ilib.evaluation.references import keep_base_pictures
 from t2ilib.evaluation.rows import Row, Value, split, write_rows
 from t2ilib.evaluation.sampling import draw, save_pictures
 from t2ilib.memory import Peaks
@@ -31,38 +37,10 @@ from t2ilib.shapes.world import Scene, caption
 from t2ilib.text import write_whole
 from t2ilib.tracking.tracker import NullTracker, Tracker
 
+log = logging.getLogger(__name__)
+
 SHOWN = 8
 """Pictures that are kept for the report's grid, of each group as many."""
-
-
-@dataclass(frozen=True)
-class Context:
-    """What a measure may want to know besides pictures and prompts: the `group` of prompts (it is part of the metrics' names),
-    the run, the model that drew, and, in the drawn world, the scene that each prompt asks for. `shared`: kept from one group to
-    the next, for a model that a measure loads."""
-
-    group: str
-    run: RunConfig
-    components: Components
-    scenes: tuple[Scene, ...] | None = None
-    shared: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Measure:
-    """`function(pictures, prompts, context)` returns metrics by name, each declared in `metrics`, where `{group}` in a name or
-    title stands for the group of prompts: a number, or a list of one a picture, None for a picture that the metric is not about.
-    `lacks(run)`: why a run cannot be measured by it, or None."""
-
-    function: Callable[[Sequence[Image.Image], Sequence[str], Context], Mapping[str, Value]]
-    metrics: Mapping[str, Metric]
-    lacks: Callable[[RunConfig], str | None] = lambda run: None
-
-    def declared(self, group: str) -> dict[str, Metric]:
-        return {
-            name.format(group=group): replace(metric, title=metric.title.format(group=group.replace("_", " ")))
-            for name, metric in self.metrics.items()
-        }
 
 
 def check_pictures(pictures: Sequence[Image.Image], prompts: Sequence[str], context: Context) -> dict[str, Value]:
@@ -81,6 +59,11 @@ def score_by_clip(pictures: Sequence[Image.Image], prompts: Sequence[str], conte
 MEASURES: dict[str, Measure] = {
     "checker": Measure(check_pictures, checker.METRICS, checker.lacks),
     "clip": Measure(score_by_clip, clip.METRICS, clip.lacks),
+    "likeness": LIKENESS,
+    "drift": DRIFT,
+    "diversity": DIVERSITY_OF_GROUPS,
+    "memorising": MEMORISING,
+    "copies": COPIED,
 }
 
 
@@ -95,6 +78,13 @@ def find_measures(run: RunConfig) -> dict[str, Measure]:
         if reason := measure.lacks(run):
             raise ConfigError(f"evaluation.measures: {name} cannot measure this run: {reason}")
     return found
+
+
+def tell_lacking(run: RunConfig) -> None:
+    """Warns of measures that are about a run's groups of prompts and cannot be asked, where none was named."""
+    for name in ("likeness", "drift") if run.evaluation.measures is None and run.evaluation.prompt_groups else ():
+        if reason := MEASURES[name].lacks(run):
+            log.warning("%s is not measured: %s", name, reason)
 
 
 def find_measure(name: str) -> Measure:
@@ -114,15 +104,69 @@ def find_measure(name: str) -> Measure:
 
 
 def prompt_groups(run: RunConfig, prompts: Sequence[str] = ()) -> dict[str, tuple[list[str], tuple[Scene, ...] | None]]:
-    """Group -> prompts, and their scenes where they are known: the drawn world's test scenes, or the run's own prompts.
+    """Group -> prompts, and their scenes where they are known: the drawn world's test scenes, and the run's groups of prompts, or where it
+    has neither its own prompts.
 
     `prompts`: for a run on pictures of one's own that names none.
     """
     scenes = checker.checked_scenes(run)
-    if scenes:
-        return {group: ([caption(scene) for scene in own], tuple(own)) for group, own in scenes.items()}
+    groups = {group: ([caption(scene) for scene in own], tuple(own)) for group, own in scenes.items()}
+    if run.evaluation.prompt_groups:
+        groups |= {group: (list(asked), None) for group, asked in run.evaluation.prompt_groups.named().items()}
+    if groups:
+        return groups
     asked = run.evaluation.prompts or (prompts if run.data.source != "shapes" else ())
     return {"prompts": (list(asked), None)} if asked else {}
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What the pictures of a model measured. `metrics`: by name, means over pictures where they are of single ones; `rows`: those by picture;
+    `declared`: what they are; `shown`: some prompts with their pictures."""
+
+    metrics: dict[str, float]
+    rows: list[Row]
+    declared: dict[str, Metric]
+    shown: list[tuple[str, Image.Image]]
+
+
+def judge(
+    run: RunConfig,
+    components: Components,
+    prompts: Sequence[str] = (),
+    step: int | None = None,
+    shared: dict[str, Any] | None = None,
+    peaks: Peaks | None = None,
+) -> Judged:
+    """Draws test prompts with a model as it is, and measures the pictures; writes nothing. The same prompts are drawn from the same noise
+    whatever the weights.
+
+    `step`: of the weights, the run's last without it; `shared`: what is kept from one call to the next of the same run and base (see
+    `Context`); the rest as in `measure`, which raises the same.
+    """
+    measures = find_measures(run)
+    found = Judged({}, [], {}, [])
+    shared, peaks = {} if shared is None else shared, peaks or Peaks()
+    groups = prompt_groups(run, prompts)
+    for group, (asked, scenes) in groups.items():
+        with peaks.during("measuring"):
+            pictures = draw(components, asked, run.evaluation, resolution=run.data.resolution)
+            few = SHOWN // len(groups)
+            found.shown.extend(list(zip(asked, pictures, strict=True))[:: max(1, len(asked) // few)][:few])
+            if run.evaluation.prompt_groups and scenes is None:
+                keep_base_pictures(run, components, asked, pictures)
+            context = Context(group, run, components, scenes, shared)
+            told: dict[str, Value] = {}
+            for name, chosen in measures.items():
+                values, declared = chosen.function(pictures, asked, context), chosen.declared(group, run)
+                if unknown := sorted(values.keys() - declared.keys()):
+                    raise ConfigError(f"the measure {name} does not declare what it returned: {', '.join(unknown)}")
+                told |= values
+                found.declared.update({key: metric for key, metric in declared.items() if key in values})
+            means, single = split(told, run.training.steps if step is None else step, group, asked)
+            found.metrics.update(means)
+            found.rows.extend(single)
+    return found
 
 
 def measure(
@@ -139,34 +183,21 @@ def measure(
     `evaluation.prompts` names nothing; the drawn world has test prompts of its own. Also keeps some pictures for the report.
     Raises ConfigError as `find_measures` does, and for a metric that its measure does not declare.
     """
-    measures = find_measures(run)
-    found: dict[str, float] = {}
-    rows: list[Row] = []
-    shown: list[tuple[str, Image.Image]] = []
-    shared, known, peaks = {}, {}, Peaks()
-    groups = prompt_groups(run, prompts)
-    for group, (asked, scenes) in groups.items():
-        with peaks.during("measuring"):
-            pictures = draw(components, asked, run.evaluation, resolution=run.data.resolution)
-            few = SHOWN // len(groups)
-            shown += list(zip(asked, pictures, strict=True))[:: max(1, len(asked) // few)][:few]
-            context = Context(group, run, components, scenes, shared)
-            told: dict[str, Value] = {}
-            for name, chosen in measures.items():
-                values, declared = chosen.function(pictures, asked, context), chosen.declared(group)
-                if unknown := sorted(values.keys() - declared.keys()):
-                    raise ConfigError(f"the measure {name} does not declare what it returned: {', '.join(unknown)}")
-                told |= values
-                known |= {key: metric for key, metric in declared.items() if key in values}
-            means, single = split(told, run.training.steps, group, asked)
-            found, rows = found | means, rows + single
-    write_rows(run.output, rows)
-    declare(run.output, known)
+    tell_lacking(run)
+    peaks = Peaks()
+    judged = judge(run, components, prompts, peaks=peaks)
+    found = judged.metrics
+    for name, metric in flagged(found, judged.declared).items():
+        log.warning(
+            "%s: %.3g, and at most %.3g is usual: %s", metric.title, found[name], found[metric.ceiling], metric.flag
+        )
+    write_rows(run.output, judged.rows)
+    declare(run.output, judged.declared)
     note_environment(run.output, name_of_device(components.device))
     shutil.rmtree(run.output / "pictures", ignore_errors=True)  # of other prompts, perhaps
-    if shown:
-        save_pictures([picture for _, picture in shown], run.output / "pictures")
-        (run.output / "pictures" / "prompts.json").write_text(json.dumps([text for text, _ in shown], indent=1))
+    if judged.shown:
+        save_pictures([picture for _, picture in judged.shown], run.output / "pictures")
+        (run.output / "pictures" / "prompts.json").write_text(json.dumps([text for text, _ in judged.shown], indent=1))
     metrics = dict(metrics or {})
     found |= {name: max(value, metrics.get(name, 0.0)) for name, value in peaks.metrics().items()}
     (tracker or NullTracker()).log_metrics(found, run.training.steps)

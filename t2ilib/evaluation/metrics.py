@@ -33,7 +33,8 @@ class Metric:
     `table`: the report's table that shows it; None keeps it out of the report. `role`: what it says about a variant (`followed` its
     prompts; `memory` is the device's, `host` that of the process); of the metrics of one role the first that was measured speaks for it. `headline`: how
     the report's first lines name the leader. `quantity`: what exactly a run measured, where runs may mean different things by one name:
-    numbers of different quantities are shown and not compared.
+    numbers of different quantities are shown and not compared. `ceiling`: the metric of the same run above which a value is no merit, and what
+    it then means (`flag`). `note`: what the number is, for who has not met it.
     """
 
     title: str
@@ -44,6 +45,9 @@ class Metric:
     role: str | None = None
     headline: str | None = None
     quantity: str | None = None
+    ceiling: str | None = None
+    flag: str | None = None
+    note: str | None = None
 
     def __post_init__(self) -> None:
         """Raises ConfigError for a unit, direction or role that does not exist."""
@@ -63,6 +67,12 @@ def as_written(metric: Metric) -> dict[str, Any]:
     return {f.name: value for f in fields(metric) if (value := getattr(metric, f.name)) != f.default}
 
 
+def flagged(values: Mapping[str, float], metrics: Mapping[str, Metric]) -> dict[str, Metric]:
+    """Those of `metrics` whose value lies above their ceiling's, where both were measured."""
+    known = {name: metric for name, metric in metrics.items() if {name, metric.ceiling} <= values.keys()}
+    return {name: metric for name, metric in known.items() if values[name] > values[metric.ceiling]}
+
+
 def declare(folder: Path, metrics: Mapping[str, Metric]) -> None:
     """Puts those of `metrics` that a table shows in front of what a run's folder says of its numbers: what is declared last is
     shown first."""
@@ -72,7 +82,7 @@ def declare(folder: Path, metrics: Mapping[str, Metric]) -> None:
     write_whole(path, json.dumps(new | {name: about for name, about in known.items() if name not in new}, indent=1))
 
 
-BUILT_IN = ("checker", "clip")
+BUILT_IN = ("checker", "clip", "likeness", "drift", "diversity", "memorising", "copies")
 """The names in `measures.MEASURES`, for those who must not import torch to know them."""
 ENTRY_POINTS = "t2ilib.measures"
 """The group under which an installed package offers measures by name."""

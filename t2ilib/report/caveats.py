@@ -10,6 +10,7 @@ from t2ilib.data.dataset import FEW_HELD_OUT, NAMED
 from t2ilib.planning.bound import SHIPPED
 from t2ilib.report.contents import StudyReport
 from t2ilib.report.noise import told_noise
+from t2ilib.report.trust import flags, weak
 from t2ilib.statistics.signs import smallest_p
 
 SEEDS_TO_DECIDE = next(n for n in range(2, 64) if smallest_p(n) < 0.05)
@@ -39,9 +40,12 @@ def caveats(report: StudyReport) -> list[str]:
             f" less has something to say from {SEEDS_TO_DECIDE} seeds on."
         )
     notes += told_noise(report)
+    notes += [*flags(report), *weak(report)]
     if fixed := told_fixed(report):
         notes.append(fixed)
-    if report.measured("clip_score/prompts") and any(map(scored_by_a_tiny_clip, settings_of(report))):
+    if report.measured("clip_score/prompts", "clip_score/contexts") and any(
+        map(scored_by_a_tiny_clip, settings_of(report))
+    ):
         notes.append(
             "The CLIP score is a tiny model's CLIP's, which has seen its own drawn world and nothing else: of what these pictures show"
             " besides, **it says nothing**."
@@ -105,7 +109,8 @@ def told_fixed(report: StudyReport) -> str:
     if priors := [prior for settings in trained if (prior := settings.get("prior"))]:
         told.append(f"the {counted(map(class_pictures, priors))}pictures of the class")
     if report.with_role("learned", "kept", "followed"):
-        each = " of each kind" * (report.with_role("learned", "kept") != [])
+        kinds = report.with_role("learned", "kept") and not any(map(prompts_by_kind, trained))
+        each = " of each kind" * bool(kinds)
         told.append(f"the {counted(map(prompts_asked, trained))}test prompts{each}, and the one starting noise of each")
     held_out = [int(n) for name in report.variants for n in report.values(name, "held_out_pictures").values()]
     if held_out:
@@ -155,11 +160,14 @@ def class_pictures(prior: Mapping[str, Any]) -> int | None:
 
 
 def prompts_asked(settings: Mapping[str, Any]) -> int | None:
-    return (
-        said_of_shapes(settings, "checked_prompts")
-        or len((settings.get("evaluation") or {}).get("prompts") or ())
-        or None
-    )
+    own = prompts_by_kind(settings) or (settings.get("evaluation") or {}).get("prompts") or ()
+    return said_of_shapes(settings, "checked_prompts") or len(own) or None
+
+
+def prompts_by_kind(settings: Mapping[str, Any]) -> list[str]:
+    """The prompts of all groups of a run on pictures of one's own; empty where it has no groups."""
+    groups = (settings.get("evaluation") or {}).get("prompt_groups") or {}
+    return [prompt for prompts in groups.values() for prompt in prompts]
 
 
 def said_of_shapes(settings: Mapping[str, Any], field: str) -> int | None:

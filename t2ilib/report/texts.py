@@ -24,6 +24,7 @@ from t2ilib.report.comparing import (
 )
 from t2ilib.report.contents import StudyReport
 from t2ilib.report.tables import write_mean, write_number, write_p, write_together, write_verdict
+from t2ilib.report.trust import explain_declared
 from t2ilib.statistics.means import mean_interval
 from t2ilib.statistics.pooled import not_tested
 from t2ilib.studies.runs import changes
@@ -225,7 +226,8 @@ MEANINGS = {
 def explain_metrics(report: StudyReport) -> str:
     """Markdown: what the measured metrics mean, a line each; "" where they speak for themselves."""
     known = [name for name in MEANINGS if name in report.measured()]
-    return "\n".join(f"- **{report.metrics[name].title}**: {MEANINGS[name]}" for name in known)
+    lines = [f"- **{report.metrics[name].title}**: {MEANINGS[name]}" for name in known]
+    return "\n".join([*lines, *explain_declared(report)])
 
 
 VERDICTS = (

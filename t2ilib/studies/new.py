@@ -8,7 +8,7 @@ default: whether the steps are enough is what the quick preset shows.
 import os
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,9 +22,10 @@ from t2ilib.data.records import Record
 from t2ilib.data.sources import folder
 from t2ilib.studies.comparisons import COMPARISONS, UNTOUCHED
 from t2ilib.studies.file import Study, Variant, load_study
+from t2ilib.studies.prompts import make_groups
 from t2ilib.text import shown
 
-HUB_CLIP = "openai/clip-vit-large-patch14"
+HUB_CLIP, HUB_DINO = "openai/clip-vit-large-patch14", "facebook/dinov2-base"
 SEEDS_OF_FULL = 6
 SHARES = (0.125, 0.15, 0.2, 0.25, 0.3, 0.4)
 """Of the pictures to hold out: the least of these that holds out eight, or of few pictures a quarter."""
@@ -68,12 +69,19 @@ class Base(NamedTuple):
     on_hub: bool
 
 
-def new_study(pictures: Path, base: str, compare: Sequence[str], out: Path | None = None) -> tuple[Path, Study]:
+def new_study(
+    pictures: Path,
+    base: str,
+    compare: Sequence[str],
+    out: Path | None = None,
+    trigger: str | None = None,
+    class_word: str | None = None,
+) -> tuple[Path, Study]:
     """Writes a study file about the captioned pictures of a folder; returns its path and what it says.
 
-    `base`: as `model.base`. `compare`: names of COMPARISONS, the first the reference. Raises ConfigError for pictures or captions
-    that cannot be used, for a base or a name that does not exist, for things that would be the same run, and where there
-    is a file already.
+    `base`: as `model.base`. `compare`: names of COMPARISONS, the first the reference. `trigger`, `class_word`: of what prompts of new
+    places and styles are made (`prompts.make_groups`). Raises ConfigError for pictures or captions that cannot be used, for a base or a
+    name that does not exist, for things that would be the same run, and where there is a file already.
     """
     pictures = Path(os.path.abspath(pictures))  # not resolved: a link keeps the name that people know it by
     plain = unicodedata.normalize("NFKD", shown(pictures.name).casefold()).encode("ascii", "ignore").decode()
@@ -90,7 +98,9 @@ def new_study(pictures: Path, base: str, compare: Sequence[str], out: Path | Non
     refuse_equals(settings, compare)
     config = DataConfig(path=pictures)
     records = list(examine(folder.load(config), config).pictures)
-    text = study_text(name, pictures, records, found, settings, compare, out)
+    captions = captions_to_judge(records, choose_share(records)[1], settings.prompts)
+    groups = make_groups(captions, trigger, class_word, settings is SETTINGS[0])
+    text = study_text(name, pictures, records, found, settings, compare, out, groups)
     draft = out.with_name(f".{out.name}.part")
     draft.parent.mkdir(parents=True, exist_ok=True)
     draft.write_text(text, encoding="utf-8")
@@ -154,6 +164,14 @@ def choose_prompts(records: Sequence[Record], most: int) -> list[str]:
     return [captions[index * len(captions) // count] for index in range(count)]
 
 
+def captions_to_judge(records: Sequence[Record], held_out: Sequence[Record], most: int) -> list[str]:
+    """`most` captions of held-out pictures, then as many of others, evenly from the first to the last. Where there are fewer, each is asked
+    several times, from other noise: of one picture nothing can be told."""
+    others = [record for record in records if record not in held_out]
+    kinds = [choose_prompts(kind, most) for kind in (held_out, others) if kind]
+    return [own[number % len(own)] for own in kinds for number in range(most)]
+
+
 def scalar(value: object, style: str | None = None) -> str:
     """A value as YAML on one line, whatever is in it."""
     text = yaml.safe_dump(value, default_style=style, allow_unicode=True, width=float("inf"))
@@ -168,12 +186,14 @@ def study_text(
     settings: Settings,
     compare: Sequence[str],
     out: Path,
+    groups: Mapping[str, Sequence[str]],
 ) -> str:
     """The whole file."""
     share, held_out = choose_share(records)
     names = ", ".join(shown(record.path.name) for record in held_out[:NAMED]) + ", ..." * (len(held_out) > NAMED)
     split = f"holds out {len(held_out)} of {len(records)} by their names: {names}" if held_out else "none is held out"
-    training = settings.training | {"batch_size": min(settings.training["batch_size"], len(records) - len(held_out))}
+    own = {"batch_size": min(settings.training["batch_size"], len(records) - len(held_out)), "keep_adapters": "all"}
+    training = settings.training | own
     *first, last = [COMPARISONS[chosen].title for chosen in compare]
     things = f"{', '.join(first)} or {last}: which suits" if first else f"What does {last} do with"
     question = f"{things} the {len(records)} pictures in {shown(pictures.name)}?"
@@ -188,6 +208,7 @@ def study_text(
 # Written by `t2ilib study new`; all of it may be changed until its runs have begun, prompts and measures at any time.
 #   t2ilib study run {out.name}                  one seed, few steps: does it run, does it learn?
 #   t2ilib study run {out.name} --preset full    {SEEDS_OF_FULL} seeds: what is more than seed noise?
+#   t2ilib study checkpoints {out.name}          which of the checkpoints that its runs kept is best?
 # `run` holds sections and fields of a run config: the study's, over it the preset's, over both the variant's.
 name: {name}
 question: {scalar(question, QUOTED)}
@@ -209,8 +230,10 @@ run:
   evaluation:
     guidance_scale: {settings.guidance_scale}
 {clip_text(base)}\
-    prompts:  # captions of these pictures; put here what you really want to see drawn
-{"".join(prompts)}
+    prompts:  # captions of these pictures, for samples while it trains; put here what you really want to see drawn
+{"".join(prompts)}\
+    prompt_groups:  # what is drawn and judged at the end, {sum(map(len, groups.values()))} pictures a run
+{groups_text(groups)}
 presets:
   quick:
     seeds: [0]
@@ -223,13 +246,38 @@ variants:
 {chr(10).join(variant_text(chosen, COMPARISONS[chosen]) for chosen in compare)}"""
 
 
+ABOUT_GROUPS = {
+    "captions": "as in the data; of held-out pictures they say what was learned",
+    "trigger": "what was taught, and nothing else",
+    "contexts": "in new places: can it still be asked for?",
+    "styles": "in other styles",
+    "unrelated": "nothing to do with these pictures: is it drawn as before?",
+}
+
+
+def groups_text(groups: Mapping[str, Sequence[str]]) -> str:
+    """Each group of prompts with what it is for."""
+    return "".join(
+        f"      {name}:  # {ABOUT_GROUPS[name]}\n"
+        + "".join(f"        - {scalar(prompt, QUOTED)}\n" for prompt in prompts)
+        for name, prompts in groups.items()
+    )
+
+
 def clip_text(base: Base) -> str:
-    """The line about CLIP: a tiny model has its own, one from the Hub gets one from there, for a local one it is offered."""
+    """The lines about CLIP and DINOv2: a tiny model has its own CLIP, one from the Hub gets both from there, for a local one they are
+    offered."""
     if base.resolution <= SETTINGS[0].side:
         return ""
     if base.on_hub:
-        return f"    clip_model: {HUB_CLIP}  # scores how well pictures follow prompts; 1.7 GB from the Hub, once\n"
-    return f"    # clip_model: {HUB_CLIP}  # a folder or Hub id; would score how well pictures follow prompts\n"
+        return (
+            f"    clip_model: {HUB_CLIP}  # scores how well pictures follow prompts; 1.7 GB from the Hub, once\n"
+            f"    embedding_models: [{HUB_DINO}]  # says how alike pictures are; 0.3 GB from the Hub, once\n"
+        )
+    return (
+        f"    # clip_model: {HUB_CLIP}  # a folder or Hub id; would score how well pictures follow prompts\n"
+        f"    # embedding_models: [{HUB_DINO}]  # folders or Hub ids; would say how alike pictures are\n"
+    )
 
 
 def preset_text(steps: int) -> str:

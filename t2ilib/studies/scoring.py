@@ -26,9 +26,17 @@ CRITERIA = ("learned", "kept", "loss", "followed")
 TOGETHER = Metric("learned and kept together", "share", "higher")
 """The harmonic mean of both shares, as F1 is of precision and recall: it is 0 for what learned nothing, however much
 it kept."""
+
+
+def together(shares: Sequence[float]) -> float:
+    """Their harmonic mean. Less than nothing learned or kept, such as pictures less like the held-out ones than the base's are, counts as
+    nothing."""
+    return statistics.harmonic_mean([max(share, 0.0) for share in shares])
+
+
 FUNCTIONS: dict[str, Callable[[Sequence[float]], float]] = {
     "mean": statistics.fmean,
-    "harmonic_mean": statistics.harmonic_mean,
+    "harmonic_mean": together,
     "min": min,
     "max": max,
 }

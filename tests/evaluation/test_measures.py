@@ -5,16 +5,19 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from own_pictures import run_on, ten
 
 from t2ilib.config import ConfigError
 from t2ilib.evaluation import measures
 from t2ilib.evaluation.measures import MEASURES, Context, Measure, find_measures, measure
 from t2ilib.evaluation.metrics import DECLARATIONS, Metric, declare
+from t2ilib.evaluation.rows import read_rows
 from t2ilib.models.load import load_base
 from t2ilib.report import load_report, markdown_table, summary_table
 from t2ilib.runfile import build_run
 from t2ilib.shapes import world
 
+__all__ = ["ten"]
 ROOT = Path(__file__).parents[2]
 OWN = str(ROOT / "experiments" / "sharpness.py")
 DRAWN = {"adapter": {}, "data": {"source": "shapes"}, "shapes": {"scenes": ["heart"], "checked_prompts": 2}}
@@ -32,6 +35,8 @@ def components():
 
 def test_without_names_all_that_apply_are_asked() -> None:
     assert list(find_measures(run_of())) == ["checker", "clip"]
+    groups = {"evaluation": SETTINGS | {"prompt_groups": {"captions": ["a"], "unrelated": ["b"]}}}
+    assert list(find_measures(run_of(**groups))) == ["checker", "clip", "likeness", "drift", "diversity", "memorising"]
     folder = {"data": {}, "shapes": None}
     assert list(find_measures(run_of(**folder))) == ["clip"]
     assert list(find_measures(run_of(**folder, model={"base": "owner/name"}))) == []
@@ -158,6 +163,59 @@ def test_without_prompts_those_of_the_training_are_drawn_and_scored(components, 
     assert len(list((tmp_path / "pictures").glob("*.png"))) == 1, "pictures of other prompts are left"
     assert measures.prompt_groups(run_of(), captions).keys() == {"concept", "base_kept"}
     assert measures.prompt_groups(run_of(shapes={"checked_prompts": 0}), captions) == {}
+
+
+def test_groups_of_prompts_are_drawn_and_judged_on_ten_pictures_of_ones_own(components, ten, caplog) -> None:
+    """The untouched base: it learned nothing and kept everything, and its rows say so of every picture."""
+    from t2ilib.data.dataset import load_datasets
+
+    run = run_on(ten, adapter=None, training={"trains": "nothing", "steps": 0})
+    training, held_out = load_datasets(run)
+    asked = {
+        "captions": [*held_out.captions(), *training.captions()[:2]],
+        "contexts": ["a heart", "a small heart"],
+        "unrelated": ["a red circle", "a blue square"],
+    }
+    run = run_on(ten, adapter=None, training={"trains": "nothing", "steps": 0}, evaluation={"prompt_groups": asked})
+    found = measure(run, components, prompts=["not drawn"])
+    assert found["learned/clip"] == pytest.approx(0, abs=1e-9)
+    assert found["kept/clip"] == pytest.approx(1)
+    assert found["drift/pixels"] == 0
+    assert {
+        "clip_score/captions",
+        "clip_score/contexts",
+        "likeness/contexts/clip",
+        "diversity/captions/clip",
+    } <= found.keys()
+    assert "clip_score/prompts" not in found
+    about = json.loads((run.output / DECLARATIONS).read_text())
+    roles: dict[str, list[str]] = {}
+    for name, metric in about.items():
+        roles.setdefault(metric.get("role"), []).append(name)
+    assert {role: roles[role][0] for role in ("learned", "kept", "followed")} == {
+        "learned": "learned/clip", "kept": "kept/clip", "followed": "clip_score/contexts"
+    }  # fmt: skip
+    rows = list(read_rows(run.output))
+    assert [row.prompt for row in rows if "learned/clip" in row.values] == held_out.captions()
+    assert [row.values["kept/clip"] for row in rows if row.group == "unrelated"] == pytest.approx([1, 1])
+    drawn = json.loads((run.output / "pictures" / "prompts.json").read_text())
+    assert set(drawn) <= {prompt for prompts in asked.values() for prompt in prompts}
+    none = {"path": str(ten), "validation_share": 0.0}
+    measure(run.model_copy(update={"data": run_on(ten, data=none).data}), components)
+    assert "likeness is not measured: no pictures are held out: set data.validation_share" in caplog.text
+
+
+def test_what_lies_above_its_ceiling_is_warned_of(components, tmp_path: Path, monkeypatch, caplog) -> None:
+    high = Metric("copies", "share", ceiling="{group}/most", flag="learned by heart")
+    declared = {"{group}/copies": high, "{group}/most": Metric("most", table=None)}
+    told = Measure(
+        lambda pictures, prompts, context: {f"{context.group}/copies": 0.75, f"{context.group}/most": 0.5}, declared
+    )
+    monkeypatch.setitem(MEASURES, "checker", told)
+    measure(run_of("checker", output=str(tmp_path)), components)
+    assert "copies: 0.75, and at most 0.5 is usual: learned by heart" in caplog.text
+    about = json.loads((tmp_path / DECLARATIONS).read_text())
+    assert about["concept/copies"]["ceiling"] == "concept/most"
 
 
 @pytest.mark.parametrize("wrong", [{"unit": "percent"}, {"better": "up"}, {"role": "learnt"}])

@@ -58,7 +58,9 @@ def test_what_is_written_runs_as_it_is_from_any_folder(pictures: Path, tmp_path:
     few = {"training": {"steps": 2}, "evaluation": {"num_inference_steps": 1, "validation_timesteps": 1}}
     run = build_run(merge(plan_runs(study, file, "quick", tmp_path, ["prodigy"])[0].values(), few, {"tracking": {}}))
     result = train(run)
-    assert {"held_out_loss", "clip_score/prompts"} <= measure(run, result.components, metrics=result.metrics).keys()
+    assert {"held_out_loss", "clip_score/captions", "learned/clip", "kept/clip"} <= measure(
+        run, result.components, metrics=result.metrics
+    ).keys()
     history = (run.output / "metrics.jsonl").read_text()
     asked = merge(run.model_dump(mode="json"), {"evaluation": {"prompts": ["a circle"], "measures": []}})
     again = train(build_run(asked))
@@ -80,6 +82,44 @@ def test_prompts_are_captions_from_all_over_and_the_split_is_told(pictures: Path
     assert run.training.batch_size == min(8, len(training))
     again, _ = new_study(pictures, "tiny-sdxl", ["lora"], tmp_path / "again.yaml")
     assert again.read_text() == text.replace("own.yaml", "again.yaml")
+
+
+def test_groups_of_prompts_are_written_of_trigger_and_class(pictures: Path, tmp_path: Path, monkeypatch) -> None:
+    out = tmp_path / "own.yaml"
+    told = [
+        "-q",
+        "study",
+        "new",
+        str(pictures),
+        "--compare",
+        "lora",
+        "--trigger",
+        "striped",
+        "--class",
+        "heart",
+        "--out",
+        str(out),
+    ]
+    done = CliRunner().invoke(app, told)
+    assert done.exit_code == 0, done.output
+    study = load_study(out)
+    run = build_run(plan_runs(study, out, "quick", tmp_path, ["lora"])[0].values())
+    groups = run.evaluation.prompt_groups.named()
+    _, held_out = load_datasets(run)
+    assert groups["captions"][:8] == tuple(held_out.captions() * 8)[:8], "each as often, from other noise"
+    assert set(groups["captions"]) <= set(captions(pictures))
+    assert len(set(groups["captions"]) - set(held_out.captions())) == 8
+    assert groups["trigger"][0] == "a striped heart"
+    assert len(groups["unrelated"]) >= 50
+    assert f"{sum(map(len, groups.values()))} pictures a run" in out.read_text()
+    monkeypatch.setattr(new, "look_at_base", lambda name: BASES["sd15"])
+    _, study = new_study(pictures, "owner/sd15", ["lora"], tmp_path / "real.yaml", "sks", "dog")
+    asked = study.run["evaluation"]
+    assert asked["embedding_models"] == ["facebook/dinov2-base"]
+    assert "a sks dog on a beach at sunset" in asked["prompt_groups"]["contexts"]
+    assert not {*asked["prompt_groups"]["unrelated"]} & {*groups["unrelated"]}
+    with pytest.raises(ConfigError, match="give --trigger too"):
+        new_study(pictures, "tiny-sdxl", ["lora"], tmp_path / "other.yaml", None, "dog")
 
 
 @pytest.mark.parametrize("base", BASES.values(), ids=BASES)
