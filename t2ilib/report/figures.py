@@ -6,6 +6,7 @@ frame. Leaves out interactivity: a report must read the same on paper.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -19,6 +20,17 @@ COLORS = ("#4477aa", "#ee6677", "#228833", "#aa3377", "#3fa7c9", "#a58f00", "#00
 """After Paul Tol's bright and vibrant palettes (SRON/EPS/TN/09-002), which colour-blind eyes tell apart; cyan and
 yellow are darkened, because names are written in these colours."""
 LINE_STYLES = ("-", "--", ":", "-.")
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure with its heading, how it is to be read, its caption, and the name of its file."""
+
+    heading: str
+    text: str
+    caption: str
+    file: str
+    figure: Figure
 
 
 def style_of(report: StudyReport, name: str) -> tuple[str, str]:

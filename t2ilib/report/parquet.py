@@ -25,7 +25,7 @@ from t2ilib.report.contents import FinishedRun, StudyReport, read_variant
 
 ROWS, KEY, PICTURE = "rows.parquet", b"t2ilib", "picture"
 COLUMNS = ("variant", "seed", "step", "group", "number", "prompt", "metric", "value", PICTURE)
-PLAIN = ("name", "question", "preset", "reference", "base", "seeds", "missing", "not_run", "not_finite", "held_out", "outdated", "margins")  # fmt: skip
+PLAIN = ("name", "question", "preset", "reference", "base", "seeds", "missing", "not_run", "not_finite", "held_out", "outdated", "margins", "beside")  # fmt: skip
 """Fields of a StudyReport that stand in the metadata as they are."""
 
 

@@ -15,12 +15,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from t2ilib.config import ConfigError
-from t2ilib.evaluation.expected import Curve, expected_best, leading
 from t2ilib.evaluation.metrics import Metric
-from t2ilib.report.figures import COLORS, LINE_STYLES
+from t2ilib.report.contents import StudyReport
+from t2ilib.report.figures import COLORS, LINE_STYLES, Plot
 from t2ilib.report.labels import folded, label_ends
-from t2ilib.report.plots import Plot
 from t2ilib.report.tables import NOT_MEASURED, markdown_table, write_number
+from t2ilib.statistics.expected import Curve, expected_best, leading
 from t2ilib.studies.tuned import TRIALS
 
 ENDED = ("scored", "diverged", "given up")
@@ -81,10 +81,19 @@ def load_tuning(folder: Path | str) -> Tuning | None:
     """What lies in a folder's tuning.json; None where it has none, or no trial was scored yet. Raises ConfigError for a file that is not what
     it should be."""
     file = Path(folder) / TRIALS
-    if not file.exists():
-        return None
+    return read_tuning(file.read_text(), str(file)) if file.exists() else None
+
+
+def tuning_of(report: StudyReport) -> Tuning | None:
+    """How the variants of a report were tuned; None where they were not."""
+    text = report.beside.get(TRIALS)
+    return read_tuning(text, str(report.folder / TRIALS)) if text else None
+
+
+def read_tuning(text: str, file: str) -> Tuning | None:
+    """What a tuning.json says; `file`: what errors call it."""
     try:
-        told = json.loads(file.read_text())
+        told = json.loads(text)
         if told["score"] is None:
             return None
         return Tuning(
@@ -145,9 +154,8 @@ def write_ends(told: Mapping[str, Any]) -> str:
     return ", ".join(f"no: {name.split('.')[-1]} at its {end} end" for name, end in told["at_end"].items()) or "yes"
 
 
-def tuning_markdown(folder: Path | str) -> str:
-    """The section of a report about tuning, with its own heading; "" for a folder without tuning.json."""
-    tuning = load_tuning(folder)
+def tuning_markdown(tuning: Tuning | None) -> str:
+    """The section of a report about tuning, with its own heading; "" where nothing was tuned."""
     if tuning is None:
         return ""
     budget = tuning.budget
@@ -255,9 +263,8 @@ def trials_table(tuning: Tuning) -> list[dict[str, str]]:
     return rows
 
 
-def tuning_figures(folder: Path | str) -> list[Plot]:
-    """Score against value, and expected best against hours; [] for a folder without tuning.json."""
-    tuning = load_tuning(folder)
+def tuning_figures(tuning: Tuning | None) -> list[Plot]:
+    """Score against value, and expected best against hours; [] where nothing was tuned."""
     if tuning is None:
         return []
     told = (

@@ -1,19 +1,21 @@
 """What people preferred, for the report: the votes that a study's folder has, with what they show and whether measures agree.
 
-    votes_markdown(folder, {"lora": "LoRA", "dora": "DoRA"}, lambda one, other: -1)
+    votes_markdown(listing(folder), {"lora": "LoRA", "dora": "DoRA"}, lambda one, other: -1)
 
 Two intervals stand side by side where several people voted on the same pairs. The votes' takes every vote for itself, which two votes on
 one pair of pictures are not; the pairs' counts each pair once, by its majority, and is the one to believe. Both are Wilson's, of the
 votes that decided. Imports no torch.
 """
 
+import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from t2ilib.drawing.voting import TIE, Tally, Votes, count
-from t2ilib.report.balloting import listing
+from t2ilib.drawing.voting import TIE, Tally, Votes, count, votes_from
+from t2ilib.report.comparing import chosen
+from t2ilib.report.contents import VOTES, StudyReport
+from t2ilib.statistics.pooled import differences
 
 Verdict = Callable[[str, str], int | None]
 """Of two variants 1 where the first measured better, -1 where the second did, 0 where neither is shown, None where nobody compared them."""
@@ -73,12 +75,34 @@ def agreements(choices: list[str]) -> tuple[int, int] | None:
     return sum(n * (n - 1) // 2 for n in counted.values()), total * (total - 1) // 2
 
 
-def votes_markdown(folder: Path, titles: Mapping[str, str], verdict: Verdict = lambda one, other: None) -> str:
+def votes_of(report: StudyReport) -> list[Votes]:
+    """All votes that a report was given, ballot by ballot."""
+    told = {name: text for name, text in report.beside.items() if name.startswith(f"{VOTES}/")}
+    return [votes_from(json.loads(text), str(report.folder / name)) for name, text in told.items()]
+
+
+def measured_better(report: StudyReport) -> Verdict:
+    """What the score by which a champion is chosen shows of two variants, judged like a table of that one question."""
+    choice = chosen(report)
+
+    def judge(one: str, other: str) -> int | None:
+        values = choice.values if choice else {}
+        if one not in values or other not in values:
+            return None
+        shown = differences(values, [(one, other)])[0].shown
+        return shown and (shown if choice.metric.better == "higher" else -shown)
+
+    return judge
+
+
+def votes_markdown(
+    ballots: Sequence[Votes], titles: Mapping[str, str], verdict: Verdict = lambda one, other: None
+) -> str:
     """A section of the report, without its heading: a table of the ballots that people voted on and a sentence for each; "" without any.
 
-    `titles`: variant -> what it is called; `verdict`: what was measured of two variants. Raises ConfigError for a file that holds no votes.
+    `titles`: variant -> what it is called; `verdict`: what was measured of two variants.
     """
-    opinions = [opinion_of(votes) for votes in listing(Path(folder)) if votes.votes]
+    opinions = [opinion_of(votes) for votes in ballots if votes.votes]
     if not opinions:
         return ""
     rows = [

@@ -104,7 +104,7 @@ def test_who_leads_from_when_on_is_said_in_hours(folder: Path) -> None:
 
 
 def test_the_section_says_what_a_reader_must_know(folder: Path) -> None:
-    text = tuning_markdown(folder)
+    text = tuning_markdown(load_tuning(folder))
     assert text.startswith("## Tuning\n\nBefore the seeds of the preset *full* were spent")
     for told in (
         "with the same budget: 5 trials",
@@ -133,7 +133,7 @@ def test_figures_have_a_panel_a_variant_and_a_line_each(folder: Path) -> None:
     assert len(lines) == 5
     assert list(lines[0].get_xdata())[:2] == [0.5, 1.0]
     assert lines[-1].get_linestyle() == "--"
-    assert [plot.file for plot in tuning_figures(folder)] == ["tuning_values.png", "tuning_hours.png"]
+    assert [plot.file for plot in tuning_figures(load_tuning(folder))] == ["tuning_values.png", "tuning_hours.png"]
 
 
 def test_where_less_is_better_the_lowest_is_the_best(folder: Path) -> None:
@@ -146,7 +146,7 @@ def test_where_less_is_better_the_lowest_is_the_best(folder: Path) -> None:
 
 
 def test_a_folder_without_a_tuning_has_nothing_to_show(tmp_path: Path) -> None:
-    assert (load_tuning(tmp_path), tuning_markdown(tmp_path), tuning_figures(tmp_path)) == (None, "", [])
+    assert (load_tuning(tmp_path), tuning_markdown(None), tuning_figures(None)) == (None, "", [])
     (tmp_path / "tuning.json").write_text('{"score": {}}')
     with pytest.raises(ConfigError, match="is not what `t2ilib study tune` writes"):
         load_tuning(tmp_path)

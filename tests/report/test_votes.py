@@ -6,6 +6,7 @@ import pytest
 
 from t2ilib.drawing.settings import build_settings
 from t2ilib.drawing.voting import Votes, build_ballot, count, export_votes
+from t2ilib.report.balloting import listing
 from t2ilib.report.votes import agreements, majority, opinion_of, votes_markdown
 
 LORA, DORA = (build_settings({"adapters": [{"path": f"results/{name}"}]}) for name in ("lora", "dora"))
@@ -56,7 +57,7 @@ def test_majorities_and_agreement_are_counted():
     ],
 )
 def test_measures_are_held_against_the_votes(tmp_path, choices, measured, told):
-    text = votes_markdown(write(tmp_path, voted({"ann": choices})), TITLES, lambda one, other: measured)
+    text = votes_markdown(listing(write(tmp_path, voted({"ann": choices}))), TITLES, lambda one, other: measured)
     assert told in text
 
 
@@ -64,7 +65,7 @@ def test_the_table_says_who_voted_on_what(tmp_path):
     write(tmp_path, voted({"ann": ["lora"] * 8 + ["tie"], "bob": ["lora"] * 7 + ["dora"]}))
     write(tmp_path, voted({"ann": ["tie"]}, ("lora", "dora@40")), "two")
     write(tmp_path, voted({"ann": ["lora"]}, ("dora", "lora")), "three")
-    text = votes_markdown(tmp_path, TITLES)
+    text = votes_markdown(listing(tmp_path), TITLES)
     rows = [line.replace("\\|", "¦").split("|")[1:-1] for line in text.splitlines() if line.startswith("|")]
     assert {len(row) for row in rows} == {8}
     told = next(row for row in rows if "LoRA and Do¦RA " in row[0] and "17" in row[1])
@@ -75,6 +76,6 @@ def test_the_table_says_who_voted_on_what(tmp_path):
 
 
 def test_without_votes_there_is_no_section(tmp_path):
-    assert votes_markdown(tmp_path, TITLES) == ""
+    assert votes_markdown(listing(tmp_path), TITLES) == ""
     write(tmp_path, Votes(build_ballot((("lora", LORA), ("dora", DORA)), ["x"])))
-    assert votes_markdown(tmp_path, TITLES) == ""
+    assert votes_markdown(listing(tmp_path), TITLES) == ""

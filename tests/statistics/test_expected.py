@@ -6,7 +6,7 @@ import statistics
 import numpy as np
 import pytest
 
-from t2ilib.evaluation.expected import Curve, expected_best, leading
+from t2ilib.statistics.expected import Curve, expected_best, leading
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 9])
