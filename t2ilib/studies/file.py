@@ -87,13 +87,16 @@ class Preset(Part):
 
 
 class Study(Part):
-    """A study file. `reference`: the variant others are compared with; `base`: the untouched base model, if among them."""
+    """A study file. `reference`: the variant others are compared with; `base`: the untouched base model, if among them;
+    `margins`: metric -> the difference from which on it would matter, in its own unit (0.05 of a share is 5 percentage points):
+    smaller ones count as equivalent, and it is what seeds are counted for."""
 
     name: str = Field(pattern=r"^[a-z0-9_-]+$")
     question: str
     notebook: str = "train.ipynb"
     reference: str
     base: str | None = None
+    margins: dict[str, Annotated[float, Field(gt=0)]] = {}
     run: PartialRun = {}
     presets: dict[FolderName, Preset] = Field(min_length=1)
     variants: dict[FolderName, Variant] = Field(min_length=1)
