@@ -1,6 +1,6 @@
 """What verdicts are worth: a pool of short runs whose truth many seeds tell, and studies of few seeds drawn from it.
 
-python experiments/benchmarks/verdicts.py pool [--processes 2]
+    python experiments/benchmarks/verdicts.py pool [--processes 2]
 """
 
 import argparse
@@ -71,9 +71,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=ROOT / "results")
     given = parser.parse_args()
     first, _, last = getattr(given, "seeds", "").partition(":")
-    make_pool(
-        STUDY, given.results.absolute(), given.processes, given.only, range(int(first), int(last)) if last else ()
-    )
+    make_pool(STUDY, given.results.absolute(), given.processes, given.only, range(int(first), int(last)) if last else ())
 
 
 if __name__ == "__main__":
