@@ -37,11 +37,11 @@ ROWS = (
         "data.sources",
         "evaluation.metrics",
         "evaluation.rows",
-        "evaluation.statistics",
         "presets",
+        "statistics",
         "tracking",
     ),
-    ("data.captions", "data.pictures", "memory", "pyfile", "runfile"),
+    ("data.captions", "data.pictures", "environment", "memory", "pyfile", "runfile"),
     ("data.png", "data.progress", "data.records", "data.tagging", "data.views", "locking", "places", "text"),
     ("cachefolder", "config", "runlog", "seeds"),
 )
@@ -73,6 +73,8 @@ TORCH_FREE = (
     "shapes.world",
     "evaluation.metrics",
     "evaluation.rows",
+    "environment",
+    "statistics",
 )
 """What must not load torch (or MLflow) when it is imported, so that commands answer at once and kernels get the memory."""
 

@@ -9,8 +9,8 @@ from typing import Any
 from gpu_record import Figures, NotHere, Row
 
 from t2ilib.evaluation.measures import measure
-from t2ilib.evaluation.statistics import paired_difference
 from t2ilib.runfile import build_run, merge
+from t2ilib.statistics.pooled import differences
 from t2ilib.training.loop import train
 
 COMMON: dict[str, Any] = {
@@ -66,7 +66,7 @@ class Study:
                 for variant, by_seed in self.found.items()
             }
             if values[one].keys() & values[other].keys():
-                difference = paired_difference(values[other], values[one])
+                (difference,) = differences(values, [(other, one)])
                 figures[name] = {variant: list(by_seed.values()) for variant, by_seed in values.items()}
                 figures |= {f"{name}: difference": difference.mean, f"{name}: p": difference.p_value}
 

@@ -1,6 +1,6 @@
 """What verdicts are worth: a pool of short runs whose truth many seeds tell, and studies of few seeds drawn from it.
 
-    python experiments/benchmarks/verdicts.py pool [--processes 2]
+python experiments/benchmarks/verdicts.py pool [--processes 2]
 """
 
 import argparse
@@ -10,16 +10,35 @@ import shutil
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
+import numpy as np
+from scipy import stats
+
 from t2ilib.evaluation.metrics import DECLARATIONS
+from t2ilib.report import load_report, markdown_table
+from t2ilib.report.comparing import noise_of
+from t2ilib.report.contents import StudyReport
+from t2ilib.report.parquet import write_parquet
+from t2ilib.report.tables import write_number
+from t2ilib.seeds import numpy_generator_for
+from t2ilib.statistics import pooled
+from t2ilib.statistics.crossed import cross, table
+from t2ilib.statistics.pooled import Difference, Values, differences
+from t2ilib.statistics.signs import exact_difference
 from t2ilib.studies.file import load_study
 from t2ilib.studies.runs import StudyRun, plan_runs
 from t2ilib.studies.study import write_study
 
 ROOT = Path(__file__).parents[2]
 STUDY = ROOT / "experiments" / "planted.yaml"
+SIZES = (2, 3, 6, 12)
+METRICS = ("concept/all", "concept/shown", "base_kept/all", "held_out_loss")
+STUDIES = 1000
+"""Drawn of each size from the pool."""
+COPY = "the same again"
 
 
 def run_alone(run: StudyRun) -> str:
@@ -61,6 +80,197 @@ def make_pool(file: Path, results: Path, processes: int, only: Sequence[str], se
             print(f"{number}/{len(pending)} {line}", flush=True)
 
 
+@dataclass
+class Count:
+    """How often something came out as it should not, or should, of `of` times."""
+
+    hits: int = 0
+    of: int = 0
+
+    def add(self, hit: bool) -> None:
+        self.hits, self.of = self.hits + bool(hit), self.of + 1
+
+    def __str__(self) -> str:
+        if not self.of:
+            return "–"
+        low, high = stats.binomtest(self.hits, self.of).proportion_ci(method="exact")
+        return f"{100 * self.hits / self.of:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def against_itself(values: Values, size: int) -> dict[str, Count]:
+    """Every variant against itself by other seeds, `size` each, in a study of the others by as many seeds; no run in two comparisons
+    of its own variant."""
+    counts = {name: Count() for name in ("called", "covered", "exact")}
+    for name, own in values.items():
+        seeds = numpy_generator_for(0, "against itself", name, size).permutation(sorted(own)).tolist()
+        for start in range(0, len(seeds) - 2 * size + 1, 2 * size):
+            first, second = seeds[start : start + size], seeds[start + size : start + 2 * size]
+            study = {COPY: {i: own[seed] for i, seed in enumerate(second)}}
+            for other, theirs in values.items():
+                chosen = first if other == name else sorted(theirs)[start // 2 : start // 2 + size]
+                study[other] = {i: theirs[seed] for i, seed in enumerate(chosen)}
+            pairs = [(COPY, name), *((other, name) for other in values if other != name)]
+            found = differences(study, pairs)[0]
+            counts["called"].add(found.shown != 0)
+            counts["covered"].add(found.low <= 0 <= found.high)
+            counts["exact"].add(exact_difference(study[COPY], study[name]).p_value < 0.05)
+    return counts
+
+
+def planted(values: Values, size: int, reference: str) -> dict[str, dict[str, Count]]:
+    """Variant -> how often studies of `size` seeds find its difference to the reference, call its opposite, and have it within their
+    intervals; and how often the exact test alone finds it."""
+    truth = {name: np.mean([*own.values()]) - np.mean([*values[reference].values()]) for name, own in values.items()}
+    counts = {
+        name: {key: Count() for key in ("found", "opposite", "covered", "exact")}
+        for name in values
+        if name != reference
+    }
+    for number in range(STUDIES):
+        rng = numpy_generator_for(0, "planted", size, number)
+        study = {
+            name: {i: own[int(seed)] for i, seed in enumerate(rng.permutation(sorted(own))[:size])}
+            for name, own in values.items()
+        }
+        for name, found in zip(counts, differences(study, [(name, reference) for name in counts]), strict=True):
+            sign = int(np.sign(truth[name]))
+            counts[name]["found"].add(found.shown == sign)
+            counts[name]["opposite"].add(found.shown == -sign)
+            counts[name]["covered"].add(found.low <= truth[name] <= found.high)
+            exact = exact_difference(study[name], study[reference])
+            counts[name]["exact"].add(exact.p_value < 0.05 and np.sign(exact.mean) == sign)
+    return counts
+
+
+def half_widths(report: StudyReport, metric: str, size: int) -> list[float]:
+    """For studies of `size` seeds, the first, the second, ...: half-widths of intervals over seeds and prompts that pair by prompt, in
+    units of those that pair by seed alone."""
+    found = []
+    others = [name for name in report.variants if name != report.reference]
+    for start in range(0, len(report.seeds) - size + 1, size):
+        seeds = report.seeds[start : start + size]
+        runs = {
+            name: {run.seed: run.by_prompt(metric) for run in report.runs_of(name) if run.seed in seeds}
+            for name in report.variants
+        }
+        values = {name: {seed: report.values(name, metric)[seed] for seed in own} for name, own in runs.items()}
+        for name, alone in zip(others, differences(values, [(name, report.reference) for name in others]), strict=True):
+            crossed = cross(runs[name], runs[report.reference], alone)
+            by_seed = np.array([values[name][seed] - values[report.reference][seed] for seed in values[name]])
+            of_seeds = by_seed.var(ddof=1) / size
+            sides = [table(runs[one], sorted(next(iter(runs[one].values())))) for one in (name, report.reference)]
+            of_prompts = sum(side.mean(0).var(ddof=1) / side.shape[1] for side in sides)
+            df = (of_seeds + of_prompts) ** 2 / (of_seeds**2 / (size - 1) + of_prompts**2 / (sides[0].shape[1] - 1))
+            apart = float(stats.t.isf(0.025, df)) * np.sqrt(of_seeds + of_prompts)
+            found.append((crossed.high - crossed.mean) / apart)
+    return found
+
+
+NOISES = {
+    "alike": lambda variants: np.ones(variants),
+    "one five times": lambda variants: np.r_[np.ones(variants - 1), 5.0],
+    "half three times": lambda variants: np.where(np.arange(variants) % 2, 3.0, 1.0),
+}
+RULES = {"pooled alone": 0.0, "noisier by an F test at 10 %": 0.10, "whoever lies above the pool": 1.0}
+"""What makes a variant stand with its own noise: `pooled.UNLIKE`."""
+
+
+def simulated(studies: int = 1000, variants: int = 8) -> list[dict[str, str]]:
+    """Of drawn studies in which all variants are the same but for their noise, the share in which anything is called against the
+    first; and how often one that is 3 or 5 deviations ahead is found where noise is alike."""
+    rows = []
+    for size in SIZES:
+        for rule, unlike in RULES.items():
+            pooled.UNLIKE = unlike
+            row = {"name": rule, "seeds": str(size)}
+            for noise, scales in NOISES.items():
+                called = Count()
+                for number in range(studies):
+                    drawn = numpy_generator_for(0, "simulated", noise, size, number).normal(size=(variants, size))
+                    called.add(any(one.shown for one in against_the_first(drawn * scales(variants)[:, None])))
+                row[f"called: {noise}"] = f"{100 * called.hits / called.of:.0f} %"
+            for ahead in (3, 5):
+                found = Count()
+                for number in range(studies):
+                    drawn = numpy_generator_for(0, "simulated", "alike", size, number).normal(size=(variants, size))
+                    drawn[1] += ahead
+                    found.add(against_the_first(drawn)[0].shown == 1)
+                row[f"found: {ahead} deviations"] = f"{100 * found.hits / found.of:.0f} %"
+            rows.append(row)
+    pooled.UNLIKE = RULES["noisier by an F test at 10 %"]
+    return rows
+
+
+def against_the_first(drawn: np.ndarray) -> list[Difference]:
+    values = {str(name): dict(enumerate(row)) for name, row in enumerate(drawn)}
+    return differences(values, [(name, "0") for name in values if name != "0"])
+
+
+def make_tables(results: Path) -> str:
+    """Markdown of all tables, and of what they come from."""
+    report = load_report(results / "planted-pool")
+    reference = report.reference
+    parts = [
+        f"# What a verdict is worth\n\n{report.question} {len(report.runs)} short runs of {len(report.variants)} variants."
+    ]
+    rows = []
+    for metric in METRICS:
+        values = {name: report.values(name, metric) for name in report.variants}
+        for size in SIZES:
+            counts = against_itself(values, size)
+            rows.append(
+                {
+                    "name": report.about(metric).title,
+                    "seeds": str(size),
+                    "comparisons": str(counts["called"].of),
+                    "called better or worse": str(counts["called"]),
+                    "intervals that hold zero": str(counts["covered"]),
+                    "by flipping signs alone": str(counts["exact"]),
+                }
+            )
+    parts.append(f"## A/A: a variant against itself\n\n{markdown_table(rows)}")
+    for metric in METRICS:
+        known, noise = report.about(metric), noise_of(report, metric)
+        values = {name: report.values(name, metric) for name in report.variants}
+        by_size = {size: planted(values, size, reference) for size in SIZES}
+        mean = {name: float(np.mean([*own.values()])) for name, own in values.items()}
+        rows = []
+        for name in by_size[SIZES[0]]:
+            row = {
+                "variant": report.variants[name].title,
+                "true difference": write_number(mean[name] - mean[reference], known, signed=True),
+            }
+            for size, counts in by_size.items():
+                row[f"{size} seeds"] = f"{100 * counts[name]['found'].hits / counts[name]['found'].of:.0f} %"
+            for size, counts in by_size.items():
+                row[f"flipped, {size}"] = f"{100 * counts[name]['exact'].hits / counts[name]['exact'].of:.0f} %"
+            every = [counts[name] for counts in by_size.values()]
+            row["opposite, at most"] = f"{max(100 * one['opposite'].hits / one['opposite'].of for one in every):.1f} %"
+            row["intervals that hold it, at least"] = (
+                f"{min(100 * one['covered'].hits / one['covered'].of for one in every):.1f} %"
+            )
+            rows.append(row)
+        parts.append(
+            f"## Planted: {known.title}\n\nOne run ± {write_number(noise.deviation, known, signed=True).removeprefix('+')}; how often"
+            f" {STUDIES:,} studies of so many seeds find the difference, by noise pooled over {len(values)} variants, and by flipping"
+            f" signs alone.\n\n{markdown_table(rows)}"
+        )
+    widths = {metric: half_widths(report, metric, 6) for metric in ("concept/all", "concept/shown", "base_kept/all")}
+    lines = [
+        f"- {report.about(name).title}: {np.median(own):.2f} times as wide ({len(own)} comparisons)"
+        for name, own in widths.items()
+    ]
+    parts.append(
+        "## What pairing by prompt saves\n\n95% intervals over seeds and prompts, of six seeds, beside those that pair by seed and not"
+        " by prompt:\n\n" + "\n".join(lines)
+    )
+    parts.append(
+        "## Whose noise?\n\n1,000 drawn studies of 8 variants against the first: in how many anything is called where all are the same but"
+        f" for their noise, and how often a true lead is found.\n\n{markdown_table(simulated())}"
+    )
+    return "\n\n".join(parts) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -68,10 +278,19 @@ def main() -> None:
     pool.add_argument("--processes", type=int, default=1)
     pool.add_argument("--only", action="append", default=[])
     pool.add_argument("--seeds", default="", help="first:last+1, in place of the preset's")
+    commands.add_parser("tables", help="studies of few seeds, drawn from the pool")
     parser.add_argument("--results", type=Path, default=ROOT / "results")
     given = parser.parse_args()
-    first, _, last = getattr(given, "seeds", "").partition(":")
-    make_pool(STUDY, given.results.absolute(), given.processes, given.only, range(int(first), int(last)) if last else ())
+    results = given.results.absolute()
+    if given.command == "tables":
+        target = results / "verdicts" / "report.md"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(make_tables(results))
+        write_parquet(load_report(results / "planted-pool"), target.with_name("rows.parquet"))
+        print(target.read_text())
+        return
+    first, _, last = given.seeds.partition(":")
+    make_pool(STUDY, results, given.processes, given.only, range(int(first), int(last)) if last else ())
 
 
 if __name__ == "__main__":

@@ -90,6 +90,28 @@ def study_status(
         print(format_table(status_rows(file, preset, results)))
 
 
+def study_power(
+    file: Annotated[Path, typer.Argument(help="A study file in YAML.")],
+    preset: Annotated[str, typer.Option(help="A preset of the study file.")] = "quick",
+    results: Results = Path("results"),
+) -> None:
+    """Say how many seeds a difference needs in this study, from the runs that are there."""
+    with readable_errors():
+        from t2ilib.config import ConfigError
+        from t2ilib.report import format_table, load_report
+        from t2ilib.report.noise import power_tables
+        from t2ilib.studies.file import load_study
+
+        folder = results / f"{load_study(file).name}-{preset}"
+        tables = power_tables(load_report(folder))
+        if not tables:
+            raise ConfigError(
+                f"{folder}: what runs vary by is known from two finished seeds of some variant on; run them first"
+            )
+        for told, rows in tables:
+            print(f"{told}\n{format_table(rows)}\n")
+
+
 def study_show(
     file: Annotated[Path, typer.Argument(help="A study file in YAML.")],
     variant: Annotated[str, typer.Argument(help="A variant of it.")],

@@ -35,6 +35,9 @@ class DataConfig(Section):
     part: Literal["final", "tuning"] = "final"
     """tuning: what a study searches its settings on, and its final runs are not judged by. Pictures that are held out otherwise take no
     part, `validation_share` of the training pictures is held out in their place; the drawn world draws other scenes for all."""
+    sample: Positive | None = None
+    """So many of the training pictures, drawn by the run's seed. Seeds of a study then differ in their pictures too, and its intervals say
+    what other pictures of the kind would give. None: all of them."""
     streaming: bool = False
     """huggingface, webdataset: read from front to back as training goes, and never held as a whole."""
     image_column: str | None = None
@@ -116,6 +119,10 @@ class DataConfig(Section):
         for name in ("subset", "revision"):
             if getattr(self, name) is not None and self.source != "huggingface":
                 raise ValueError(f"{name} is about data.source huggingface, and source is {self.source}: leave it out")
+        if self.streaming and self.sample is not None:
+            raise ValueError(
+                "sample draws among all pictures, and a stream is never held as a whole: leave one of them out"
+            )
         if self.streaming and self.source not in ("huggingface", "webdataset"):
             raise ValueError(f"streaming is for huggingface and webdataset: {self.source} is read as a whole")
         if self.part == "tuning" and self.streaming:

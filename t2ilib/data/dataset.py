@@ -13,7 +13,7 @@ from itertools import chain
 from pathlib import Path, PurePath
 from typing import Any
 
-from t2ilib.config import DataConfig, RunConfig
+from t2ilib.config import ConfigError, DataConfig, RunConfig
 from t2ilib.data.captions import Captions, build_captions
 from t2ilib.data.captions.counting import count_captions
 from t2ilib.data.editing import digest_of, edit_captions
@@ -34,6 +34,7 @@ from t2ilib.data.records import Listing, Readable, Record, Told
 from t2ilib.data.sources import folder
 from t2ilib.data.sources.spans import public
 from t2ilib.data.streams import Streamed
+from t2ilib.seeds import numpy_generator_for
 from t2ilib.shapes import source as shapes
 from t2ilib.text import shown
 
@@ -183,6 +184,14 @@ def load_datasets(run: RunConfig) -> tuple[Dataset, Dataset]:
     examined = examine(listing, run.data)
     of_their_own = None if apart is None else examine(apart, run.data)
     split = hold_out(run.data, examined, of_their_own)
+    if run.data.sample is not None:
+        drawn = draw_sample(split[0], run.data.sample, run.seed)
+        left = [
+            (record.path, f"not among the {len(drawn)} that seed {run.seed} draws")
+            for record in split[0]
+            if record not in {*drawn}
+        ]
+        examined, split = replace(examined, aside=(*examined.aside, *left)), (drawn, split[1])
     if run.data.source != "shapes":  # the drawn world holds out what it drew for that
         tell_held_out(*split)
     return build_datasets(run, examined, of_their_own, split, edits)
@@ -211,6 +220,16 @@ def divided_again(data: DataConfig) -> bool:
     return data.part == "tuning" and data.source != "shapes"
 
 
+def draw_sample(records: Sequence[Record], count: int, seed: int) -> list[Record]:
+    """So many of the records, in their order, drawn by the seed. Raises ConfigError where there are not as many."""
+    if count > len(records):
+        raise ConfigError(
+            f"data.sample {count}: there are {counted(records, 'training picture')}; lower it, or leave it out"
+        )
+    chosen = numpy_generator_for(seed, "sample of the pictures").permutation(len(records))[:count]
+    return [records[place] for place in sorted(chosen)]
+
+
 def build_datasets(
     run: RunConfig,
     examined: Examined,
@@ -221,8 +240,8 @@ def build_datasets(
     data, (training, held_out) = run.data, split
     name = name_of(run)
     if divided_again(data) and apart is None:
-        inside = {*training, *held_out}
-        others = [(record.path, "held out of final runs") for record in examined.pictures if record not in inside]
+        held_elsewhere = folder.hold_out([*examined.pictures], data.validation_share)[1]
+        others = [(record.path, "held out of final runs") for record in held_elsewhere]
         examined = replace(examined, aside=(*examined.aside, *others))
     kept = edits if data.edit_held_out else None
     of_held_out = (examined, False) if apart is None or divided_again(data) else (apart, True)

@@ -17,12 +17,14 @@ from typing import Any
 from PIL import Image
 
 from t2ilib.config import ConfigError, RunConfig, check_choice
+from t2ilib.environment import note_environment
 from t2ilib.evaluation import clip
 from t2ilib.evaluation.metrics import ENTRY_POINTS, Metric, check_measures, declare
 from t2ilib.evaluation.rows import Row, Value, split, write_rows
 from t2ilib.evaluation.sampling import draw, save_pictures
 from t2ilib.memory import Peaks
 from t2ilib.models.components import Components
+from t2ilib.models.load import name_of_device
 from t2ilib.pyfile import module_at
 from t2ilib.shapes import checker
 from t2ilib.shapes.world import Scene, caption
@@ -160,6 +162,7 @@ def measure(
             found, rows = found | means, rows + single
     write_rows(run.output, rows)
     declare(run.output, known)
+    note_environment(run.output, name_of_device(components.device))
     shutil.rmtree(run.output / "pictures", ignore_errors=True)  # of other prompts, perhaps
     if shown:
         save_pictures([picture for _, picture in shown], run.output / "pictures")

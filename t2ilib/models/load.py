@@ -37,6 +37,11 @@ def choose_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def name_of_device(device: torch.device) -> str:
+    """ "cpu", or what a card is called by its driver."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """The dtype for frozen weights and autocast; bfloat16 only where the hardware has it (a T4 claims it by emulation)."""
     if name != "auto":

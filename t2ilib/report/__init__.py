@@ -13,10 +13,13 @@ from pathlib import Path
 
 from t2ilib.report.caveats import caveats
 from t2ilib.report.comparing import compare
+from t2ilib.report.contents import StudyReport
 from t2ilib.report.figures import plot_cost_quality, plot_learned_kept, plot_learning_curves
+from t2ilib.report.noise import noise_markdown
+from t2ilib.report.parquet import ROWS, write_parquet
 from t2ilib.report.pictures import plot_pictures
 from t2ilib.report.plots import plot_overview, plots
-from t2ilib.report.reading import StudyReport, load_report
+from t2ilib.report.reading import load_report
 from t2ilib.report.tables import difference_table, format_table, markdown_table, summary_table, verdict_table
 from t2ilib.report.texts import (
     QUALITY,
@@ -43,6 +46,7 @@ __all__ = [
     "headline",
     "load_report",
     "markdown_table",
+    "noise_markdown",
     "plot_cost_quality",
     "plot_learned_kept",
     "plot_learning_curves",
@@ -79,9 +83,10 @@ def differences_markdown(report: StudyReport) -> str:
 
 def write_markdown(report: StudyReport, folder: Path | str) -> Path:
     """Writes `folder/report.md` with pictures.png, learned_kept.png, curves.png and cost_quality.png beside it, those
-    that have something to show; returns the path of report.md."""
+    that have something to show, and rows.parquet, of which alone all of it can be made again; returns the path of report.md."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    write_parquet(report, folder / ROWS)
     shown = {}
     for plot in plots(report):
         plot.figure.savefig(folder / plot.file, dpi=DPI)
@@ -99,7 +104,8 @@ def write_markdown(report: StudyReport, folder: Path | str) -> Path:
         "## Before believing it\n\n" + caveats_markdown(report),
         numbers and f"## Numbers\n\n{numbers}",
         "## Differences\n\n" + differences_markdown(report),
-        "## How to read this\n\n" + "\n".join(filter(None, (explain_reading(), explain_metrics(report)))),
+        noise_markdown(report),
+        "## How to read this\n\n" + "\n".join(filter(None, (explain_reading(report), explain_metrics(report)))),
         "\n\n".join(("## Figures", *shown.values())) if shown else "",
         "## Variants\n\n" + "\n\n".join(describe_variant(report, name) for name in report.present),
     ]

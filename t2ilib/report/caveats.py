@@ -7,9 +7,10 @@ from typing import Any
 
 from t2ilib.config import ModelConfig, PriorConfig, ShapesConfig
 from t2ilib.data.dataset import FEW_HELD_OUT, NAMED
-from t2ilib.evaluation.statistics import smallest_p
 from t2ilib.planning.bound import SHIPPED
-from t2ilib.report.reading import StudyReport
+from t2ilib.report.contents import StudyReport
+from t2ilib.report.noise import told_noise
+from t2ilib.statistics.signs import smallest_p
 
 SEEDS_TO_DECIDE = next(n for n in range(2, 64) if smallest_p(n) < 0.05)
 
@@ -34,9 +35,10 @@ def caveats(report: StudyReport) -> list[str]:
         notes.append("One seed: nothing is tested. Differences may be seed noise, however large they look.")
     elif len(report.seeds) < SEEDS_TO_DECIDE:
         notes.append(
-            f"With {len(report.seeds)} seeds nothing is tested: this study estimates, it does not decide. Read the intervals; to"
-            f" decide, run at least {SEEDS_TO_DECIDE} seeds."
+            f"With {len(report.seeds)} seeds verdicts rest on noise being roughly normal and alike in all variants. The test that assumes"
+            f" less has something to say from {SEEDS_TO_DECIDE} seeds on."
         )
+    notes += told_noise(report)
     if fixed := told_fixed(report):
         notes.append(fixed)
     if report.measured("clip_score/prompts") and any(map(scored_by_a_tiny_clip, settings_of(report))):
@@ -118,8 +120,8 @@ def told_fixed(report: StudyReport) -> str:
         else ""
     )
     return (
-        f"The same for every seed, so no interval speaks of it: {'; '.join(told)}. Intervals tell seed noise, not what other pictures"
-        f" or prompts would say.{few}"
+        f"The same for every seed, so no interval over seeds speaks of it: {'; '.join(told)}. Of other prompts those intervals speak that"
+        f" are said to be over prompts too; of other pictures none does.{few}"
     )
 
 

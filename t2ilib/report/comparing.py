@@ -1,20 +1,25 @@
 """Which differences are shown: variants against their neighbours, leaders against all others, and what the study file
 claims.
 
-One test serves them all, `evaluation.statistics`: a difference is shown where the interval that pays for the other
-questions leaves out zero. The questions of a table are its trained variants; those of the leads all pairs of them, on
-every metric whose leader is named. The untouched base stands outside the family: "does training change anything?" is
-another question, and asking it must not cost the variants their power. Speed is judged only where runs did not share
-a machine, and losses only where they are of the same quantity: one prediction, one schedule of noise, one space.
+One test serves them all, `statistics.pooled`: a difference is shown where the interval that pays for the other questions
+leaves out zero, and it is equivalent where that interval lies within the margin that the study file names. The questions
+of a table are its trained variants; those of the leads all pairs of them, on every metric whose leader is named. The
+untouched base stands outside the family: "does training change anything?" is another question, and asking it must not
+cost the variants their power. Beside each stand the exact test, which assumes less, and the interval over seeds *and*
+prompts. Speed is judged only where runs did not share a machine, and losses only where they are of the same quantity: one
+prediction, one schedule of noise, one space.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from t2ilib.config import did_you_mean
 from t2ilib.evaluation.metrics import Metric
-from t2ilib.evaluation.statistics import PairedDifference, leads, not_tested, paired_difference, verdict
-from t2ilib.report.reading import StudyReport
+from t2ilib.report.contents import StudyReport
+from t2ilib.statistics.crossed import Crossed, cross
+from t2ilib.statistics.pooled import Difference, Noise, differences, fit_noise, leads, not_tested, verdict
+from t2ilib.statistics.power import seeds_needed, smallest_found
+from t2ilib.statistics.signs import ExactDifference, exact_difference
 from t2ilib.studies.champion import Choice, choose
 from t2ilib.studies.file import Claim
 
@@ -24,10 +29,17 @@ DIFFERENT = "not judged (it is of another quantity)"
 
 @dataclass(frozen=True)
 class Comparison:
-    """One variant against another on one metric, and the verdict in plain words."""
+    """One variant against another on one metric, and the verdict in plain words. `exact`: by the seeds that both have, None
+    where they share none; `crossed`: over seeds and prompts, None where nothing is known of single pictures; `wanted`: of an
+    undecided one the size that seeds are counted for, the margin or else what was seen, and `seeds`: how many show it in four
+    of five studies, None above a thousand; where nothing was seen, what these seeds show."""
 
-    difference: PairedDifference
+    difference: Difference
     verdict: str
+    exact: ExactDifference | None = None
+    crossed: Crossed | None = None
+    wanted: float | None = None
+    seeds: int | None = None
 
 
 @dataclass(frozen=True)
@@ -42,24 +54,75 @@ class Judgement:
     note: str = ""
 
 
+def values_like(report: StudyReport, metric: str, variant: str) -> dict[str, dict[int, float]]:
+    """{variant: {seed: value}} of all that measured the metric and mean the same by it as `variant`: they share its noise."""
+    found = {name: values for name in report.variants if (values := report.values(name, metric))}
+    return {name: values for name, values in found.items() if report.one_quantity(metric, name, variant)}
+
+
+def still(report: StudyReport) -> list[str]:
+    """The untouched base, which has no noise of training."""
+    return [report.base] if report.base else []
+
+
+def noise_of(report: StudyReport, metric: str) -> Noise | None:
+    """What runs of the study vary by on a metric, as the reference means it; None where no variant has two."""
+    return fit_noise(values_like(report, metric, report.reference), still(report))
+
+
 def compare(report: StudyReport, metric: str, against: str | None = None) -> dict[str, Comparison]:
-    """Every variant that shares seeds with what it is compared with (`against`, or the neighbour that it names, or the
-    reference), paired by seed."""
-    known = report.about(metric)
+    """Every variant and what it is compared with (`against`, or the neighbour that it names, or the reference), those that
+    both measured the metric."""
     others = {name: against or report.against(name) for name in report.variants}
-    pairs = {
-        name: (values, other)
-        for name in report.variants
-        if name != others[name]
-        and (values := report.values(name, metric)).keys() & (other := report.values(others[name], metric)).keys()
-    }
-    family = sum(name != report.base for name in pairs)
+    measured = [name for name in report.variants if report.values(name, metric)]
+    pairs = [(name, others[name]) for name in measured if name != others[name] and others[name] in measured]
+    families = list(families_of(report, metric, [pair for pair in pairs if report.base not in pair]))
+    asked = [(family, len(families)) for family in families]
+    asked += [([pair], 1) for pair in pairs if report.base in pair]
     found = {}
-    for name, (values, other) in pairs.items():
-        difference = paired_difference(values, other, 1 if name == report.base else family)
-        reason = why_not_judged(report, metric, name, others[name])
-        found[name] = Comparison(difference, reason or judge(difference, known))
-    return found
+    for family, questions in asked:
+        one, other = family[0]
+        pool = values_like(report, metric, one if other == report.base else other)
+        pool |= {name: report.values(name, metric) for pair in family for name in pair}
+        noise = fit_noise(pool, still(report))
+        for pair, difference in zip(family, differences(pool, family, still(report), questions), strict=True):
+            found[pair[0]] = judge_pair(report, metric, pair, difference, noise)
+    return {name: found[name] for name, _ in pairs}
+
+
+def families_of(report: StudyReport, metric: str, pairs: Sequence[tuple[str, str]]) -> Iterator[list[tuple[str, str]]]:
+    """The pairs by what they mean by the metric, which is mostly one thing."""
+    left = list(pairs)
+    while left:
+        alike = [pair for pair in left if report.one_quantity(metric, *left[0], *pair)]
+        alike = alike or left[:1]  # a pair that does not mean the same itself, and is not judged
+        yield alike
+        left = [pair for pair in left if pair not in alike]
+
+
+def judge_pair(
+    report: StudyReport, metric: str, pair: tuple[str, str], difference: Difference, noise: Noise | None
+) -> Comparison:
+    known = report.about(metric)
+    if reason := why_not_judged(report, metric, *pair):
+        return Comparison(difference, reason)
+    margin = report.margins.get(metric)
+    said = judge(difference, known, margin)
+    if known.exact:
+        return Comparison(difference, said)
+    one, other = ({run.seed: run.by_prompt(metric) for run in report.runs_of(name)} for name in pair)
+    crossed = cross(one, other, difference) if all((*one.values(), *other.values())) else None
+    exact = None if report.base in pair else exact_difference(*(report.values(name, metric) for name in pair))
+    wanted, seeds = None, None
+    if difference.shown == 0 and noise is not None and difference.alpha is not None:
+        variants = len(noise.counts.keys() - noise.still)
+        asked = (variants, difference.alpha, report.base in pair)
+        wanted, seeds = margin or abs(difference.mean), min(difference.runs)
+        if wanted:
+            seeds = seeds_needed(wanted, noise.deviation, *asked)
+        else:  # nothing was seen: what these seeds would have found
+            wanted = smallest_found(noise.deviation, seeds, *asked)
+    return Comparison(difference, said, exact, crossed, wanted, seeds)
 
 
 def why_not_judged(report: StudyReport, metric: str, *variants: str) -> str:
@@ -69,12 +132,12 @@ def why_not_judged(report: StudyReport, metric: str, *variants: str) -> str:
     return "" if report.one_quantity(metric, *variants) else DIFFERENT
 
 
-def judge(difference: PairedDifference, metric: Metric) -> str:
+def judge(difference: Difference, metric: Metric, margin: float | None = None) -> str:
     if metric.exact:
         return "equal" if difference.mean == 0 else "higher" if difference.mean > 0 else "lower"
     if metric.better is None:
         return "not judged"
-    return verdict(difference, metric.better == "higher")
+    return verdict(difference, metric.better == "higher", margin)
 
 
 def competing(report: StudyReport, metric: str) -> dict[str, dict[int, float]]:
@@ -88,7 +151,7 @@ def is_tested(report: StudyReport, metric: str) -> bool:
     return len(names) > 1 and not known.exact and not why_not_judged(report, metric, *names)
 
 
-def leads_on(report: StudyReport, metric: str, leader: str, named: Iterable[str]) -> dict[str, PairedDifference]:
+def leads_on(report: StudyReport, metric: str, leader: str, named: Iterable[str]) -> dict[str, Difference]:
     """Leader - other for every other trained variant. `named`: the metrics whose leaders are named beside this one."""
     questions = max(1, sum(is_tested(report, other) for other in named))
     return leads(competing(report, metric), leader, questions)
@@ -127,7 +190,7 @@ def judged(known: Metric, claim: Claim, comparison: Comparison) -> str:
         return "not judged (neither way is better: claim higher or lower)"
     shown = (difference.mean > 0) - (difference.mean < 0) if known.exact else difference.shown
     if shown is None:
-        return not_tested(difference.num_pairs)
+        return not_tested(max(difference.runs))
     upwards = (claim.direction == "better") == (known.better == "higher") if relative else claim.direction == "higher"
     if shown == (1 if upwards else -1):
         return "shown"

@@ -11,9 +11,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from t2ilib.evaluation.statistics import mean_interval
+from t2ilib.report.contents import StudyReport
 from t2ilib.report.labels import folded, label_ends, place_labels
-from t2ilib.report.reading import StudyReport
+from t2ilib.statistics.means import mean_interval
 
 COLORS = ("#4477aa", "#ee6677", "#228833", "#aa3377", "#3fa7c9", "#a58f00", "#000000", "#ee7733", "#009988", "#888888")
 """After Paul Tol's bright and vibrant palettes (SRON/EPS/TN/09-002), which colour-blind eyes tell apart; cyan and

@@ -1,18 +1,17 @@
 """What each variant draws for the same prompts and the same starting noise: variants are rows, prompts are columns."""
 
-import json
+import io
 import textwrap
 from collections import Counter
-from pathlib import Path
+from collections.abc import Mapping
 
 import numpy as np
 from matplotlib.figure import Figure, FigureBase
 from PIL import Image
 
-from t2ilib.report.reading import StudyReport
+from t2ilib.report.contents import StudyReport
 
 MAX_PROMPTS = 8
-PICTURE_PIXELS = 256
 LONGEST_TITLE = 100
 """Characters of a prompt above its column."""
 POINTS_A_CHARACTER = 0.53
@@ -49,8 +48,7 @@ def draw_pictures(
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_visible(False)
             if prompt in drawn[name]:
-                with Image.open(drawn[name][prompt]) as picture:
-                    picture.thumbnail((PICTURE_PIXELS, PICTURE_PIXELS))
+                with Image.open(io.BytesIO(drawn[name][prompt])) as picture:
                     axes.imshow(np.asarray(picture.convert("RGB")), interpolation="nearest")
             else:
                 middle = {"ha": "center", "va": "center", "transform": axes.transAxes}
@@ -64,12 +62,6 @@ def draw_pictures(
         axes.set_title(textwrap.fill(title, characters), fontsize=font, va="bottom")
 
 
-def pictures_of(report: StudyReport, name: str) -> dict[str, Path]:
-    """{prompt: file} of the variant's first seed that has pictures."""
-    for run in report.runs_of(name):
-        listing = run.folder / "pictures" / "prompts.json"
-        if listing.exists():
-            prompts = json.loads(listing.read_text())
-            paths = {prompt: listing.parent / f"{index:02d}.png" for index, prompt in enumerate(prompts)}
-            return {prompt: path for prompt, path in paths.items() if path.exists()}
-    return {}
+def pictures_of(report: StudyReport, name: str) -> Mapping[str, bytes]:
+    """{prompt: PNG} of the variant's first seed that has pictures."""
+    return next((run.pictures for run in report.runs_of(name) if run.pictures), {})

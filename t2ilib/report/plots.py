@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from matplotlib.figure import Figure
 
+from t2ilib.report.contents import StudyReport
 from t2ilib.report.figures import (
     draw_learned_kept,
     finish,
@@ -13,7 +14,6 @@ from t2ilib.report.figures import (
     qualities,
 )
 from t2ilib.report.pictures import draw_pictures, plot_pictures, shown_prompts
-from t2ilib.report.reading import StudyReport
 
 WIDTH = 14.2
 """Inches of the overview: a wide browser's page."""
@@ -50,7 +50,7 @@ def plots(report: StudyReport) -> list[Plot]:
         (
             "Learned and kept",
             "Figures use the short names of the tables. Bars are 95% intervals over seeds, each alone: whether two variants differ is"
-            " for the table of verdicts to say, which compares them seed by seed.",
+            " for the table of verdicts to say.",
             "How good every variant is; up and right is good",
             "learned_kept.png",
             plot_learned_kept,

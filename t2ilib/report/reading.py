@@ -1,124 +1,39 @@
 """A study's folder as data: what was asked, which runs finished, what they measured, and which runs are missing.
 
 What a run did not measure stays absent: nothing here fills in zeros. Leaves out everything that MLflow knows beyond the files,
-so a report can be made on another machine from a copied folder.
+so a report can be made on another machine from a copied folder, or from its `rows.parquet` alone.
 """
 
+import io
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from t2ilib.config import ConfigError, check_choice
+from PIL import Image
+
+from t2ilib.config import ConfigError
+from t2ilib.environment import told_differences
 from t2ilib.evaluation.metrics import Metric
+from t2ilib.evaluation.rows import read_rows
+from t2ilib.report.contents import FinishedRun, StudyReport, read_variant
+from t2ilib.report.parquet import ROWS, read_parquet
 from t2ilib.runfile import merge
-from t2ilib.studies.file import Variant
 from t2ilib.studies.runs import changes, is_measured_again
 
-
-@dataclass(frozen=True)
-class FinishedRun:
-    """A finished run. `settings`: the sections and fields that its study said; `history`: metric -> {step: value}, from
-    metrics.jsonl; `declared`: what its numbers are; `jobs`: how many runs were trained at a time, None where nobody knows."""
-
-    variant: str
-    seed: int
-    folder: Path
-    seconds: float | None
-    settings: Mapping[str, Any]
-    metrics: Mapping[str, float]
-    declared: Mapping[str, Metric]
-    history: Mapping[str, Mapping[int, float]]
-    mlflow_run_id: str | None = None
-    jobs: int | None = None
-
-
-@dataclass(frozen=True)
-class StudyReport:
-    """A study as far as it has run. `seeds`: those that any variant has begun, the study file's first; `missing`: (variant, seed)
-    that began and did not finish; `not_run`: those of the study file that never began; `not_finite`: metrics that were dropped, as text; `metrics`: what its runs declared of theirs;
-    `held_out`: names of the held-out pictures, where the runs' folders have them; `outdated`: (variant, seed) of runs that were
-    measured before the study's prompts or measures changed."""
-
-    folder: Path
-    name: str
-    question: str
-    preset: str
-    reference: str
-    base: str | None
-    seeds: tuple[int, ...]
-    variants: Mapping[str, Variant]
-    runs: Mapping[tuple[str, int], FinishedRun]
-    missing: tuple[tuple[str, int], ...]
-    not_run: tuple[tuple[str, int], ...]
-    not_finite: tuple[str, ...]
-    metrics: Mapping[str, Metric]
-    held_out: tuple[str, ...]
-    outdated: tuple[tuple[str, int], ...]
-
-    @property
-    def present(self) -> list[str]:
-        """The variants of which a run has begun."""
-        begun = {name for name, _ in (*self.runs, *self.missing)}
-        return [name for name in self.variants if name in begun]
-
-    @property
-    def trained(self) -> list[str]:
-        """The variants that compete: all that are present but the untouched base."""
-        return [name for name in self.present if name != self.base]
-
-    def runs_of(self, variant: str) -> list[FinishedRun]:
-        check_choice(variant, self.variants, "variant")
-        return [run for (name, _), run in self.runs.items() if name == variant]
-
-    def values(self, variant: str, metric: str) -> dict[int, float]:
-        """{seed: value} of the runs that measured it; empty where none did."""
-        return {run.seed: run.metrics[metric] for run in self.runs_of(variant) if metric in run.metrics}
-
-    def measured(self, *metrics: str) -> list[str]:
-        """Those of `metrics` (all that a table shows, if none is named) that at least one run measured."""
-        asked = metrics or [name for name, metric in self.metrics.items() if metric.table]
-        return [name for name in asked if any(name in run.metrics for run in self.runs.values())]
-
-    def about(self, metric: str) -> Metric:
-        """What a metric is; a plain score under its own name where no run declared it."""
-        return self.metrics.get(metric) or Metric(metric)
-
-    def tables(self) -> dict[str, list[str]]:
-        """Title -> the measured metrics that its table shows."""
-        tables: dict[str, list[str]] = {}
-        for name in self.measured():
-            tables.setdefault(self.metrics[name].table, []).append(name)
-        return tables
-
-    def with_role(self, *roles: str) -> list[str]:
-        """The measured metrics that play these roles, role by role; the first of each speaks for it."""
-        return [name for role in roles for name in self.measured() if self.metrics[name].role == role]
-
-    def speaking(self, *roles: str) -> list[str]:
-        """For each of these roles that something measured, the one metric that speaks for it."""
-        return [names[0] for role in roles if (names := self.with_role(role))]
-
-    def against(self, variant: str) -> str:
-        """What a variant is compared with: the neighbour that it names, or the reference."""
-        return self.variants[variant].against or self.reference
-
-    def one_quantity(self, metric: str, *variants: str) -> bool:
-        """Whether these variants' runs mean the same by a metric."""
-        declared = [run.declared.get(metric) for name in variants for run in self.runs_of(name)]
-        return len({known.quantity for known in declared if known is not None}) <= 1
-
-    def timed_alone(self, *variants: str) -> bool:
-        """Whether these variants were trained one run at a time, so that their speeds can be compared."""
-        return all(run.jobs == 1 for name in variants for run in self.runs_of(name))
+PICTURE_PIXELS = 256
 
 
 def load_report(folder: Path | str) -> StudyReport:
-    """Reads `folder/study.json` and every finished run. Raises ConfigError for a folder or file that is not what it should be."""
+    """Reads `folder/study.json` and every finished run; a file that is `rows.parquet`, or a folder that has it and no runs, by that alone.
+    Raises ConfigError for a folder or file that is not what it should be, and for
+    runs that were made with different versions or on different devices, which share no table."""
     folder = Path(folder)
+    if folder.is_file() or ((folder / ROWS).is_file() and not any(folder.glob("*/seed*"))):
+        return read_parquet(folder if folder.is_file() else folder / ROWS)
     if not (folder / "study.json").exists():
         raise ConfigError(f"{folder} holds no study.json: give the folder that a study wrote, results/<study>-<preset>")
     study = read_json(folder / "study.json")
@@ -147,6 +62,8 @@ def load_report(folder: Path | str) -> StudyReport:
                 continue
             runs[name, seed], dropped = read_run(path, name, seed, result)
             not_finite += dropped
+    runs = with_pictures(runs.values())
+    require_one_environment(study, runs.values())
     return StudyReport(
         folder,
         study["name"],
@@ -163,7 +80,40 @@ def load_report(folder: Path | str) -> StudyReport:
         declarations(runs.values()),
         next(filter(None, (held_out_names(run.folder) for run in runs.values())), ()),
         tuple(place for place, run in runs.items() if is_outdated(study, run)),
+        study.get("margins") or {},
     )
+
+
+def require_one_environment(study: Mapping[str, Any], runs: Iterable[FinishedRun]) -> None:
+    """Raises ConfigError, naming them, where runs were made with different versions or on different devices; those of which nobody knows
+    are left to the report to tell."""
+    groups: dict[str, list[FinishedRun]] = {}
+    for run in runs:
+        if run.environment:
+            groups.setdefault(json.dumps(run.environment, sort_keys=True), []).append(run)
+    if len(groups) < 2:
+        return
+    told = told_differences(own[0].environment for own in groups.values())
+    lines = [
+        f"{text or 'one of them alone'}: {labels([(run.variant, run.seed) for run in own])}"
+        for text, own in zip(told, groups.values(), strict=True)
+    ]
+    fewest = min(groups.values(), key=len)
+    only = " ".join(f"--only {name}" for name in dict.fromkeys([study["reference"], *(run.variant for run in fewest)]))
+    raise ConfigError(
+        f"runs of {study['name']}-{study.get('preset', '')} were made with different versions or devices, and share no table:\n  "
+        + "\n  ".join(lines)
+        + "\nTo compare the newcomers, run the reference beside them: t2ilib study run <study file>"
+        f" --preset {study.get('preset', '')} {only} --results <another folder>"
+    )
+
+
+def labels(places: Sequence[tuple[str, int]]) -> str:
+    """ "lora (seeds 0, 1), dora (seed 0)"."""
+    seeds: dict[str, list[str]] = {}
+    for name, seed in places:
+        seeds.setdefault(name, []).append(str(seed))
+    return ", ".join(f"{name} (seed{'s' * (len(own) > 1)} {', '.join(own)})" for name, own in seeds.items())
 
 
 def declarations(runs: Iterable[FinishedRun]) -> dict[str, Metric]:
@@ -188,12 +138,6 @@ def held_out_names(folder: Path) -> tuple[str, ...]:
     return tuple(row["picture"] for row in json.loads(listing.read_text())) if listing else ()
 
 
-def read_variant(name: str, told: Mapping[str, Any]) -> Variant:
-    texts = {key: str(told.get(key) or "").strip() for key in ("overview", "hypothesis", "how_it_helps", "origin")}
-    told_else = {"claims": told.get("claims") or [], "against": told.get("against"), "run": told.get("run") or {}}
-    return Variant(**texts, title=str(told.get("title") or name).strip(), **told_else)
-
-
 def read_run(path: Path, name: str, seed: int, result: Mapping[str, Any]) -> tuple[FinishedRun, list[str]]:
     """The run and, as text, the metrics that are not finite numbers: those count as not measured, and the report says so."""
     told = {key: value for key, value in (result.get("metrics") or {}).items() if value is not None}
@@ -203,9 +147,40 @@ def read_run(path: Path, name: str, seed: int, result: Mapping[str, Any]) -> tup
     settings = result.get("run") or {}
     declared = {key: Metric(**about) for key, about in (result.get("measures") or {}).items()}
     run = FinishedRun(
-        name, seed, path, result.get("seconds"), settings, metrics, declared, history, result.get("mlflow_run_id"), result.get("jobs")
+        name, seed, path, result.get("seconds"), settings, metrics, declared, history, result.get("mlflow_run_id"), result.get("jobs"),
+        result.get("environment") or (), tuple(read_rows(path)),
     )  # fmt: skip
     return run, dropped
+
+
+def with_pictures(runs: Iterable[FinishedRun]) -> dict[tuple[str, int], FinishedRun]:
+    """The runs by place; of each variant the first that kept pictures has them, for the report shows no others."""
+    found, shown = {}, set()
+    for run in runs:
+        if run.variant not in shown and (pictures := read_pictures(run.folder)):
+            run = replace(run, pictures=pictures)
+            shown.add(run.variant)
+        found[run.variant, run.seed] = run
+    return found
+
+
+def read_pictures(folder: Path) -> dict[str, bytes]:
+    """prompt -> PNG of the pictures that a run kept for the report, as large as it shows them."""
+    listing = folder / "pictures" / "prompts.json"
+    prompts = json.loads(listing.read_text()) if listing.exists() else []
+    paths = {prompt: listing.parent / f"{index:02d}.png" for index, prompt in enumerate(prompts)}
+    return {prompt: small_png(path) for prompt, path in paths.items() if path.exists()}
+
+
+def small_png(path: Path) -> bytes:
+    """A picture as PNG, its longer side PICTURE_PIXELS at most."""
+    with Image.open(path) as picture:
+        if max(picture.size) <= PICTURE_PIXELS and picture.format == "PNG":
+            return path.read_bytes()
+        picture.thumbnail((PICTURE_PIXELS, PICTURE_PIXELS))
+        written = io.BytesIO()
+        picture.save(written, "PNG")
+        return written.getvalue()
 
 
 def read_history(path: Path) -> dict[str, dict[int, float]]:

@@ -9,15 +9,18 @@ tables.
 from collections.abc import Mapping, Sequence
 
 from t2ilib.evaluation.metrics import Metric
-from t2ilib.evaluation.statistics import PairedDifference, mean_interval
-from t2ilib.report.comparing import DIFFERENT, SHARED, compare
-from t2ilib.report.reading import StudyReport
+from t2ilib.report.comparing import DIFFERENT, SHARED, Comparison, compare
+from t2ilib.report.contents import StudyReport
+from t2ilib.statistics.means import mean_interval
+from t2ilib.statistics.pooled import Difference
 
 NOT_MEASURED = "–"
 WORDS = ("variant", "name", "against", "verdict")
 """Columns of words, which stand to the left; numbers stand to the right."""
-DIFFERENCES = ("difference", "95% interval alone", "of all together", "seeds", "p")
-SHORT = {"no difference shown": "undecided", SHARED: "", DIFFERENT: ""}
+DIFFERENCES = (
+    "difference", "95% interval alone", "of all together", "over prompts too", "P(above)", "p", "exact p", "seeds"
+)  # fmt: skip
+SHORT = {SHARED: "", DIFFERENT: ""}
 """Verdicts in a cell, where they are not what stands before a bracket."""
 AT_A_GLANCE = ("learned", "kept", "loss", "followed", "memory", "size", "speed")
 """Roles of metrics that have a column among the verdicts."""
@@ -58,12 +61,24 @@ def write_interval(ends: tuple[float, float] | tuple[None, None] | None, metric:
     return f"{low.removesuffix(' pp')} to {high}"
 
 
-def write_together(difference: PairedDifference, metric: Metric) -> str:
-    """The interval that decides, named; the plain one of a difference that is not tested; "" of one seed."""
-    if difference.together:
-        return f"95% interval of all together {write_interval(difference.together, metric)}"
-    ends = (difference.low, difference.high)
-    return f"95% interval {write_interval(ends, metric)}" if difference.low is not None else ""
+def write_together(difference: Difference, metric: Metric) -> str:
+    """The interval that decides, named; "" where nothing is tested."""
+    return f"95% interval of all together {write_interval(difference.together, metric)}" if difference.together else ""
+
+
+def write_needed(comparison: Comparison, metric: Metric) -> str:
+    """ "23 seeds would show 5.0 pp": of an undecided difference, how many show one that would matter, or else one as large as
+    was seen, in four of five studies; "" of a decided one."""
+    if not comparison.wanted:
+        return ""
+    size = write_number(comparison.wanted, metric, signed=True).removeprefix("+")
+    seeds = "over 1,000 seeds" if comparison.seeds is None else f"{comparison.seeds} seeds"
+    return f"{seeds} would show {size}"
+
+
+def write_verdict(comparison: Comparison, metric: Metric) -> str:
+    needed = write_needed(comparison, metric)
+    return f"{comparison.verdict} ({needed})" if needed else comparison.verdict
 
 
 def write_p(p: float | None) -> str:
@@ -111,8 +126,9 @@ def summary_table(report: StudyReport, metrics: Sequence[str] = ()) -> list[Row]
 
 
 def difference_table(report: StudyReport, metric: str, against: str | None = None) -> list[Row]:
-    """A row a variant: its paired difference to what it is compared with, its 95% interval alone and that of all
-    variants together, which decides, the p-value that goes with it, and the verdict."""
+    """A row a variant: its difference to what it is compared with; of it the 95% interval alone, that of all variants together,
+    which decides, and the same over other prompts too; the probability that a new run of it lies above a new run of the other; the
+    p-value that goes with what decides, and that of the exact test; the verdict. What no row has gets no column."""
     known, compared = report.about(metric), compare(report, metric, against)
     rows = []
     for name in report.present:
@@ -124,15 +140,39 @@ def difference_table(report: StudyReport, metric: str, against: str | None = Non
         if name not in compared:
             rows.append(row | dict.fromkeys(DIFFERENCES, NOT_MEASURED) | {"verdict": "not measured"})
             continue
-        difference, verdict = compared[name].difference, compared[name].verdict
-        numbers = dict.fromkeys(DIFFERENCES, NOT_MEASURED) if known.exact else {
-            "95% interval alone": write_interval((difference.low, difference.high), known),
-            "of all together": write_interval(difference.together, known),
+        numbers = write_difference(compared[name], known)
+        rows.append(row | numbers | {"verdict": write_verdict(compared[name], known)})
+    optional = ("over prompts too", "P(above)", "exact p")
+    empty = {column for column in optional if all(row[column] == NOT_MEASURED for row in rows)}
+    return [{key: value for key, value in row.items() if key not in empty} for row in rows]
+
+
+def write_difference(comparison: Comparison, metric: Metric) -> Row:
+    difference, exact, crossed = comparison.difference, comparison.exact, comparison.crossed
+    told = {"difference": write_number(difference.mean, metric, signed=True), "seeds": write_runs(difference.runs)}
+    if not metric.exact:
+        told |= {
+            "95% interval alone": write_interval((difference.low, difference.high), metric),
+            "of all together": write_interval(difference.together, metric),
             "p": write_p(difference.p_value),
-        }  # fmt: skip
-        told = {"difference": write_number(difference.mean, known, signed=True), "seeds": str(difference.num_pairs)}
-        rows.append(row | {key: (numbers | told)[key] for key in DIFFERENCES} | {"verdict": verdict})
-    return rows
+        }
+        if difference.above is not None:
+            told["P(above)"] = write_probability(difference.above)
+        if exact is not None and exact.low is not None:  # with fewer seeds it could show nothing
+            told["exact p"] = write_p(exact.p_value)
+        if crossed is not None:
+            told["over prompts too"] = write_interval(crossed.together, metric)
+    return dict.fromkeys(DIFFERENCES, NOT_MEASURED) | told
+
+
+def write_runs(runs: tuple[int, int]) -> str:
+    one, other = runs
+    return str(one) if one == other else f"{one}, {other}"
+
+
+def write_probability(share: float) -> str:
+    """In percent, and never quite certain."""
+    return "<1 %" if share < 0.01 else ">99 %" if share > 0.99 else f"{100 * share:.0f} %"
 
 
 def format_table(rows: Sequence[Row]) -> str:

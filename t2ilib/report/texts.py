@@ -11,7 +11,6 @@ from typing import Any
 
 from t2ilib.config import RunConfig, check_choice
 from t2ilib.evaluation.metrics import Metric
-from t2ilib.evaluation.statistics import mean_interval, not_tested
 from t2ilib.report.comparing import (
     Comparison,
     Judgement,
@@ -23,8 +22,10 @@ from t2ilib.report.comparing import (
     leads_on,
     why_not_judged,
 )
-from t2ilib.report.reading import StudyReport
-from t2ilib.report.tables import write_mean, write_number, write_p, write_together
+from t2ilib.report.contents import StudyReport
+from t2ilib.report.tables import write_mean, write_number, write_p, write_together, write_verdict
+from t2ilib.statistics.means import mean_interval
+from t2ilib.statistics.pooled import not_tested
 from t2ilib.studies.runs import changes
 
 QUALITY, COST = ("learned", "kept", "loss", "followed"), ("memory", "size", "speed")
@@ -173,7 +174,7 @@ def told_against(report: StudyReport, other: str, metric: str, comparison: Compa
     known, difference = report.about(metric), comparison.difference
     against = "the reference" if other == report.reference else report.variants[other].title
     text = f"{write_number(difference.mean, known, signed=True)} against {against}"
-    return text if known.exact else f"{text}{doubt_about(difference, known)}: **{comparison.verdict}**"
+    return text if known.exact else f"{text}{doubt_about(difference, known)}: **{write_verdict(comparison, known)}**"
 
 
 def doubt_about(difference, known: Metric) -> str:
@@ -228,24 +229,38 @@ def explain_metrics(report: StudyReport) -> str:
 
 
 VERDICTS = (
-    "Means over seeds ± half of their 95% intervals. The verdict is on the difference to the variant under *against*: **better**,"
-    " **worse**, or **undecided** where seed noise could be all of it."
+    "Means over seeds ± half of their 95% intervals. The verdict is on the difference to the variant under *against*: **better** or"
+    " **worse**; **equivalent**, where it is shown to be smaller than would matter; or **undecided**, where noise could be all of it."
 )
 """How to read the table of verdicts."""
 
 
-def explain_reading() -> str:
+def explain_reading(report: StudyReport) -> str:
     """Markdown: how to read the tables, for someone who has not met these words."""
+    margins = "; ".join(
+        f"{report.about(name).title} {write_number(size, report.about(name), signed=True).removeprefix('+')}"
+        for name, size in report.margins.items()
+    )
+    matter = (
+        f"**Equivalent**: that interval lies within what would matter by the study file ({margins}): two one-sided tests."
+        if margins
+        else "**Equivalent** is never said here: the study file names no `margins`, the differences from which on it would matter."
+    )
     return (
         "- **±**: half the 95% t-interval of the mean over seeds. A wide one means seeds disagree, or there are few.\n"
-        "- **difference**: variant minus what it is compared with, *by seed*, then averaged, so what a seed does to both cancels; for"
-        " shares in percentage points (pp).\n"
-        "- **95% interval alone**: of that one difference, as if nothing else had been asked.\n"
-        "- **of all together**: the interval that decides. In 95 of 100 studies all intervals of a table would hold their true"
-        " difference: Student's, widened by Bonferroni for the number of variants, and never narrower than what flipping the signs of"
-        " seeds allows, which needs six seeds and no normal noise. **p** goes with it.\n"
-        "- **better / worse / shown**: that interval leaves out zero. **No difference shown** does not mean equal: the interval says"
-        " how large the difference could still be. **Not tested**: fewer than six seeds.\n"
+        "- **difference**: mean of the variant minus mean of what it is compared with; for shares in percentage points (pp).\n"
+        "- **95% interval alone**: of that one difference, as if nothing else had been asked, for other seeds and these prompts.\n"
+        "- **of all together**: the interval that decides. In 95 of 100 studies all intervals of a table hold their true difference. It"
+        " assumes that runs vary independently, roughly normally, and alike for all variants; a variant that visibly varies more stands"
+        " with its own noise. What runs vary by is pooled over all variants, so that two or three seeds can say something. **p** goes"
+        " with it.\n"
+        "- **over prompts too**: the same for other seeds *and* other prompts of the kind.\n"
+        "- **P(above)**: the probability that a new run of the variant gives a higher number than a new run of the other.\n"
+        "- **exact p**: of flipping signs seed by seed, which assumes only that noise favours neither. A check, for this difference"
+        " alone; with fewer than six seeds it could not be below 0.05, and is not shown.\n"
+        f"- **better / worse / shown**: that interval leaves out zero. {matter} **Undecided** does not mean equal: the interval says how"
+        " large the difference could still be, and in brackets stands how many seeds would show a difference that matters, or else one"
+        " as large as was seen, in four of five studies. **Not tested**: no variant has two seeds.\n"
         "- **lead**: whoever leads was picked by the numbers, so its lead is held against all pairs of variants, on all metrics whose"
         " leader is named.\n"
         "- **–**: not measured. Nothing here is filled in with a zero."

@@ -8,11 +8,12 @@ numbers, and how it is loaded.
 from pathlib import Path
 
 from t2ilib.evaluation.metrics import Metric
-from t2ilib.evaluation.statistics import PairedDifference, leads
 from t2ilib.report.comparing import chosen
-from t2ilib.report.reading import StudyReport, load_report
+from t2ilib.report.contents import StudyReport
+from t2ilib.report.reading import load_report
 from t2ilib.report.tables import markdown_table, verdict_table, write_interval, write_mean, write_number
 from t2ilib.report.texts import champion, headline, settings_text
+from t2ilib.statistics.pooled import Difference, leads
 from t2ilib.studies.champion import Choice
 from t2ilib.studies.file import load_study
 from t2ilib.studies.parent import PARENT, describe_parent
@@ -95,6 +96,6 @@ def rivals(report: StudyReport, choice: Choice) -> list[dict[str, str]]:
     return rows
 
 
-def told_interval(difference: PairedDifference | None, metric: Metric) -> str:
-    """The interval that decides, which six seeds and more have."""
+def told_interval(difference: Difference | None, metric: Metric) -> str:
+    """The interval that decides, which two seeds and more have."""
     return write_interval(difference.together, metric) if difference and difference.together else ""

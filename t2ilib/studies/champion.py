@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from t2ilib.evaluation.metrics import Metric
-from t2ilib.evaluation.statistics import leads, not_tested
+from t2ilib.statistics.pooled import leads, not_tested
 from t2ilib.studies.runs import StudyRun
 from t2ilib.studies.scoring import scoring
 from t2ilib.tracking.models import MODEL_TAG, NO_MODEL, register_version
@@ -81,7 +81,7 @@ def doubt_of(values: Mapping[str, Mapping[int, float]], leader: str, metric: Met
     found, way = leads(values, leader), 1 if metric.better == "higher" else -1
     close = [titles.get(name, name) for name in others if name not in found or found[name].shown != way]
     if close and all(difference.shown is None for difference in found.values()):
-        return f"its lead is {not_tested(len(values[leader]))}: six are needed"
+        return f"its lead is {not_tested(len(values[leader]))}: two are needed"
     return f"its lead is not shown against {'; '.join(close)}" if close else ""
 
 

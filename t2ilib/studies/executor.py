@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import yaml
 
+from t2ilib.environment import read_environments
 from t2ilib.evaluation.metrics import DECLARATIONS
 from t2ilib.memory import usable_cores
 from t2ilib.studies.cards import variables_of
@@ -201,6 +202,7 @@ class Executor:
             "mlflow_run_id": run_id,
             "digest": run.digest,
             "run": run.settings,
+            "environment": read_environments(run.folder),
             "metrics": metrics,
             "measures": json.loads(about.read_text()) if (about := run.folder / DECLARATIONS).exists() else {},
         }

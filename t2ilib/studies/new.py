@@ -216,7 +216,7 @@ presets:
     seeds: [0]
 {preset_text(settings.steps["quick"])}\
   full:
-    seeds: {list(range(SEEDS_OF_FULL))}  # with fewer than six no difference can be told from seed noise: the least p is 2/2^n
+    seeds: {list(range(SEEDS_OF_FULL))}  # what differences so many can tell: t2ilib study power
 {preset_text(settings.steps["full"])}
 variants:
 {variant_text("base", UNTOUCHED)}

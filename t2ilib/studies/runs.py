@@ -12,6 +12,7 @@ import yaml
 
 from t2ilib.config import ConfigError, RunConfig, check_choice
 from t2ilib.data.prior import DRAWING
+from t2ilib.environment import environment_now, told_differences
 from t2ilib.runfile import build_run
 from t2ilib.studies.file import Study
 from t2ilib.studies.notebooks import find_notebook, notebook_parameters
@@ -175,6 +176,30 @@ def require_unedited(runs: Sequence[StudyRun]) -> None:
             f"{len(edited)} finished run(s) had other settings than the study now says:\n  "
             + "\n  ".join(edited[:8])
             + "\nGive the changed variant a new name, or delete the folders of the old runs"
+        )
+
+
+def require_same_versions(runs: Sequence[StudyRun]) -> None:
+    """Raises ConfigError where runs would be added to finished ones that were made with other versions, which no report takes together."""
+    pending = [run for run in runs if run.state != "finished"]
+    now, others = environment_now(), {}
+    for run in runs if pending else ():
+        for made in run.result().get("environment") or () if run.state == "finished" else ():
+            before = {name: version for name, version in made.items() if name != "device"}
+            if before != now:
+                (told, _) = told_differences([[before], [now]])
+                others.setdefault(told, []).append(run.label)
+    if others:
+        lines = [
+            f"{told}: {', '.join(labels[:4])}{' and others' * (len(labels) > 4)}" for told, labels in others.items()
+        ]
+        (_, here) = told_differences([[before], [now]])
+        only = " ".join(f"--only {name}" for name in dict.fromkeys(run.variant for run in pending))
+        raise ConfigError(
+            f"{len(pending)} run(s) would be made with {here}, and finished ones were made with\n  "
+            + "\n  ".join(lines)
+            + "\nOther versions give other numbers, and share no table. Install those versions, or compare the newcomers with the reference"
+            f" beside them: the same command with {only} --only <the reference> --results <another folder>"
         )
 
 

@@ -30,7 +30,7 @@ from t2ilib.studies.executor import Executor
 from t2ilib.studies.file import Study, load_study
 from t2ilib.studies.notebooks import error_text, execute_notebook, export_html, find_notebook, notebook_parameters
 from t2ilib.studies.parent import describe_parent, parent_run
-from t2ilib.studies.runs import StudyRun, check_notebooks, plan_runs, require_unedited
+from t2ilib.studies.runs import StudyRun, check_notebooks, plan_runs, require_same_versions, require_unedited
 from t2ilib.studies.tuned import TRIALS, TUNED, TUNING
 from t2ilib.text import write_whole
 from t2ilib.tracking.outbox import Outbox, keeps, send_kept
@@ -117,6 +117,7 @@ def run_study(
     for run in runs:
         check_measures(run.config().evaluation.measures or ())
     require_unedited(runs)
+    require_same_versions(runs)
     pending = [run for run in runs if run.state != "finished"]
     check_data(pending)
     uri = tracking_uri(None, results)
@@ -166,6 +167,7 @@ def write_study(study: Study, preset: str, folder: Path) -> None:
         "preset": preset,
         "reference": study.reference,
         "base": study.base if study.base in told else None,
+        "margins": study.margins,
         "seeds": chosen.seeds,
         "run": merge(study.run, chosen.run),
         "variants": {name: values["variants"][name] | {"run": study.delta(preset, name)} for name in told},

@@ -21,12 +21,13 @@ from t2ilib.adapters.load import UNPROVEN, adapter_file
 from t2ilib.config import ConfigError, RunConfig
 from t2ilib.data.dataset import Dataset, load_datasets, save_manifest
 from t2ilib.data.prior import build_order, given_pictures, joined, num_class
+from t2ilib.environment import note_environment
 from t2ilib.evaluation.measures import find_measures
 from t2ilib.evaluation.metrics import PEAKS, declare
 from t2ilib.memory import MIB, MemoryLog, Peaks, require_disk
 from t2ilib.models.components import Components
 from t2ilib.models.files.locate import locate
-from t2ilib.models.load import choose_device, choose_dtype, load_base
+from t2ilib.models.load import choose_device, choose_dtype, load_base, name_of_device
 from t2ilib.runfile import save_run
 from t2ilib.runlog import RunLog
 from t2ilib.shapes.pretraining import setup_clip, setup_vae
@@ -121,6 +122,7 @@ def train(run: RunConfig, tracker: Tracker | None = None, resume: str | Path = L
                 if main:
                     said.open(run.output / LOG)
                     save_run(run, run.output / "run.yaml")
+                    note_environment(run.output, name_of_device(accelerator.device), anew=start == 0)
                     save_manifest(training, held_out, run.output / "manifest.csv")
             memory.note("loaded")
             tracker.log_datasets(training, held_out)

@@ -182,3 +182,32 @@ def test_a_part_and_pictures_of_the_class(folder, tmp_path, captioned):
     assert part.seen == (own.seen[1], own.seen[7])
     save_manifest(both, of_class.part([]), tmp_path / "manifest.csv")
     assert counts(list(csv.DictReader((tmp_path / "manifest.csv").open()))) == {"training": 8, "class": 4}
+
+
+def test_each_seed_draws_its_own_sample_of_the_pictures(tmp_path, captioned):
+    """The same ones whenever it is asked; held-out pictures stay; what is not drawn is told in the manifest."""
+    folder = captioned(tmp_path / "pets", 16)
+
+    def drawn(seed, sample=4):
+        data = {"path": folder, "validation_share": 0.25, "sample": sample}
+        return load_datasets(build_run({"seed": seed, "adapter": {}, "data": data}))
+
+    everything, apart = drawn(0, None)
+    names = {seed: [record.path.name for record in drawn(seed)[0].records] for seed in range(6)}
+    assert all(len(own) == 4 and own == sorted(own) for own in names.values())
+    assert len({tuple(own) for own in names.values()}) > 1
+    assert names[3] == [record.path.name for record in drawn(3)[0].records]
+    assert {name for own in names.values() for name in own} <= {record.path.name for record in everything.records}
+    training, held_out = drawn(0)
+    assert held_out.digest == apart.digest
+    save_manifest(training, held_out, tmp_path / "manifest.csv")
+    rows = list(csv.reader((tmp_path / "manifest.csv").open()))
+    assert sum("not among the 4 that seed 0 draws" in row for row in rows) == len(everything.records) - 4
+    assert len(drawn(0, len(everything.records))[0].records) == len(everything.records)
+    with pytest.raises(ConfigError, match=r"data.sample 17: there are \d+ training pictures"):
+        drawn(0, 17)
+
+
+def test_a_stream_has_no_sample():
+    with pytest.raises(ConfigError, match="sample draws among all pictures"):
+        load(source="webdataset", path="x", streaming=True, sample=4)

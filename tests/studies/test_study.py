@@ -16,12 +16,13 @@ import pytest
 import yaml
 
 from t2ilib.config import ConfigError
+from t2ilib.environment import environment_now
 from t2ilib.runfile import load_run
 from t2ilib.shapes import world
 from t2ilib.studies import executor, notebooks, study
 from t2ilib.studies.file import load_study
 from t2ilib.studies.notebooks import error_text, find_notebook, notebook_parameters
-from t2ilib.studies.runs import plan_runs, write_out
+from t2ilib.studies.runs import plan_runs, require_same_versions, write_out
 from t2ilib.studies.study import run_study, status_rows, write_study
 
 PARAMETERS = """name = "none"
@@ -386,6 +387,24 @@ def test_changed_prompts_and_measures_are_measured_again_not_trained_again(study
     assert not (other / "samples").exists(), "grids of the prompts of before"
     edit(study_file, lambda c: c["run"]["evaluation"].update(validation_timesteps=4))
     assert states() == {"plain": "edited", "other": "edited"}, "losses of before were measured by another ruler"
+
+
+def test_runs_of_other_versions_are_not_added_to(study_file: Path) -> None:
+    """Told before anything runs, with what compares the newcomers all the same; nothing is asked where nothing is to run."""
+    results, quiet = study_file.parent / "results", []
+    edit(study_file, lambda c: c["variants"].pop("broken"))
+    run_study(study_file, only=["plain"], results=results, say=quiet.append)
+    path = results / "toy-quick" / "plain" / "seed0" / "result.json"
+    result = json.loads(path.read_text())
+    assert result["environment"] == [], "this notebook does not say what it was made with, and then nobody knows"
+    path.write_text(json.dumps(result | {"environment": [environment_now("cpu")]}))
+    require_same_versions(plan_runs(load_study(study_file), study_file, "quick", results))
+    path.write_text(json.dumps(result | {"environment": [environment_now("cpu") | {"torch": "1.0"}]}))
+    with pytest.raises(ConfigError, match=r"finished ones were made with\n  torch 1.0: plain seed 0\n") as told:
+        run_study(study_file, results=results, say=quiet.append)
+    assert "--only other --only <the reference> --results <another folder>" in str(told.value)
+    assert executions(results) == {"toy-quick/plain/seed0": 1}
+    run_study(study_file, only=["plain"], results=results, say=quiet.append)
 
 
 def test_dead_kernel_is_a_failure(study_file: Path) -> None:
