@@ -240,8 +240,8 @@ def build_datasets(
     data, (training, held_out) = run.data, split
     name = name_of(run)
     if divided_again(data) and apart is None:
-        inside = {*training, *held_out}
-        others = [(record.path, "held out of final runs") for record in examined.pictures if record not in inside]
+        held_elsewhere = folder.hold_out([*examined.pictures], data.validation_share)[1]
+        others = [(record.path, "held out of final runs") for record in held_elsewhere]
         examined = replace(examined, aside=(*examined.aside, *others))
     kept = edits if data.edit_held_out else None
     of_held_out = (examined, False) if apart is None or divided_again(data) else (apart, True)

@@ -42,6 +42,8 @@ class Seen:
         self.known: dict[str, tuple[Dataset, Dataset]] = {}
 
     def of(self, config: RunConfig) -> tuple[Dataset, Dataset]:
+        whole = config.data.model_copy(update={"sample": None})  # whatever a seed would draw of it
+        config = config.model_copy(update={"data": whole})
         key = config.model_dump_json(include={"data", "shapes"})
         if key not in self.known:
             self.known[key] = load_datasets(config)

@@ -109,9 +109,8 @@ class Tuning(Part):
 class Study(Part):
     """A study file. `reference`: the variant others are compared with; `base`: the untouched base model, if among them;
     `margins`: metric -> the difference from which on it would matter, in its own unit (0.05 of a share is 5 percentage points):
-    smaller ones count as equivalent, and it is what seeds are counted for;
-    `score`: what a run is worth, a formula over metrics (`scoring`); `search`, `tuning`: what is searched before the seeds of a preset are
-    spent."""
+    smaller ones count as equivalent, and it is what seeds are counted for; `score`: what a run is worth, a formula over metrics
+    (`scoring`); `search`, `tuning`: what is searched before the seeds of a preset are spent."""
 
     name: str = Field(pattern=r"^[a-z0-9_-]+$")
     question: str

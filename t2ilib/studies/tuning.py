@@ -29,7 +29,7 @@ from t2ilib.studies.executor import Executor
 from t2ilib.studies.file import Study, load_study
 from t2ilib.studies.notebooks import error_text, find_notebook
 from t2ilib.studies.parent import describe_parent, parent_run
-from t2ilib.studies.runs import COLOUR, COLOURS, StudyRun, check_notebooks, require_unedited
+from t2ilib.studies.runs import COLOUR, COLOURS, StudyRun, check_notebooks, require_same_versions, require_unedited
 from t2ilib.studies.scoring import Score, parse_formula, scoring
 from t2ilib.studies.search import Search, grid, partial, refusal
 from t2ilib.studies.study import check_data, tell_misfits
@@ -152,10 +152,20 @@ class Tune:
             }
             trials = Trials(storage, name, search, asked)
             self.searches.append(Searching(name, own, search, trials, grid(search, own)))
+        require_same_versions(self.known_runs())
         self.client, experiment = open_client(self.uri, self.study.name, results)
         reap_stale_runs(self.client, experiment)
         self.parent = parent_run(self.client, experiment, self.study, self.preset + TUNING, self.folder)
         self.say(self.budget())
+
+    def known_runs(self) -> list[StudyRun]:
+        """The notebooks of every trial that was begun, and of the next one of each variant."""
+        return [
+            self.run_of(search.name, number, seed, merge(search.settings, partial(values)))
+            for search in self.searches
+            for number, values in enumerate([*(trial.values for trial in search.trials.all()), {}])
+            for seed in self.study.tuning.seeds
+        ]
 
     def budget(self) -> str:
         told = self.study.tuning
