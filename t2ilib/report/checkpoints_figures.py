@@ -40,7 +40,7 @@ def panels_of(own: VariantSteps) -> list[tuple[str, list[str], bool]]:
     others = [name for name in own.metrics if name not in shares]
     metric, single = own.deciding.metric, len(own.deciding.parts) == 1
     score_there = not single or metric != own.declared[own.deciding.parts[0]]
-    panels = [("share of pictures", shares, score_there and metric.unit == "share")] if shares else []
+    panels = [("share", shares, score_there and metric.unit == "share")] if shares else []
     panels += [(own.declared[name].title, [name], False) for name in others]
     if score_there and not (shares and metric.unit == "share"):
         panels.insert(0, (metric.title, [], True))
@@ -138,13 +138,19 @@ def dress_path(axes: Axes, kept: Metric, learned: Metric) -> None:
         axis.set_label_text(metric.title + " (lower is better)" * (metric.better == "lower"))
         if metric.unit == "share":
             low, high = axes.get_xlim() if axis is axes.xaxis else axes.get_ylim()
-            put(max(-0.06, min(low, 0.4)), min(1.08, max(high, 1.04)))
-            axis.set_ticks([tick for tick in axis.get_ticklocs() if -1e-6 < tick < 1 + 1e-6])
+            negative = min(float(line.min()) for line in lines_of(axes, axis is axes.xaxis)) < 0
+            put(low if negative else max(-0.06, min(low, 0.4)), min(1.08, max(high, 1.04)))
+            axis.set_ticks([tick for tick in axis.get_ticklocs() if (negative or tick > -1e-6) and tick < 1 + 1e-6])
             axis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
         axis.set_inverted(metric.better == "lower")
     axes.set_title("up and right is good; each point is a checkpoint, in the order of training", fontsize=9, color="0.35", loc="left")  # fmt: skip
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8.5)
+
+
+def lines_of(axes: Axes, across: bool) -> list[np.ndarray]:
+    """The values of all that is drawn, along one axis."""
+    return [np.asarray(line.get_xdata() if across else line.get_ydata(), dtype=float) for line in axes.lines]
 
 
 def draw_heights(axes: Axes) -> None:

@@ -26,7 +26,7 @@ h1 { font-size: 1.7em; margin-bottom: .2em } h2 { font-size: 1.4em; margin: 2.2e
 h3 { font-size: 1.05em; margin: 1.8em 0 .4em }
 .lead { color: #555; max-width: 52em } p { max-width: 58em }
 .keep { border-left: 6px solid #ee7733; background: #fdf5ee; padding: .7em 1.2em; margin: 1em 0 }
-.keep b { font-size: 1.35em } .unsure { border-left-color: #a58f00; background: #faf7e6 }
+.keep p:first-child b { font-size: 1.35em } .unsure { border-left-color: #a58f00; background: #faf7e6 }
 table { border-collapse: collapse } td, th { padding: .25em .7em; text-align: left; vertical-align: top }
 .numbers td, .numbers th { text-align: right } .numbers td:first-child, .numbers th:first-child { text-align: left }
 .list tr:nth-child(even) td, .numbers tr:nth-child(even) td { background: #f6f6f6 } th { border-bottom: 1px solid #999; font-weight: 600 }
