@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from t2ilib.evaluation.metrics import DECLARATIONS
 from t2ilib.report import load_report, markdown_table
 from t2ilib.report.comparing import noise_of
 from t2ilib.report.contents import StudyReport
-from t2ilib.report.parquet import write_parquet
+from t2ilib.report.parquet import ROWS, write_parquet
 from t2ilib.report.tables import write_number
 from t2ilib.seeds import numpy_generator_for
 from t2ilib.statistics import pooled
@@ -206,9 +206,19 @@ def against_the_first(drawn: np.ndarray) -> list[Difference]:
     return differences(values, [(name, "0") for name in values if name != "0"])
 
 
-def make_tables(results: Path) -> str:
+def whole_pool(results: Path) -> StudyReport:
+    """All runs of the pool: those of the file that is kept of them, and those that lie in its folder."""
+    kept, folder = results / "verdicts" / ROWS, results / "planted-pool"
+    found = [load_report(place) for place in (kept, folder) if place.exists()]
+    if not found:
+        raise SystemExit(f"there is no pool: neither {kept} nor {folder}. Run `pool` first")
+    runs = {place: run for report in found for place, run in report.runs.items()}
+    seeds = tuple(sorted({seed for _, seed in runs}))
+    return replace(found[-1], runs=dict(sorted(runs.items())), seeds=seeds, missing=(), not_run=())
+
+
+def make_tables(report: StudyReport) -> str:
     """Markdown of all tables, and of what they come from."""
-    report = load_report(results / "planted-pool")
     reference = report.reference
     parts = [
         f"# What a verdict is worth\n\n{report.question} {len(report.runs)} short runs of {len(report.variants)} variants."
@@ -285,8 +295,9 @@ def main() -> None:
     if given.command == "tables":
         target = results / "verdicts" / "report.md"
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(make_tables(results))
-        write_parquet(load_report(results / "planted-pool"), target.with_name("rows.parquet"))
+        report = whole_pool(results)
+        target.write_text(make_tables(report))
+        write_parquet(report, target.with_name(ROWS))
         print(target.read_text())
         return
     first, _, last = given.seeds.partition(":")
