@@ -19,10 +19,9 @@ from t2ilib.drawing.settings import DrawSettings, settings_of_run
 from t2ilib.drawing.voting import Ballot, Votes, build_ballot, export_votes, import_votes, merge_votes
 from t2ilib.evaluation.rows import read_rows
 from t2ilib.report.ballot_page import ballot_digest, ballot_page
-from t2ilib.report.contents import VOTES
 from t2ilib.runfile import load_run
 from t2ilib.studies.file import load_study
-from t2ilib.studies.runs import StudyRun, plan_runs
+from t2ilib.studies.runs import VOTES, StudyRun, plan_runs
 from t2ilib.text import write_whole
 
 BALLOTS, PICTURES = "ballots", "drawn"

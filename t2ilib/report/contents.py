@@ -14,9 +14,6 @@ from t2ilib.evaluation.metrics import Metric
 from t2ilib.evaluation.rows import Row
 from t2ilib.studies.file import Variant
 
-VOTES = "votes"
-"""The folder of a study's folder that has what people voted."""
-
 
 @dataclass(frozen=True)
 class FinishedRun:

@@ -96,9 +96,7 @@ def choose_of_study(
     about = {"study": study.name, "preset": preset, "question": study.question}
     title = f"Which checkpoint to keep: {study.name} ({preset})"
     folder = runs[0].folder.parents[1]
-    return choose(
-        title, study.question, variants, folder, left_out, about, asked, results, say, getattr(study, "score", None)
-    )
+    return choose(title, study.question, variants, folder, left_out, about, asked, results, say, study.score)
 
 
 def is_there(run: StudyRun) -> bool:

@@ -19,10 +19,10 @@ from t2ilib.config import ConfigError
 from t2ilib.environment import told_differences
 from t2ilib.evaluation.metrics import Metric
 from t2ilib.evaluation.rows import read_rows
-from t2ilib.report.contents import VOTES, FinishedRun, StudyReport, read_variant
+from t2ilib.report.contents import FinishedRun, StudyReport, read_variant
 from t2ilib.report.parquet import ROWS, read_parquet
 from t2ilib.runfile import merge
-from t2ilib.studies.runs import changes, is_measured_again
+from t2ilib.studies.runs import VOTES, changes, is_measured_again
 from t2ilib.studies.tuned import TRIALS
 
 PICTURE_PIXELS = 256

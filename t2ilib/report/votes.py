@@ -14,8 +14,9 @@ from dataclasses import dataclass
 
 from t2ilib.drawing.voting import TIE, Tally, Votes, count, votes_from
 from t2ilib.report.comparing import chosen
-from t2ilib.report.contents import VOTES, StudyReport
+from t2ilib.report.contents import StudyReport
 from t2ilib.statistics.pooled import differences
+from t2ilib.studies.runs import VOTES
 
 Verdict = Callable[[str, str], int | None]
 """Of two variants 1 where the first measured better, -1 where the second did, 0 where neither is shown, None where nobody compared them."""

@@ -24,6 +24,8 @@ COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e
 """Tableau's ten."""
 AFTERWARDS = ("evaluation.", "shapes.checked_prompts")
 """Beginnings of the fields that say how a finished training is judged. It takes no step to judge it otherwise."""
+VOTES = "votes"
+"""The folder of a study's folder that has what people voted."""
 RULERS = ("evaluation.validation_timesteps", "evaluation.validation_pictures")
 """Those of them that the losses during training were measured by already, which nothing can measure again."""
 

@@ -30,7 +30,7 @@ from t2ilib.studies.file import Study, load_study
 from t2ilib.studies.notebooks import error_text, execute_notebook, export_html, find_notebook, notebook_parameters
 from t2ilib.studies.parent import describe_parent, parent_run
 from t2ilib.studies.place import Demand
-from t2ilib.studies.runs import StudyRun, check_notebooks, plan_runs, require_same_versions, require_unedited
+from t2ilib.studies.runs import VOTES, StudyRun, check_notebooks, plan_runs, require_same_versions, require_unedited
 from t2ilib.studies.tuned import TRIALS, TUNED, TUNING
 from t2ilib.studies.where import ask_here, open_place
 from t2ilib.text import write_whole
@@ -210,7 +210,13 @@ def write_report(path: Path, preset: str, results: Path) -> Path:
         folder / "report.ipynb",
         folder / "report-parameters.yaml",
     )
-    sources = [source, folder / "study.json", *folder.rglob("result.json")]
+    sources = [
+        source,
+        folder / "study.json",
+        *folder.rglob("result.json"),
+        *folder.glob(f"{VOTES}/*.json"),
+        *folder.glob(TRIALS),
+    ]
     page = notebook.with_suffix(".html")
     if page.exists() and page.stat().st_mtime > max(file.stat().st_mtime for file in sources):
         return page
