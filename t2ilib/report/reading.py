@@ -83,6 +83,7 @@ def load_report(folder: Path | str) -> StudyReport:
         next(filter(None, (held_out_names(run.folder) for run in runs.values())), ()),
         tuple(place for place, run in runs.items() if is_outdated(study, run)),
         study.get("margins") or {},
+        study.get("score"),
         {
             path.relative_to(folder).as_posix(): path.read_text()
             for pattern in BESIDE
