@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from scipy.stats import spearmanr
+from scipy.stats import rankdata
 
 from t2ilib.config import RunConfig, ShapesConfig
 from t2ilib.evaluation.context import Context, Measure
@@ -61,25 +61,27 @@ TRUTHS = {"learned": "concept/all", "kept": "base_kept/all", "copied": "truth/co
 much oftener training captions are followed than held-out ones."""
 CLAIMS = {
     "learned": {
-        "learned/clip": 1, "gained/clip": 1, "likeness/captions/clip": 1, "likeness/contexts/clip": 1, "likeness/trigger/clip": 1,
-        "centroid_distance/captions/clip": -1, "centroid_distance/contexts/clip": -1, "centroid_distance/trigger/clip": -1,
-        "clip_score/captions": 1, "clip_score/contexts": 1, "diversity/captions/clip": 1, "diversity/contexts/clip": 1,
-        "held_out_loss": -1,
+        "learned/{model}": 1, "gained/{model}": 1, "likeness/captions/{model}": 1, "likeness/contexts/{model}": 1,
+        "likeness/trigger/{model}": 1, "centroid_distance/captions/{model}": -1, "centroid_distance/contexts/{model}": -1,
+        "centroid_distance/trigger/{model}": -1, "diversity/captions/{model}": 1, "diversity/contexts/{model}": 1,
+        "clip_score/captions": 1, "clip_score/contexts": 1, "held_out_loss": -1,
     },
     "kept": {
-        "kept/clip": 1, "drift/clip": -1, "drift/pixels": -1, "clip_score/unrelated": 1, "diversity/contexts/clip": 1,
+        "kept/{model}": 1, "drift/{model}": -1, "diversity/contexts/{model}": 1, "drift/pixels": -1, "clip_score/unrelated": 1,
         "held_out_loss": -1,
     },
     "copied": {
-        "nearer_training/contexts/clip": 1, "nearer_training/trigger/clip": 1, "nearest_training/contexts/clip": 1,
-        "nearest_training/trigger/clip": 1, "gap/clip": 1, "diversity/contexts/clip": -1,
+        "nearer_training/contexts/{model}": 1, "nearer_training/trigger/{model}": 1, "nearest_training/contexts/{model}": 1,
+        "nearest_training/trigger/{model}": 1, "gap/{model}": 1, "diversity/contexts/{model}": -1,
     },
     "gap": {
-        "gap/clip": 1, "nearer_training/contexts/clip": 1, "nearest_training/contexts/clip": 1, "nearer_training/trigger/clip": 1,
-        "held_out_loss": 1,
+        "gap/{model}": 1, "nearer_training/contexts/{model}": 1, "nearest_training/contexts/{model}": 1,
+        "nearer_training/trigger/{model}": 1, "held_out_loss": 1,
     },
 }  # fmt: skip
-"""Truth -> metrics that might stand for it, with the sign that they should have."""
+"""Truth -> metrics that might stand for it, with the sign that they should have; each by both MODELS."""
+MODELS = {"{model}-patches": "clip-patches", "{model}": "clip"}
+"""How an embedding model is written in the table that ships -> what it is called here."""
 OF_THEIR_OWN = ("likeness", "drift", "diversity", "memorising")
 DRAWS = 2000
 
@@ -121,7 +123,11 @@ def scenes_of(shapes: ShapesConfig, kind: str) -> dict[str, world.Scene]:
 
 
 def planned(seed: int = 0) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Name and settings of every run."""
+    """Name and settings of every run. Two embedding models judge: all patches of the tiny CLIP, as a tiny base's default is, and its one
+    vector."""
+    from t2ilib.models.pipeline import clip_folder
+
+    clip = clip_folder("tiny-sdxl")
     for name, change in PLAN.items():
         for concept in CONCEPTS:
             shapes = {"scenes": [concept], "num_pictures": 200, "checked_prompts": 24} | change.get("shapes", {})
@@ -144,6 +150,7 @@ def planned(seed: int = 0) -> Iterator[tuple[str, dict[str, Any]]]:
                 "evaluation": {
                     "guidance_scale": 3.0, "num_inference_steps": 6, "validation_pictures": 16, "validate_every": 0, "sample_every": 0,
                     "animation": "none", "prompts": [f"a {words}"], "prompt_groups": groups,
+                    "embedding_models": [f"{clip}:patches", str(clip)],
                 },
             }  # fmt: skip
             yield f"{concept}-{name}", merge(settings, change)
@@ -226,31 +233,37 @@ Runs = Mapping[str, Mapping[str, float]]
 
 def correlation(runs: Runs, truth: str, metric: str, sign: int) -> tuple[float, float, float, int] | None:
     """Spearman's rank correlation, the mean over concepts, its bootstrap interval (95 %, runs drawn within each concept), and the number
-    of runs; None where a concept has too few."""
+    of runs; None where a concept has fewer than ten, or all of its runs are alike in one of the two."""
     columns = []
     for concept in CONCEPTS:
         own = [values for name, values in runs.items() if name.startswith(concept) and {truth, metric} <= values.keys()]
-        columns.append(np.array([(values[truth], sign * values[metric]) for values in own]))
-    if min(map(len, columns)) < 10:
+        columns.append(np.array([(values[truth], sign * values[metric]) for values in own]).reshape(-1, 2))
+    if min(map(len, columns)) < 10 or not all(np.ptp(column, axis=0).all() for column in columns):
         return None
-    rng = numpy_generator_for(0, "bootstrap", truth, metric)
-    draws = []
-    for _ in range(DRAWS):
+    rng, draws = numpy_generator_for(0, "bootstrap", truth, metric), []
+    while len(draws) < DRAWS:
         samples = [column[rng.integers(len(column), size=len(column))] for column in columns]
         if all(np.ptp(sample, axis=0).all() for sample in samples):
-            draws.append(np.mean([spearmanr(sample).statistic for sample in samples]))
+            draws.append(np.mean([by_rank(sample) for sample in samples]))
     low, high = np.quantile(draws, (0.025, 0.975))
-    return (
-        float(np.mean([spearmanr(column).statistic for column in columns])),
-        float(low),
-        float(high),
-        sum(map(len, columns)),
-    )
+    return float(np.mean([by_rank(column) for column in columns])), float(low), float(high), sum(map(len, columns))
+
+
+def by_rank(pairs: np.ndarray) -> float:
+    """Spearman's rank correlation of pairs (N, 2): that of their ranks."""
+    return float(np.corrcoef(rankdata(pairs, axis=0), rowvar=False)[0, 1])
 
 
 def table(rows: Sequence[Sequence[str]], columns: Sequence[str]) -> str:
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def by_both(metrics: Mapping[str, int]) -> Iterator[tuple[str, str, int]]:
+    """As the table that ships has it, as runs have it, and the sign."""
+    for template, sign in metrics.items():
+        for written, model in MODELS.items() if "{model}" in template else {"": ""}.items():
+            yield template.replace("{model}", written), template.replace("{model}", model), sign
 
 
 def flagged(values: Mapping[str, float], ceilings: Mapping[str, str]) -> list[str]:
@@ -265,21 +278,21 @@ def write_tables(ship: bool) -> None:
     parts = []
     for truth, metrics in CLAIMS.items():
         rows = []
-        for metric, sign in metrics.items():
+        for shipped, metric, sign in by_both(metrics):
             found = correlation(runs, TRUTHS[truth], metric, sign)
             if found is None:
-                rows.append((f"`{metric}`", "too few runs", "", ""))
+                rows.append((-2.0, f"`{metric}`", "too few, or all alike", "", ""))
                 continue
             mean, low, high, count = found
-            rows.append((f"`{metric}`", f"{mean:+.2f}", f"{low:+.2f} to {high:+.2f}", str(count)))
-            place = strengths.setdefault(metric.replace("/clip", "/{model}"), {})
+            rows.append((mean, f"`{metric}`", f"{mean:+.2f}", f"{low:+.2f} to {high:+.2f}", str(count)))
+            place = strengths.setdefault(shipped, {})
             place[truth] = {
                 "rank_correlation": round(mean, 3),
                 "low": round(low, 3),
                 "high": round(high, 3),
                 "runs": count,
             }
-        rows.sort(key=lambda row: row[1], reverse=True)
+        rows = [row[1:] for row in sorted(rows, reverse=True)]
         parts.append(
             f"## {truth}: `{TRUTHS[truth]}`\n\n" + table(rows, ("measure", "rank correlation", "95 % interval", "runs"))
         )

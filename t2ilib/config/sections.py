@@ -351,8 +351,9 @@ class EvaluationConfig(Section):
     prompt_groups: PromptGroups | None = None
     """Pictures of one's own: what is drawn and judged at the end, by kind, in place of `prompts`."""
     embedding_models: tuple[Location, ...] = ()
-    """Folders or Hub ids of the models that say how alike pictures are: DINOv2, a CLIP, another vision transformer. The first decides. Empty
-    takes `clip_model`, or the base's own `clip` folder."""
+    """Folders or Hub ids of the models that say how alike pictures are: DINOv2, a CLIP, another vision transformer. With
+    `:patches` behind it all its patches are compared, each in its place, not its one vector. The first decides. Empty takes `clip_model`, or the
+    patches of the base's own `clip` folder."""
     copy_detector: Place | None = None
     """A TorchScript file of SSCD (arXiv 2202.10261), which finds copied pictures. Only open one that you trust."""
 

@@ -44,7 +44,7 @@ def drift(pictures: Sequence[Image.Image], prompts: Sequence[str], context: Cont
     found: dict[str, Value] = {"drift/pixels": [far(*pair) for pair in zip(pictures, of_base, strict=True)]}
     for embedder in embedders(context.run, context.components.device, context.shared):
         drawn, base = vectors_of(embedder, pictures, context.shared), vectors_of(embedder, of_base, context.shared)
-        alike = (drawn * base).sum(1)
+        alike = np.minimum((drawn * base).sum(1), 1)  # or the base would have drifted from itself by a rounding
         found[f"drift/{embedder.name}"] = (1 - alike).tolist()
         if len(set(prompts)) > 1:
             other = np.array([[one != two for two in prompts] for one in prompts])

@@ -1,6 +1,11 @@
 """Embedding models: what says how alike two pictures are, DINOv2 or a CLIP by the config's choice.
 
 Every other measure of likeness is a function of the vectors that are made here, each of length 1, so that a product of two is a cosine.
+By default a picture is the model's one vector of it, which says what is seen and little of where. `NAME:patches` takes the vectors of all its
+patches, each in its place: for pictures whose layout the caption or the noise decides, and for what a model has no word for. The tiny models'
+CLIP is asked so: its one vector holds what the captions of its world name, and a heart is hardly another thing to it than what the base draws
+in its place.
+
 Pictures are prepared as a model's own `preprocessor_config.json` says, by Pillow and numpy: the processors of transformers that take
 tensors need torchvision. Only the part of a CLIP that sees is loaded.
 """
@@ -24,6 +29,8 @@ FIELD = "evaluation.embedding_models"
 CONFIG, PREPARATION = "config.json", "preprocessor_config.json"
 FILES = (CONFIG, PREPARATION, "*.safetensors", "*.safetensors.index.json")
 AT_ONCE = 32
+PATCHES = ":patches"
+"""Behind a model's folder or Hub id: all patches in place of the one vector."""
 
 
 @dataclass(frozen=True)
@@ -77,6 +84,7 @@ class Embedder:
     name: str
     model: Any
     prepare: Preparation
+    patches: bool = False
 
     @torch.no_grad()
     def __call__(self, pictures: Sequence[Image.Image]) -> np.ndarray:
@@ -90,8 +98,10 @@ class Embedder:
 
     def vectors(self, pixels: torch.Tensor) -> torch.Tensor:
         """(N, D) of pixels (N, 3, H, W): a CLIP's projection, otherwise the class token after the last norm, as DINOv2's authors
-        compare pictures (arXiv 2304.07193, section 7.1)."""
+        compare pictures (arXiv 2304.07193, section 7.1). Patches: the tokens of the last layer behind class and register tokens."""
         given = self.model(pixel_values=pixels)
+        if self.patches:
+            return given.last_hidden_state[:, 1 + getattr(self.model.config, "num_register_tokens", 0) :].flatten(1)
         return given.image_embeds if hasattr(given, "image_embeds") else given.last_hidden_state[:, 0]
 
 
@@ -99,10 +109,10 @@ def embedding_models(run: RunConfig) -> dict[str, str]:
     """Name -> folder or Hub id of a run's embedding models, the one that decides first; empty where it has none. Raises ConfigError for
     two of one name."""
     base = clip_folder(run.model.base)
-    known = run.evaluation.embedding_models or tuple(filter(None, [run.evaluation.clip_model or (base and str(base))]))
+    own = run.evaluation.clip_model or (base and f"{base}{PATCHES}")
     found: dict[str, str] = {}
-    for place in known:
-        name = Path(place).name.lower()
+    for place in run.evaluation.embedding_models or filter(None, [own]):
+        name = Path(place).name.lower().replace(":", "-")
         if found.setdefault(name, place) != place:
             raise ConfigError(f"{FIELD}: {found[name]} and {place} would both be called {name}: rename a folder")
     return found
@@ -117,6 +127,7 @@ def load_embedder(name: str, place: str, device: torch.device) -> Embedder:
     """From a folder, or the Hub or its cache. Raises ConfigError for what is neither, and for a model without class token."""
     from transformers import AutoConfig, AutoModel, CLIPVisionModelWithProjection
 
+    place, patches = place.removesuffix(PATCHES), place.endswith(PATCHES)
     folder = Path(place).expanduser()
     if not folder.is_dir():
         if place.count("/") != 1 or folder.is_absolute() or place.startswith("."):
@@ -134,7 +145,7 @@ def load_embedder(name: str, place: str, device: torch.device) -> Embedder:
         )
     align(model)
     native = getattr(config, "vision_config", config).image_size
-    return Embedder(name, model.to(device).eval(), read_preparation(folder, native))
+    return Embedder(name, model.to(device).eval(), read_preparation(folder, native), patches)
 
 
 def embedders(run: RunConfig, device: torch.device, shared: dict[str, Any]) -> list[Embedder]:

@@ -14,6 +14,9 @@ SHIPPED = Path(__file__).with_name("strength.json")
 PASSES = 0.5
 """The least that the lower end of the interval must be."""
 
+ANY_MODEL = "[^/]+(?<!-patches)"
+"""Patches are another thing than a model's one vector: of them `{model}-patches` speaks."""
+
 
 @cache
 def strengths() -> dict[str, dict[str, Any]]:
@@ -24,7 +27,7 @@ def strengths() -> dict[str, dict[str, Any]]:
 def strength_of(metric: str) -> dict[str, Any]:
     """What of the truth a metric might stand for -> its numbers, by the metric's whole name; {} for one that was never held against it."""
     for name, found in strengths().items():
-        if re.fullmatch(re.escape(name).replace(re.escape("{model}"), "[^/]+"), metric):
+        if re.fullmatch(re.escape(name).replace(re.escape("{model}"), ANY_MODEL), metric):
             return found
     return {}
 

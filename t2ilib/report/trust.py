@@ -11,10 +11,22 @@ DECIDING = ("learned", "kept")
 
 
 def explain_declared(report: StudyReport) -> list[str]:
-    """Markdown: a line for each measured metric that says of itself what it is, with its strength where that is known."""
-    told = {name: report.metrics[name] for name in report.measured() if report.metrics[name].note}
-    lines = [f"- **{metric.title}**: {metric.note} {told_strength(name)}".rstrip() for name, metric in told.items()]
-    return list(dict.fromkeys(lines))
+    """Markdown: a line for each measured metric that says of itself what it is, with its strength where that is known; what several have in
+    common is said once, under their table's title."""
+    told: dict[str, list[str]] = {}
+    for name in report.measured():
+        if note := report.metrics[name].note:
+            told.setdefault(note, []).append(name)
+    lines = []
+    for note, names in told.items():
+        known = {name: said for name in names if (said := told_strength(name))}
+        first = report.metrics[names[0]]
+        if len(names) == 1:
+            lines.append(f"- **{first.title}**: {note} {known.get(names[0], '')}".rstrip())
+        else:
+            lines.append(f"- **{first.table}**: {note}")
+            lines += [f"  - {report.metrics[name].title}: {said}" for name, said in known.items()]
+    return lines
 
 
 def flags(report: StudyReport) -> list[str]:

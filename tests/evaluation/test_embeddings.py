@@ -92,12 +92,32 @@ def test_dinov2_with_registers_is_read_too(pictures, tmp_path: Path) -> None:
     Dinov2WithRegistersModel(Dinov2WithRegistersConfig(patch_size=14, **SIZES)).save_pretrained(tmp_path)
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(DINO))
     assert load_embedder("it", str(tmp_path), CPU)(pictures).shape == (3, 32)
+    assert load_embedder("it", f"{tmp_path}:patches", CPU)(pictures).shape == (3, 4 * 32), "without the registers"
+
+
+def test_patches_tell_where_something_is(dino: Path) -> None:
+    """Of two pictures that differ in one of four patches, three are alike: with other positions left out of it, exactly."""
+    from transformers import AutoModel
+
+    corner = Image.new("RGB", (28, 28), "black")
+    corner.paste("white", (0, 0, 14, 14))
+    pictures = [corner, corner.rotate(180)]
+    whole = load_embedder("it", f"{dino}:patches", CPU)
+    assert whole.prepare(corner).shape == (3, 28, 28)
+    found = whole(pictures)
+    pixels = torch.from_numpy(np.stack([whole.prepare(picture) for picture in pictures]))
+    with torch.no_grad():
+        tokens = AutoModel.from_pretrained(dino)(pixels).last_hidden_state[:, 1:]
+    flat = tokens.reshape(2, -1).numpy()
+    assert found == pytest.approx(flat / np.linalg.norm(flat, axis=1, keepdims=True), abs=1e-5)
+    one = load_embedder("it", str(dino), CPU)(pictures)
+    assert float(found[0] @ found[1]) < float(one[0] @ one[1]), "its one vector says less of where"
 
 
 def test_a_clip_gives_what_its_score_is_made_of(pictures) -> None:
     """The shipped one: its picture's vector, times the text's, is the CLIP score."""
     run = run_of()
-    (embedder,) = embedders(run, CPU, {})
+    (embedder,) = embedders(run_of(embedding_models=[str(clip_folder("tiny-sdxl"))]), CPU, {})
     model, tokenizer = load_clip(run, CPU)
     square = [picture.resize((64, 64)) for picture in pictures]
     ids = tokenizer(
@@ -111,7 +131,7 @@ def test_a_clip_gives_what_its_score_is_made_of(pictures) -> None:
 
 
 def test_which_models_a_run_has(dino: Path) -> None:
-    assert list(embedding_models(run_of()).values()) == [str(clip_folder("tiny-sdxl"))]
+    assert embedding_models(run_of()) == {"clip-patches": f"{clip_folder('tiny-sdxl')}:patches"}
     assert embedding_models(run_of(clip_model="owner/Some-CLIP")) == {"some-clip": "owner/Some-CLIP"}
     named = embedding_models(run_of(embedding_models=[str(dino), "owner/clip"], clip_model="owner/other"))
     assert list(named) == ["dinov2-small", "clip"]

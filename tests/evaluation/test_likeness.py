@@ -56,6 +56,14 @@ def test_gained_goes_from_the_base_to_the_training_pictures() -> None:
     assert of_base["centroid_distance/captions/colours"] > found["centroid_distance/captions/colours"]
 
 
+def test_nothing_is_gained_where_the_base_is_as_like_as_real_pictures_are() -> None:
+    real = Real(shades(40, 1), [("a shade",)] * 40)
+    assert "gained/colours" not in measured(shades(12, 6), prompts=["x"] * 12, base=shades(12, 7), held_out=real)
+    one = Real(TRAINING.pictures[:1], TRAINING.captions[:1])
+    found = measured(shades(12, 6), prompts=["x"] * 12, base=BASE * 4, held_out=real, training=one)
+    assert "gained/colours" not in found, "one training picture is no ceiling"
+
+
 def test_what_is_more_typical_than_real_pictures_is_flagged() -> None:
     real = Real(shades(40, 1), [("a shade",)] * 40)
     declared = LIKENESS.declared("contexts", run_on_colours())
@@ -113,5 +121,5 @@ def test_declarations_name_the_models_of_the_run_the_first_first(ten) -> None:
         "learned/dino", "gained/dino", "learned/clip", "gained/clip"
     ]  # fmt: skip
     assert declared["likeness/captions/dino"].ceiling == "likeness/captions/dino/most"
-    assert declared["likeness/captions/dino"].title == "captions, by dino"
+    assert declared["likeness/captions/dino"].title == "likeness in captions, by dino"
     assert not [name for name in DIVERSITY_OF_GROUPS.declared("styles", run) if "{" in name]

@@ -178,14 +178,14 @@ def test_groups_of_prompts_are_drawn_and_judged_on_ten_pictures_of_ones_own(comp
     }
     run = run_on(ten, adapter=None, training={"trains": "nothing", "steps": 0}, evaluation={"prompt_groups": asked})
     found = measure(run, components, prompts=["not drawn"])
-    assert found["learned/clip"] == pytest.approx(0, abs=1e-9)
-    assert found["kept/clip"] == pytest.approx(1)
+    assert found["learned/clip-patches"] == pytest.approx(0, abs=1e-9)
+    assert found["kept/clip-patches"] == pytest.approx(1)
     assert found["drift/pixels"] == 0
     assert {
         "clip_score/captions",
         "clip_score/contexts",
-        "likeness/contexts/clip",
-        "diversity/captions/clip",
+        "likeness/contexts/clip-patches",
+        "diversity/captions/clip-patches",
     } <= found.keys()
     assert "clip_score/prompts" not in found
     about = json.loads((run.output / DECLARATIONS).read_text())
@@ -193,11 +193,11 @@ def test_groups_of_prompts_are_drawn_and_judged_on_ten_pictures_of_ones_own(comp
     for name, metric in about.items():
         roles.setdefault(metric.get("role"), []).append(name)
     assert {role: roles[role][0] for role in ("learned", "kept", "followed")} == {
-        "learned": "learned/clip", "kept": "kept/clip", "followed": "clip_score/contexts"
+        "learned": "learned/clip-patches", "kept": "kept/clip-patches", "followed": "clip_score/contexts"
     }  # fmt: skip
     rows = list(read_rows(run.output))
-    assert [row.prompt for row in rows if "learned/clip" in row.values] == held_out.captions()
-    assert [row.values["kept/clip"] for row in rows if row.group == "unrelated"] == pytest.approx([1, 1])
+    assert [row.prompt for row in rows if "learned/clip-patches" in row.values] == held_out.captions()
+    assert [row.values["kept/clip-patches"] for row in rows if row.group == "unrelated"] == pytest.approx([1, 1])
     drawn = json.loads((run.output / "pictures" / "prompts.json").read_text())
     assert set(drawn) <= {prompt for prompts in asked.values() for prompt in prompts}
     none = {"path": str(ten), "validation_share": 0.0}

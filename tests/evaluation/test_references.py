@@ -120,6 +120,8 @@ def test_real_pictures_are_those_of_the_split_with_captions_as_they_stand(ten, m
     )
     assert real_pictures(run, shared)[0] is training
     assert training.pictures[0].size == (64, 64)
+    drawn = run_on(ten, data={"sample": 4})
+    assert [captions[0] for captions in real_pictures(drawn, {})[0].captions] == load_datasets(drawn)[0].captions()
     monkeypatch.setattr(references, "MOST", 3)
     few, _ = real_pictures(run, {})
     assert len(few) == 3

@@ -50,7 +50,10 @@ def test_a_report_tells_meaning_strength_and_flags(told, tmp_path) -> None:
     declared = {
         "learned/clip": Metric("learned, by clip", "share", "higher", role="learned", note="a share of the way."),
         "kept/clip": Metric("kept, by clip", "share", "higher", role="kept"),
-        "copied/clip": Metric("copied", "share", ceiling="copied/clip/most", flag="learned by heart", note="copies."),
+        "copied/clip": Metric(
+            "copied", "share", ceiling="copied/clip/most", table="By heart", flag="learned by heart", note="copies."
+        ),
+        "drift/pixels": Metric("copied more", table="By heart", note="copies."),
     }
     for variant in study["variants"]:
         for seed in (0, 1):
@@ -63,6 +66,7 @@ def test_a_report_tells_meaning_strength_and_flags(told, tmp_path) -> None:
                 "kept/clip": 0.9,
                 "copied/clip": by_heart,
                 "copied/clip/most": 0.6,
+                "drift/pixels": 0.1,
             }
             result["measures"] = {name: as_written(metric) for name, metric in declared.items()}
             path.write_text(json.dumps(result))
@@ -71,7 +75,7 @@ def test_a_report_tells_meaning_strength_and_flags(told, tmp_path) -> None:
     assert flags(report) == ["DoRA, seeds 0, 1: **learned by heart** (copied)."]
     lines = explain_declared(report)
     assert lines[0].startswith("- **learned, by clip**: a share of the way. Over 40 runs on the drawn world")
-    assert lines[1:] == ["- **copied**: copies."]
+    assert lines[1:] == ["- **By heart**: copies.", "  - copied more: " + strength.told_strength("drift/pixels")]
     assert weak(report) == [
         "kept, by clip is a weak measure of what was kept: Over 40 runs on the drawn world its rank correlation with the checker is: what was kept"
         " 0.50 (0.30 to 0.95), which is **weak**."

@@ -58,7 +58,7 @@ def test_what_is_written_runs_as_it_is_from_any_folder(pictures: Path, tmp_path:
     few = {"training": {"steps": 2}, "evaluation": {"num_inference_steps": 1, "validation_timesteps": 1}}
     run = build_run(merge(plan_runs(study, file, "quick", tmp_path, ["prodigy"])[0].values(), few, {"tracking": {}}))
     result = train(run)
-    assert {"held_out_loss", "clip_score/captions", "learned/clip", "kept/clip"} <= measure(
+    assert {"held_out_loss", "clip_score/captions", "learned/clip-patches", "kept/clip-patches"} <= measure(
         run, result.components, metrics=result.metrics
     ).keys()
     history = (run.output / "metrics.jsonl").read_text()
