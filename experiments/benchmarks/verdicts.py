@@ -90,6 +90,9 @@ class Count:
     def add(self, hit: bool) -> None:
         self.hits, self.of = self.hits + bool(hit), self.of + 1
 
+    def __add__(self, other: "Count") -> "Count":
+        return Count(self.hits + other.hits, self.of + other.of)
+
     def __str__(self) -> str:
         if not self.of:
             return "–"
@@ -226,12 +229,13 @@ def make_tables(report: StudyReport) -> str:
     rows = []
     for metric in METRICS:
         values = {name: report.values(name, metric) for name in report.variants}
-        for size in SIZES:
-            counts = against_itself(values, size)
+        by_size = {str(size): against_itself(values, size) for size in SIZES}
+        every = {key: sum((counts[key] for counts in by_size.values()), Count()) for key in by_size["2"]}
+        for size, counts in (by_size | {"all": every}).items():
             rows.append(
                 {
                     "name": report.about(metric).title,
-                    "seeds": str(size),
+                    "seeds": size,
                     "comparisons": str(counts["called"].of),
                     "called better or worse": str(counts["called"]),
                     "intervals that hold zero": str(counts["covered"]),
