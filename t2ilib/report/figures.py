@@ -132,9 +132,13 @@ def dress(axis, axes: Axes, report: StudyReport, metric: str) -> None:
     axis.set_label_text(known.title + " (lower is better)" * (known.better == "lower"))
     if known.unit == "share":
         get, put = (axes.get_xlim, axes.set_xlim) if axis is axes.xaxis else (axes.get_ylim, axes.set_ylim)
+        means = [
+            mean_interval(values.values()).mean for name in report.present if (values := report.values(name, metric))
+        ]
+        least, most = min(0.0, *means), max(1.0, *means)  # a t-interval may leave 0..1, a share of something may not
         low, high = get()
-        put(max(low, -0.05), min(high, 1.06))  # a t-interval may leave 0..1, a share may not
-        axis.set_ticks([tick for tick in axis.get_ticklocs() if -1e-6 < tick < 1 + 1e-6])
+        put(max(low, least - 0.05), min(high, most + 0.06))
+        axis.set_ticks([tick for tick in axis.get_ticklocs() if least - 1e-6 < tick < most + 1e-6])
         axis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
     axis.set_inverted(known.better == "lower")
 
