@@ -26,6 +26,7 @@ LONGEST = (
     "test_loop",
     "test_models",
     "test_study",
+    "test_ray",
     "test_champion",
     "test_end_to_end",
     "test_processes",

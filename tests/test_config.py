@@ -160,6 +160,7 @@ def test_prodigy_with_a_second_learning_rate_is_refused_with_the_reason():
         ({"adapter": {}, "data": {"source": "shapes"}, "shapes": {"scenes": ["base", "base"]}}, "name each kind once"),
         ({"adapter": {}, "evaluation": {"sample_every": 50, "sample_every_epochs": 1}}, "both say when to draw"),
         ({"adapter": {}, "evaluation": {"strip_steps": [1, 21]}}, "sampling step 21, and num_inference_steps is 20"),
+        ({"adapter": {}, "data": {"part": "tuning", "source": "webdataset", "streaming": True}}, "leave streaming out"),
         ({"adapter": {}, "evaluation": {"sample_every_epochs": 1}, "data": {"source": "webdataset", "streaming": True}}, "not known before its end"),
     ],
 )  # fmt: skip

@@ -71,6 +71,8 @@ TORCH_FREE = (
     "data.captions",
     "data.tagging",
     "shapes.world",
+    "drawing.stepgrid",
+    "evaluation.steps",
     "evaluation.metrics",
     "evaluation.rows",
     "evaluation.strength",

@@ -13,6 +13,7 @@ from t2ilib.cli import app
 from t2ilib.data.captions import build_captions
 from t2ilib.presets import PRESETS
 from t2ilib.runfile import build_run
+from t2ilib.studies.file import load_study
 from t2ilib.studies.notebooks import SHIPPED
 
 ROOT = Path(__file__).parents[1]
@@ -99,9 +100,19 @@ def test_readme_command_exists_with_its_options(command: str) -> None:
         assert (ROOT / path).exists()
 
 
+BLOCKS = [block for text in PAGES.values() for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)]
+
+
 def runs_on_pages() -> list[str]:
-    blocks = [block for text in PAGES.values() for block in re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)]
-    return [block for block in blocks if "hypothesis:" not in block]  # which is a variant's, of a study
+    return [block for block in BLOCKS if "hypothesis:" not in block and "search:" not in block]  # which are a study's
+
+
+@pytest.mark.parametrize("block", [block for block in BLOCKS if "search:" in block])
+def test_searches_on_the_pages_are_those_of_a_study(block: str, tmp_path: Path) -> None:
+    study = {"name": "page", "question": "?", "reference": "lora", "variants": {"lora": {"title": "LoRA"}}}
+    study |= {"presets": {"full": {"seeds": [0]}}, "run": {"adapter": {}}}
+    (tmp_path / "page.yaml").write_text(yaml.safe_dump(study) + block)
+    assert load_study(tmp_path / "page.yaml").search_of("full", "lora")
 
 
 @pytest.mark.parametrize("block", runs_on_pages())

@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -21,11 +21,12 @@ from t2ilib.evaluation.metrics import DECLARATIONS
 from t2ilib.report import load_report, markdown_table
 from t2ilib.report.comparing import noise_of
 from t2ilib.report.contents import StudyReport
-from t2ilib.report.parquet import write_parquet
+from t2ilib.report.parquet import ROWS, write_parquet
 from t2ilib.report.tables import write_number
 from t2ilib.seeds import numpy_generator_for
+from t2ilib.statistics import pooled
 from t2ilib.statistics.crossed import cross, table
-from t2ilib.statistics.pooled import Values, differences
+from t2ilib.statistics.pooled import Difference, Values, differences
 from t2ilib.statistics.signs import exact_difference
 from t2ilib.studies.file import load_study
 from t2ilib.studies.runs import StudyRun, plan_runs
@@ -88,6 +89,9 @@ class Count:
 
     def add(self, hit: bool) -> None:
         self.hits, self.of = self.hits + bool(hit), self.of + 1
+
+    def __add__(self, other: "Count") -> "Count":
+        return Count(self.hits + other.hits, self.of + other.of)
 
     def __str__(self) -> str:
         if not self.of:
@@ -153,10 +157,8 @@ def half_widths(report: StudyReport, metric: str, size: int) -> list[float]:
             for name in report.variants
         }
         values = {name: {seed: report.values(name, metric)[seed] for seed in own} for name, own in runs.items()}
-        for name, pooled in zip(
-            others, differences(values, [(name, report.reference) for name in others]), strict=True
-        ):
-            crossed = cross(runs[name], runs[report.reference], pooled)
+        for name, alone in zip(others, differences(values, [(name, report.reference) for name in others]), strict=True):
+            crossed = cross(runs[name], runs[report.reference], alone)
             by_seed = np.array([values[name][seed] - values[report.reference][seed] for seed in values[name]])
             of_seeds = by_seed.var(ddof=1) / size
             sides = [table(runs[one], sorted(next(iter(runs[one].values())))) for one in (name, report.reference)]
@@ -167,9 +169,59 @@ def half_widths(report: StudyReport, metric: str, size: int) -> list[float]:
     return found
 
 
-def make_tables(results: Path) -> str:
+NOISES = {
+    "alike": lambda variants: np.ones(variants),
+    "one five times": lambda variants: np.r_[np.ones(variants - 1), 5.0],
+    "half three times": lambda variants: np.where(np.arange(variants) % 2, 3.0, 1.0),
+}
+RULES = {"pooled alone": 0.0, "noisier by an F test at 10 %": 0.10, "whoever lies above the pool": 1.0}
+"""What makes a variant stand with its own noise: `pooled.UNLIKE`."""
+
+
+def simulated(studies: int = 1000, variants: int = 8) -> list[dict[str, str]]:
+    """Of drawn studies in which all variants are the same but for their noise, the share in which anything is called against the
+    first; and how often one that is 3 or 5 deviations ahead is found where noise is alike."""
+    rows = []
+    for size in SIZES:
+        for rule, unlike in RULES.items():
+            pooled.UNLIKE = unlike
+            row = {"name": rule, "seeds": str(size)}
+            for noise, scales in NOISES.items():
+                called = Count()
+                for number in range(studies):
+                    drawn = numpy_generator_for(0, "simulated", noise, size, number).normal(size=(variants, size))
+                    called.add(any(one.shown for one in against_the_first(drawn * scales(variants)[:, None])))
+                row[f"called: {noise}"] = f"{100 * called.hits / called.of:.0f} %"
+            for ahead in (3, 5):
+                found = Count()
+                for number in range(studies):
+                    drawn = numpy_generator_for(0, "simulated", "alike", size, number).normal(size=(variants, size))
+                    drawn[1] += ahead
+                    found.add(against_the_first(drawn)[0].shown == 1)
+                row[f"found: {ahead} deviations"] = f"{100 * found.hits / found.of:.0f} %"
+            rows.append(row)
+    pooled.UNLIKE = RULES["noisier by an F test at 10 %"]
+    return rows
+
+
+def against_the_first(drawn: np.ndarray) -> list[Difference]:
+    values = {str(name): dict(enumerate(row)) for name, row in enumerate(drawn)}
+    return differences(values, [(name, "0") for name in values if name != "0"])
+
+
+def whole_pool(results: Path) -> StudyReport:
+    """All runs of the pool: those of the file that is kept of them, and those that lie in its folder."""
+    kept, folder = results / "verdicts" / ROWS, results / "planted-pool"
+    found = [load_report(place) for place in (kept, folder) if place.exists()]
+    if not found:
+        raise SystemExit(f"there is no pool: neither {kept} nor {folder}. Run `pool` first")
+    runs = {place: run for report in found for place, run in report.runs.items()}
+    seeds = tuple(sorted({seed for _, seed in runs}))
+    return replace(found[-1], runs=dict(sorted(runs.items())), seeds=seeds, missing=(), not_run=())
+
+
+def make_tables(report: StudyReport) -> str:
     """Markdown of all tables, and of what they come from."""
-    report = load_report(results / "planted-pool")
     reference = report.reference
     parts = [
         f"# What a verdict is worth\n\n{report.question} {len(report.runs)} short runs of {len(report.variants)} variants."
@@ -177,12 +229,13 @@ def make_tables(results: Path) -> str:
     rows = []
     for metric in METRICS:
         values = {name: report.values(name, metric) for name in report.variants}
-        for size in SIZES:
-            counts = against_itself(values, size)
+        by_size = {str(size): against_itself(values, size) for size in SIZES}
+        every = {key: sum((counts[key] for counts in by_size.values()), Count()) for key in by_size["2"]}
+        for size, counts in (by_size | {"all": every}).items():
             rows.append(
                 {
                     "name": report.about(metric).title,
-                    "seeds": str(size),
+                    "seeds": size,
                     "comparisons": str(counts["called"].of),
                     "called better or worse": str(counts["called"]),
                     "intervals that hold zero": str(counts["covered"]),
@@ -225,6 +278,10 @@ def make_tables(results: Path) -> str:
         "## What pairing by prompt saves\n\n95% intervals over seeds and prompts, of six seeds, beside those that pair by seed and not"
         " by prompt:\n\n" + "\n".join(lines)
     )
+    parts.append(
+        "## Whose noise?\n\n1,000 drawn studies of 8 variants against the first: in how many anything is called where all are the same but"
+        f" for their noise, and how often a true lead is found.\n\n{markdown_table(simulated())}"
+    )
     return "\n\n".join(parts) + "\n"
 
 
@@ -242,8 +299,9 @@ def main() -> None:
     if given.command == "tables":
         target = results / "verdicts" / "report.md"
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(make_tables(results))
-        write_parquet(load_report(results / "planted-pool"), target.with_name("rows.parquet"))
+        report = whole_pool(results)
+        target.write_text(make_tables(report))
+        write_parquet(report, target.with_name(ROWS))
         print(target.read_text())
         return
     first, _, last = given.seeds.partition(":")

@@ -9,6 +9,7 @@ import typer
 from t2ilib.cli import (
     adapters,
     captions,
+    choosing,
     download,
     drawing,
     hub,
@@ -22,6 +23,7 @@ from t2ilib.cli import (
     studies,
     tracking,
     training,
+    tuning,
 )
 from t2ilib.cli.launcher import launched_as
 
@@ -62,8 +64,13 @@ for command in (
     app.command()(command)
 study_app.command("new")(studies.study_new)
 study_app.command("run")(studies.study_run)
+study_app.command("tune")(tuning.study_tune)
+study_app.command("changed")(tuning.study_changed)
 study_app.command("status")(studies.study_status)
 study_app.command("show")(studies.study_show)
+study_app.command("checkpoints")(choosing.study_checkpoints)
+study_app.command("ballot")(choosing.study_ballot)
+study_app.command("votes")(choosing.study_votes)
 study_app.command("power")(studies.study_power)
 data_app.command("inspect")(inspection.data_inspect)
 data_app.command("shapes")(shapes.data_shapes)

@@ -115,14 +115,22 @@ def export(
         ),
     ] = None,
     rank: Annotated[int | None, typer.Option(help="Of the LoRA that --as lora approximates a DoRA by.")] = None,
+    checkpoint: Annotated[
+        int | None, typer.Option(help="Write the adapter as it was at this step (SOURCE is a run's folder).")
+    ] = None,
 ) -> None:
     """Write an adapter in the format of another program."""
     with readable_errors():
         from t2ilib.adapters.export import export_adapter
+        from t2ilib.drawing.checkpoints import export_step
         from t2ilib.runfile import build_run
 
         base = None if model is None else build_run({"adapter": {}, "model": {"base": model}}, "the command").model
-        written = export_adapter(source, target, format, base, dtype, program=program, form=form, rank=rank)
+        options = {"dtype": dtype, "program": program, "form": form, "rank": rank}
+        if checkpoint is None:
+            written = export_adapter(source, target, format, base, **options)
+        else:
+            written = export_step(source, checkpoint, target, format, base, **options)
         if written.is_file():
             tell_of(written)
         print(f"{format}: {written}")

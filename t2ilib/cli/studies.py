@@ -47,20 +47,30 @@ def study_run(
     preset: Annotated[str, typer.Option(help="A preset of the study file.")] = "quick",
     only: Annotated[list[str], typer.Option(help="Only this variant; may be given several times.")] = [],
     seeds: Annotated[str, typer.Option(help="Other seeds than the preset's, e.g. 0,1,2.")] = "",
-    jobs: Annotated[int, typer.Option(min=1, help="Notebooks at a time.")] = 1,
+    jobs: Annotated[
+        int | None,
+        typer.Option(min=1, help="Notebooks at a time: 1 here, what a cluster has room for there, unless told."),
+    ] = None,
+    tuned: Annotated[
+        bool, typer.Option("--tuned", help="Each variant at its own best, as `study tune` found it.")
+    ] = False,
     results: Results = Path("results"),
+    on: Annotated[str, typer.Option(help="Where: here, ray (this machine), or ray:ADDRESS, a Ray cluster.")] = "here",
+    per_card: Annotated[int, typer.Option(min=1, help="Notebooks that may share a GPU.")] = 1,
 ) -> None:
     """Run every variant and seed that is not finished, then write the report."""
     with readable_errors():
         from t2ilib.config import ConfigError
         from t2ilib.studies.study import run_study, write_report
+        from t2ilib.studies.tuned import tuned_preset
 
+        preset = tuned_preset(file, preset) if tuned else preset
         try:
             numbers = [int(seed) for seed in seeds.split(",") if seed.strip()]
         except ValueError:
             raise ConfigError(f"--seeds {seeds!r}: write whole numbers with commas, e.g. 0,1,2") from None
         begun = time.monotonic()
-        runs = run_study(file, preset, only, numbers, jobs, results, say=say)
+        runs = run_study(file, preset, only, numbers, jobs, results, say, on, per_card)
         failed = [run.label for run in runs if run.state != "finished"]
         if any(run.state == "finished" for run in runs):
             page = write_report(file, preset, results)

@@ -35,6 +35,9 @@ class DataConfig(Section):
     sample: Positive | None = None
     """So many of the training pictures, drawn by the run's seed. Seeds of a study then differ in their pictures too, and its intervals say
     what other pictures of the kind would give. None: all of them."""
+    part: Literal["final", "tuning"] = "final"
+    """tuning: what a study searches its settings on, and its final runs are not judged by. Pictures that are held out otherwise take no
+    part, `validation_share` of the training pictures is held out in their place; the drawn world draws other scenes for all."""
     streaming: bool = False
     """huggingface, webdataset: read from front to back as training goes, and never held as a whole."""
     image_column: str | None = None
@@ -122,6 +125,10 @@ class DataConfig(Section):
             )
         if self.streaming and self.source not in ("huggingface", "webdataset"):
             raise ValueError(f"streaming is for huggingface and webdataset: {self.source} is read as a whole")
+        if self.part == "tuning" and self.streaming:
+            raise ValueError(
+                "part tuning divides the training pictures, and a stream cannot be divided before it is read: leave streaming out"
+            )
         sides = [*self.stages, self.resolution]
         if sides != sorted(set(sides)):
             raise ValueError(

@@ -135,7 +135,7 @@ class RunConfig(Section):
             raise ValueError("training.trains is 'nothing', so training.steps must be 0")
         if self.training.ema_horizon and trains == "adapter":
             raise ValueError("training.ema_horizon is for training whole models; set it to 0 for an adapter")
-        if self.training.keep_adapters == "all" and trains != "adapter":
+        if self.training.keep_adapters == "all" and trains not in ("adapter", "nothing"):
             raise ValueError(f"training.keep_adapters is about adapters, and this run trains {trains}: leave it out")
         of_unet = [name for name in ("compile", "channels_last") if getattr(self.compute, name)]
         of_unet += ["attention"] if self.compute.attention != "sdpa" else []
@@ -176,6 +176,8 @@ class RunConfig(Section):
             | {"shapes": {"checked_prompts": True}, "data": dict.fromkeys(("cache", "cache_path", "workers"), True)},
         )
         values["training"]["trains"] = self.trains
+        if self.data.part == "final":
+            del values["data"]["part"]  # so that what began before there were parts goes on
         if self.optimizer.schedule == "constant" and (self.adapter is None or self.adapter.token_share == 1):
             del values["training"]["steps"]
         return values

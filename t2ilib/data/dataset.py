@@ -42,6 +42,10 @@ log = logging.getLogger(__name__)
 
 NAMED = 8
 """Held-out pictures that are told by name."""
+GRID_PROMPTS = 8
+"""Captions that make the prompts of the sample grids where `evaluation.prompts` is empty."""
+TUNING = "held out while tuning"
+"""What decides which training pictures these are, apart from what decides which final runs hold out."""
 FEW_HELD_OUT = 8
 """Fewer held-out pictures than this are warned about. Pictures differ far more than trainings do: of 48 in the drawn world, whose
 mean loss a training had lowered by a third, single ones said the opposite in 27 of 100 cases, means of two in 15, of four in 5,
@@ -199,14 +203,21 @@ def build_edits(data: DataConfig) -> Captions | None:
 
 def list_pictures(run: RunConfig) -> tuple[Listing, Listing | None]:
     """What is trained on, and what is held out; None where it is a share of the first."""
-    return shapes.load(run.shapes) if run.data.source == "shapes" else load_listings(run.data)
+    return shapes.load(run.shapes, run.data.part) if run.data.source == "shapes" else load_listings(run.data)
 
 
 def hold_out(data: DataConfig, examined: Examined, apart: Examined | None) -> tuple[list[Record], list[Record]]:
-    """Training and held-out records; `apart`: those that are held out, where they are no share of the others."""
+    """Training and held-out records; `apart`: those that are held out, where they are no share of the others. For `data.part: tuning`
+    what is held out of the training records; those that final runs hold out are in neither."""
+    training, held_out = [*examined.pictures], [*apart.pictures] if apart else []
     if apart is None:
-        return folder.hold_out([*examined.pictures], data.validation_share)
-    return [*examined.pictures], [*apart.pictures]
+        training, held_out = folder.hold_out(training, data.validation_share)
+    return folder.hold_out(training, data.validation_share, TUNING) if divided_again(data) else (training, held_out)
+
+
+def divided_again(data: DataConfig) -> bool:
+    """Whether what is held out is a share of what final runs train on; the drawn world draws other pictures instead."""
+    return data.part == "tuning" and data.source != "shapes"
 
 
 def draw_sample(records: Sequence[Record], count: int, seed: int) -> list[Record]:
@@ -228,8 +239,12 @@ def build_datasets(
 ) -> tuple[Dataset, Dataset]:
     data, (training, held_out) = run.data, split
     name = name_of(run)
+    if divided_again(data) and apart is None:
+        held_elsewhere = folder.hold_out([*examined.pictures], data.validation_share)[1]
+        others = [(record.path, "held out of final runs") for record in held_elsewhere]
+        examined = replace(examined, aside=(*examined.aside, *others))
     kept = edits if data.edit_held_out else None
-    of_held_out = (examined, False) if apart is None else (apart, True)
+    of_held_out = (examined, False) if apart is None or divided_again(data) else (apart, True)
     return (
         build_dataset(name, examined, training, data, rest=True, edits=edits),
         build_dataset(
@@ -263,6 +278,18 @@ def name_of(run: RunConfig) -> str:
     if run.data.path:
         return shown(PurePath(public(run.data.path)).name)
     return "-".join((PurePath(run.data.source).name, *(run.shapes.scenes if run.shapes else ())))
+
+
+def some_captions(held_out: Sequence[str], training: Sequence[str]) -> tuple[str, ...]:
+    """GRID_PROMPTS different captions, held-out ones first, from all along the order that they are in: what lies together is often
+    alike."""
+    own = dict.fromkeys(held_out)
+    rest = [caption for caption in dict.fromkeys(training) if caption not in own]
+    chosen: list[str] = []
+    for captions in (list(own), rest):
+        wanted = GRID_PROMPTS - len(chosen)
+        chosen += captions[:: max(1, len(captions) // max(1, wanted))][:wanted]
+    return tuple(chosen)
 
 
 def manifest_rows(training: Dataset, held_out: Dataset) -> Iterator[tuple]:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from t2ilib.config import ConfigError, ModelConfig, Section, did_you_mean
+from t2ilib.config import ConfigError, ModelConfig, RunConfig, Section, did_you_mean
 from t2ilib.config.section import Location
 from t2ilib.drawing.samplers import AUTO, SAMPLERS, known_sampler
 from t2ilib.runfile import describe_errors
@@ -109,6 +109,20 @@ def build_settings(values: Mapping[str, Any], source: str = "the settings") -> D
         return DrawSettings.model_validate(values)
     except ValidationError as error:
         raise describe_errors(error, source, DrawSettings, "the picture") from None
+
+
+def settings_of_run(run: RunConfig) -> DrawSettings:
+    """How a run draws the pictures that it is measured by, over its base, without a prompt and without its adapter."""
+    values = {
+        "negative_prompt": run.evaluation.negative_prompt,
+        "num_inference_steps": run.evaluation.num_inference_steps,
+        "guidance_scale": run.evaluation.guidance_scale,
+        "vae_tiling": run.evaluation.vae_tiling,
+        "width": run.data.resolution,
+        "height": run.data.resolution,
+        "model": run.model.model_dump(),
+    }
+    return build_settings(values, "the run's evaluation")
 
 
 def require_size(width: int, height: int, multiple: int, base: str) -> None:

@@ -221,12 +221,16 @@ def export_votes(votes: Votes, path: Path) -> None:
 def import_votes(path: Path, ballot: Ballot | None = None) -> Votes:
     """The votes of a file. Raises ConfigError for a file that is none, for votes on other variants, prompts or noise than `ballot` (None: the
     file's own) has, and for votes that do not fit the ballot they are said to be about."""
-    content = read_json(path)
+    return votes_from(read_json(path), str(path), ballot)
+
+
+def votes_from(content: dict[str, Any], path: str, ballot: Ballot | None = None) -> Votes:
+    """The same of what such a file, `path`, holds."""
     try:
         told = Ballot.model_validate(content.get("ballot"))
         votes = [Vote.model_validate(vote) for vote in content.get("votes") or []]
     except ValidationError as error:
-        raise describe_errors(error, str(path), Ballot, "the votes") from None
+        raise describe_errors(error, path, Ballot, "the votes") from None
     if ballot is not None and told != ballot:
         raise ConfigError(f"{path} has votes on something else: {difference(told, ballot)}")
     pairs = {pair.number: pair for pair in told.pairs()}

@@ -11,6 +11,7 @@ tensors need torchvision. Only the part of a CLIP that sees is loaded.
 """
 
 import json
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -174,9 +175,11 @@ def embedders(run: RunConfig, device: torch.device, shared: dict[str, Any]) -> l
 
 
 def vectors_of(embedder: Embedder | Thumbnails, pictures: Sequence[Image.Image], shared: dict[str, Any]) -> np.ndarray:
-    """(N, D), made once for all measures that are asked about the same list of pictures."""
-    known = shared.setdefault("vectors", {})
-    key = (embedder.name, id(pictures))
-    if key not in known:
-        known[key] = pictures, embedder(pictures)  # held, so that no other list gets its id
-    return known[key][1]
+    """(N, D), made once for all measures that are asked about the same list of pictures, as long as it is one of the last two: what was drawn,
+    and what the base drew."""
+    known = shared.setdefault("vectors", {}).setdefault(embedder.name, deque(maxlen=2))
+    for held, vectors in known:
+        if held is pictures:
+            return vectors
+    known.append((pictures, embedder(pictures)))
+    return known[-1][1]

@@ -10,6 +10,7 @@ import json
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from t2ilib.evaluation.context import Context, Measure
 from t2ilib.evaluation.drift import DRIFT
 from t2ilib.evaluation.likeness import DIVERSITY_OF_GROUPS, LIKENESS
 from t2ilib.evaluation.memorising import COPIED, MEMORISING
-from t2ilib.evaluation.metrics import ENTRY_POINTS, check_measures, declare, flagged
+from t2ilib.evaluation.metrics import ENTRY_POINTS, Metric, check_measures, declare, flagged
 from t2ilib.evaluation.references import keep_base_pictures
 from t2ilib.evaluation.rows import Row, Value, split, write_rows
 from t2ilib.evaluation.sampling import draw, save_pictures
@@ -118,6 +119,56 @@ def prompt_groups(run: RunConfig, prompts: Sequence[str] = ()) -> dict[str, tupl
     return {"prompts": (list(asked), None)} if asked else {}
 
 
+@dataclass(frozen=True)
+class Judged:
+    """What the pictures of a model measured. `metrics`: by name, means over pictures where they are of single ones; `rows`: those by picture;
+    `declared`: what they are; `shown`: some prompts with their pictures."""
+
+    metrics: dict[str, float]
+    rows: list[Row]
+    declared: dict[str, Metric]
+    shown: list[tuple[str, Image.Image]]
+
+
+def judge(
+    run: RunConfig,
+    components: Components,
+    prompts: Sequence[str] = (),
+    step: int | None = None,
+    shared: dict[str, Any] | None = None,
+    peaks: Peaks | None = None,
+) -> Judged:
+    """Draws test prompts with a model as it is, and measures the pictures; writes nothing. The same prompts are drawn from the same noise
+    whatever the weights.
+
+    `step`: of the weights, the run's last without it; `shared`: what is kept from one call to the next of the same run and base (see
+    `Context`); the rest as in `measure`, which raises the same.
+    """
+    measures = find_measures(run)
+    found = Judged({}, [], {}, [])
+    shared, peaks = {} if shared is None else shared, peaks or Peaks()
+    groups = prompt_groups(run, prompts)
+    for group, (asked, scenes) in groups.items():
+        with peaks.during("measuring"):
+            pictures = draw(components, asked, run.evaluation, resolution=run.data.resolution)
+            few = SHOWN // len(groups)
+            found.shown.extend(list(zip(asked, pictures, strict=True))[:: max(1, len(asked) // few)][:few])
+            if run.evaluation.prompt_groups and scenes is None:
+                keep_base_pictures(run, components, asked, pictures)
+            context = Context(group, run, components, scenes, shared)
+            told: dict[str, Value] = {}
+            for name, chosen in measures.items():
+                values, declared = chosen.function(pictures, asked, context), chosen.declared(group, run)
+                if unknown := sorted(values.keys() - declared.keys()):
+                    raise ConfigError(f"the measure {name} does not declare what it returned: {', '.join(unknown)}")
+                told |= values
+                found.declared.update({key: metric for key, metric in declared.items() if key in values})
+            means, single = split(told, run.training.steps if step is None else step, group, asked)
+            found.metrics.update(means)
+            found.rows.extend(single)
+    return found
+
+
 def measure(
     run: RunConfig,
     components: Components,
@@ -132,42 +183,21 @@ def measure(
     `evaluation.prompts` names nothing; the drawn world has test prompts of its own. Also keeps some pictures for the report.
     Raises ConfigError as `find_measures` does, and for a metric that its measure does not declare.
     """
-    measures = find_measures(run)
     tell_lacking(run)
-    found: dict[str, float] = {}
-    rows: list[Row] = []
-    shown: list[tuple[str, Image.Image]] = []
-    shared: dict[str, Any] = {}
-    known, peaks = {}, Peaks()
-    groups = prompt_groups(run, prompts)
-    for group, (asked, scenes) in groups.items():
-        with peaks.during("measuring"):
-            pictures = draw(components, asked, run.evaluation, resolution=run.data.resolution)
-            few = SHOWN // len(groups)
-            shown += list(zip(asked, pictures, strict=True))[:: max(1, len(asked) // few)][:few]
-            if run.evaluation.prompt_groups and scenes is None:
-                keep_base_pictures(run, components, asked, pictures)
-            context = Context(group, run, components, scenes, shared)
-            told: dict[str, Value] = {}
-            for name, chosen in measures.items():
-                values, declared = chosen.function(pictures, asked, context), chosen.declared(group, run)
-                if unknown := sorted(values.keys() - declared.keys()):
-                    raise ConfigError(f"the measure {name} does not declare what it returned: {', '.join(unknown)}")
-                told |= values
-                known |= {key: metric for key, metric in declared.items() if key in values}
-            means, single = split(told, run.training.steps, group, asked)
-            found, rows = found | means, rows + single
-    for name, metric in (flagged(found, known) if run.trains != "nothing" else {}).items():
+    peaks = Peaks()
+    judged = judge(run, components, prompts, peaks=peaks)
+    found = judged.metrics
+    for name, metric in (flagged(found, judged.declared) if run.trains != "nothing" else {}).items():
         log.warning(
             "%s: %.3g, and at most %.3g is usual: %s", metric.title, found[name], found[metric.ceiling], metric.flag
         )
-    write_rows(run.output, rows)
-    declare(run.output, known)
+    write_rows(run.output, judged.rows)
+    declare(run.output, judged.declared)
     note_environment(run.output, name_of_device(components.device))
     shutil.rmtree(run.output / "pictures", ignore_errors=True)  # of other prompts, perhaps
-    if shown:
-        save_pictures([picture for _, picture in shown], run.output / "pictures")
-        (run.output / "pictures" / "prompts.json").write_text(json.dumps([text for text, _ in shown], indent=1))
+    if judged.shown:
+        save_pictures([picture for _, picture in judged.shown], run.output / "pictures")
+        (run.output / "pictures" / "prompts.json").write_text(json.dumps([text for text, _ in judged.shown], indent=1))
     metrics = dict(metrics or {})
     found |= {name: max(value, metrics.get(name, 0.0)) for name, value in peaks.metrics().items()}
     (tracker or NullTracker()).log_metrics(found, run.training.steps)

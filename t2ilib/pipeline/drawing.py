@@ -13,8 +13,9 @@ from t2ilib.evaluation.sampling import draw, make_grid, save_pictures, shown_sid
 from t2ilib.memory import release
 from t2ilib.models.load import load_base
 from t2ilib.pipeline.job import Job
-from t2ilib.pipeline.trained import load_trained, prompts_of
+from t2ilib.pipeline.trained import load_trained
 from t2ilib.tracking.tracker import open_tracker
+from t2ilib.training.evaluation import prompts_of
 
 log = logging.getLogger(__name__)
 

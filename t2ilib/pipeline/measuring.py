@@ -5,8 +5,9 @@ from typing import Any
 
 from t2ilib.evaluation.measures import find_measures, measure, prompt_groups
 from t2ilib.pipeline.job import Job
-from t2ilib.pipeline.trained import load_trained, prompts_of
+from t2ilib.pipeline.trained import load_trained
 from t2ilib.tracking.tracker import open_tracker
+from t2ilib.training.evaluation import prompts_of
 from t2ilib.training.history import METRICS, read_rows
 
 SHOWN = ("held_out_loss", "steps_per_second", "peak_device_mib", "peak_process_mib")

@@ -1,7 +1,5 @@
 """What a run has trained, loaded again from its folder: for the steps that measure and draw, in whichever process."""
 
-import json
-from collections.abc import Sequence
 from pathlib import Path
 
 from t2ilib.adapters.load import FILE_NAME, load_adapter
@@ -9,7 +7,6 @@ from t2ilib.config import ConfigError, ModelConfig, RunConfig
 from t2ilib.models.components import Components
 from t2ilib.models.load import load_base
 from t2ilib.training.checkpoint import list_checkpoints
-from t2ilib.training.evaluation import PROMPTS
 from t2ilib.training.state import load_checkpoint_adapter
 
 
@@ -43,9 +40,3 @@ def load_trained(run: RunConfig, checkpoint: int | None = None) -> Components:
     else:
         load_adapter(components, run.output)
     return components
-
-
-def prompts_of(run: RunConfig) -> Sequence[str]:
-    """`evaluation.prompts`, or what the newest samples of its training were drawn of."""
-    told = sorted((run.output / "samples").glob(f"step-*/{PROMPTS}"))
-    return run.evaluation.prompts or (tuple(json.loads(told[-1].read_text())) if told else ())

@@ -234,7 +234,7 @@ def count_samples(run: RunConfig) -> dict[str, int] | None:
     or there is nothing to list."""
     data = run.data
     if data.source == "shapes":
-        listing = shapes.load(run.shapes)[0]
+        listing = shapes.load(run.shapes, data.part)[0]
     elif data.path is None or data.streaming or not Path(data.path).exists():
         return None
     else:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from t2ilib.config import ConfigError, RunConfig
+from t2ilib.data.dataset import GRID_PROMPTS
 from t2ilib.memory import pictures_at_once
 from t2ilib.models.components import Components
 from t2ilib.models.denoiser import Denoiser
@@ -33,7 +34,6 @@ from t2ilib.planning.ledger import CUDA_BLOCK, Ledger, autocast, checkpoint_opti
 from t2ilib.planning.unloaded import begin_unloaded, build_unloaded
 from t2ilib.training.compute import activations_elsewhere, attending
 from t2ilib.training.setups import (
-    GRID_PROMPTS,
     Setup,
     checkpoint_gradients,
     learn_to_denoise,

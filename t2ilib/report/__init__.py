@@ -30,6 +30,8 @@ from t2ilib.report.texts import (
     explain_reading,
     headline,
 )
+from t2ilib.report.tuning import tuning_markdown, tuning_of
+from t2ilib.report.votes import measured_better, votes_markdown, votes_of
 
 __all__ = [
     "StudyReport",
@@ -47,6 +49,7 @@ __all__ = [
     "load_report",
     "markdown_table",
     "noise_markdown",
+    "people_markdown",
     "plot_cost_quality",
     "plot_learned_kept",
     "plot_learning_curves",
@@ -66,6 +69,12 @@ def caveats_markdown(report: StudyReport) -> str:
         "\n".join(f"- {note}" for note in caveats(report))
         or "- None: every run finished, and there are seeds enough to test."
     )
+
+
+def people_markdown(report: StudyReport) -> str:
+    """What people preferred, by the votes that the study was given; "" without any."""
+    titles = {name: variant.title for name, variant in report.variants.items()}
+    return votes_markdown(votes_of(report), titles, measured_better(report))
 
 
 def differences_markdown(report: StudyReport) -> str:
@@ -95,16 +104,19 @@ def write_markdown(report: StudyReport, folder: Path | str) -> Path:
     numbers = "\n\n".join(
         f"### {title}\n\n{markdown_table(summary_table(report, metrics))}" for title, metrics in report.tables().items()
     )
+    votes = people_markdown(report)
     sections = [
         f"# {report.name}{f' ({report.preset})' if report.preset else ''}",
         report.question,
         *first,
         f"## Verdicts\n\n{markdown_table(verdict_table(report))}\n\n{VERDICTS}",
         "## In short\n\n" + "\n\n".join(filter(None, (headline(report), champion(report)))),
+        votes and f"## What people preferred\n\n{votes}",
         "## Before believing it\n\n" + caveats_markdown(report),
         numbers and f"## Numbers\n\n{numbers}",
         "## Differences\n\n" + differences_markdown(report),
         noise_markdown(report),
+        tuning_markdown(tuning_of(report)),
         "## How to read this\n\n" + "\n".join(filter(None, (explain_reading(report), explain_metrics(report)))),
         "\n\n".join(("## Figures", *shown.values())) if shown else "",
         "## Variants\n\n" + "\n\n".join(describe_variant(report, name) for name in report.present),

@@ -163,7 +163,8 @@ def chosen(report: StudyReport) -> Choice | None:
         name: {run.seed: run.metrics for run in runs} for name in report.trained if (runs := report.runs_of(name))
     }
     comparable = {name: about for name, about in report.metrics.items() if report.one_quantity(name, *report.trained)}
-    return choose(results, comparable, {name: variant.title for name, variant in report.variants.items()})
+    titles = {name: variant.title for name, variant in report.variants.items()}
+    return choose(results, comparable, titles, report.score)
 
 
 def judge_claims(report: StudyReport, name: str) -> list[Judgement]:

@@ -50,7 +50,8 @@ class StudyReport:
     """A study as far as it has run. `seeds`: those that any variant has begun, the study file's first; `missing`: (variant, seed)
     that began and did not finish; `not_run`: those of the study file that never began; `not_finite`: metrics that were dropped, as text; `metrics`: what its runs declared of theirs;
     `held_out`: names of the held-out pictures, where the runs' folders have them; `outdated`: (variant, seed) of runs that were
-    measured before the study's prompts or measures changed; `margins`: metric -> the difference from which on it would matter."""
+    measured before the study's prompts or measures changed; `margins`: metric -> the difference from which on it would matter;
+    `beside`: name -> text of what else lies in the study's folder and is told of: how it was tuned, what people voted; `score`: the study's formula for what a run is worth."""
 
     folder: Path
     name: str
@@ -68,6 +69,8 @@ class StudyReport:
     held_out: tuple[str, ...]
     outdated: tuple[tuple[str, int], ...]
     margins: Mapping[str, float] = field(default_factory=dict)
+    score: str | None = None
+    beside: Mapping[str, str] = field(default_factory=dict, repr=False)
 
     @property
     def present(self) -> list[str]:

@@ -6,6 +6,7 @@ frame. Leaves out interactivity: a report must read the same on paper.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -19,6 +20,17 @@ COLORS = ("#4477aa", "#ee6677", "#228833", "#aa3377", "#3fa7c9", "#a58f00", "#00
 """After Paul Tol's bright and vibrant palettes (SRON/EPS/TN/09-002), which colour-blind eyes tell apart; cyan and
 yellow are darkened, because names are written in these colours."""
 LINE_STYLES = ("-", "--", ":", "-.")
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure with its heading, how it is to be read, its caption, and the name of its file."""
+
+    heading: str
+    text: str
+    caption: str
+    file: str
+    figure: Figure
 
 
 def style_of(report: StudyReport, name: str) -> tuple[str, str]:
@@ -120,9 +132,13 @@ def dress(axis, axes: Axes, report: StudyReport, metric: str) -> None:
     axis.set_label_text(known.title + " (lower is better)" * (known.better == "lower"))
     if known.unit == "share":
         get, put = (axes.get_xlim, axes.set_xlim) if axis is axes.xaxis else (axes.get_ylim, axes.set_ylim)
+        means = [
+            mean_interval(values.values()).mean for name in report.present if (values := report.values(name, metric))
+        ]
+        least, most = min(0.0, *means), max(1.0, *means)  # a t-interval may leave 0..1, a share of something may not
         low, high = get()
-        put(max(low, -0.05), min(high, 1.06))  # a t-interval may leave 0..1, a share may not
-        axis.set_ticks([tick for tick in axis.get_ticklocs() if -1e-6 < tick < 1 + 1e-6])
+        put(max(low, least - 0.05), min(high, most + 0.06))
+        axis.set_ticks([tick for tick in axis.get_ticklocs() if least - 1e-6 < tick < most + 1e-6])
         axis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
     axis.set_inverted(known.better == "lower")
 

@@ -13,7 +13,7 @@ What is no number (the study's texts, settings, declarations, versions) stands a
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,9 @@ from t2ilib.report.contents import FinishedRun, StudyReport, read_variant
 
 ROWS, KEY, PICTURE = "rows.parquet", b"t2ilib", "picture"
 COLUMNS = ("variant", "seed", "step", "group", "number", "prompt", "metric", "value", PICTURE)
-PLAIN = ("name", "question", "preset", "reference", "base", "seeds", "missing", "not_run", "not_finite", "held_out", "outdated", "margins")  # fmt: skip
+SHARED = ("settings", "environment", "declared")
+"""What many runs say alike."""
+PLAIN = ("name", "question", "preset", "reference", "base", "seeds", "missing", "not_run", "not_finite", "held_out", "outdated", "margins", "score", "beside")  # fmt: skip
 """Fields of a StudyReport that stand in the metadata as they are."""
 
 
@@ -38,8 +40,8 @@ def write_parquet(report: StudyReport, path: Path) -> Path:
     told = {key: getattr(report, key) for key in PLAIN} | {
         "variants": {name: variant.model_dump(mode="json", by_alias=True) for name, variant in report.variants.items()},
         "metrics": {name: as_written(metric) for name, metric in report.metrics.items()},
-        "runs": [about_run(run) for run in report.runs.values()],
     }
+    told["runs"], told["shared"] = shared([about_run(run) for run in report.runs.values()])
     rows = list(rows_of(report))
     columns = [pa.array([row.get(name) for row in rows], kind) for name, kind in zip(COLUMNS, kinds, strict=True)]
     schema = pa.schema(list(zip(COLUMNS, kinds, strict=True)), {KEY: json.dumps(told, ensure_ascii=False).encode()})
@@ -54,6 +56,17 @@ def about_run(run: FinishedRun) -> dict[str, Any]:
     return {key: getattr(run, key) for key in own} | {
         "declared": {name: as_written(metric) for name, metric in run.declared.items()}
     }
+
+
+def shared(runs: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], list[Any]]:
+    """The runs, with numbers in place of what many of them say alike, and what these numbers stand for: the metadata of a file is
+    not compressed."""
+    known: dict[str, int] = {}
+    told = [
+        run | {key: known.setdefault(json.dumps(run[key], sort_keys=False), len(known)) for key in SHARED}
+        for run in runs
+    ]
+    return told, [json.loads(text) for text in known]
 
 
 def rows_of(report: StudyReport) -> Iterator[dict[str, Any]]:
@@ -85,7 +98,8 @@ def read_parquet(path: Path) -> StudyReport:
     numbers: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for row in found.to_pylist():
         numbers.setdefault((row["variant"], row["seed"]), []).append(row)
-    runs = [read_run(path.parent, about, numbers.get((about["variant"], about["seed"]), [])) for about in told["runs"]]
+    whole = [about | {key: told["shared"][about[key]] for key in SHARED} for about in told["runs"]]
+    runs = [read_run(path.parent, about, numbers.get((about["variant"], about["seed"]), [])) for about in whole]
     plain = {key: tuple(map(frozen, value)) if isinstance(value := told[key], list) else value for key in PLAIN}
     return StudyReport(
         folder=path.parent,

@@ -1,11 +1,10 @@
 """The figures of a study in the order of its report, and the two that stand first side by side."""
 
-from dataclasses import dataclass
-
 from matplotlib.figure import Figure
 
 from t2ilib.report.contents import StudyReport
 from t2ilib.report.figures import (
+    Plot,
     draw_learned_kept,
     finish,
     plot_cost_quality,
@@ -14,6 +13,7 @@ from t2ilib.report.figures import (
     qualities,
 )
 from t2ilib.report.pictures import draw_pictures, plot_pictures, shown_prompts
+from t2ilib.report.tuning import tuning_figures, tuning_of
 
 WIDTH = 14.2
 """Inches of the overview: a wide browser's page."""
@@ -23,17 +23,6 @@ PAGE, ROW = 8.4, 0.47
 takes of them."""
 TITLES, SMALLEST = 0.7, 0.3
 """Inches for the prompts above the pictures, and for a picture of a study that no screen holds."""
-
-
-@dataclass(frozen=True)
-class Plot:
-    """A figure with its heading, how it is to be read, its caption, and the name of its file."""
-
-    heading: str
-    text: str
-    caption: str
-    file: str
-    figure: Figure
 
 
 def plots(report: StudyReport) -> list[Plot]:
@@ -72,7 +61,8 @@ def plots(report: StudyReport) -> list[Plot]:
         ),
     )
     drawn = [(*words, draw(report)) for *words, draw in told]
-    return [Plot(*words, figure) for *words, figure in drawn if figure is not None]
+    found = [Plot(*words, figure) for *words, figure in drawn if figure is not None]
+    return [*found, *tuning_figures(tuning_of(report))]
 
 
 def plot_overview(report: StudyReport) -> Figure | None:

@@ -22,9 +22,11 @@ from t2ilib.evaluation.rows import read_rows
 from t2ilib.report.contents import FinishedRun, StudyReport, read_variant
 from t2ilib.report.parquet import ROWS, read_parquet
 from t2ilib.runfile import merge
-from t2ilib.studies.runs import changes, is_measured_again
+from t2ilib.studies.runs import VOTES, changes, is_measured_again
+from t2ilib.studies.tuned import TRIALS
 
 PICTURE_PIXELS = 256
+BESIDE = (TRIALS, f"{VOTES}/*.json")
 
 
 def load_report(folder: Path | str) -> StudyReport:
@@ -81,6 +83,12 @@ def load_report(folder: Path | str) -> StudyReport:
         next(filter(None, (held_out_names(run.folder) for run in runs.values())), ()),
         tuple(place for place, run in runs.items() if is_outdated(study, run)),
         study.get("margins") or {},
+        study.get("score"),
+        {
+            path.relative_to(folder).as_posix(): path.read_text()
+            for pattern in BESIDE
+            for path in sorted(folder.glob(pattern))
+        },
     )
 
 

@@ -40,6 +40,8 @@ def write_number(value: float, metric: Metric, signed: bool = False, beside: flo
         "rate": (value, ".2f"),
     }[metric.unit]
     text = format(scaled, ("+" if signed else "") + pattern)
+    if not signed and float(text.replace(",", "")) == 0:
+        text = text.removeprefix("-")  # -0.0 is nothing that people write
     return text + (" pp" if signed else " %") * (metric.unit == "share")
 
 

@@ -103,6 +103,8 @@ def champion(report: StudyReport) -> str:
         return ""
     parts = " and ".join(f"*{metric.title}*" for metric in choice.parts)
     decides = f"best {parts}" if len(choice.parts) == 1 else f"highest harmonic mean of {parts}"
+    if report.score:
+        decides = f"best score by the study's formula, `{report.score}`"
     rule = (
         f"The champion is the trained variant with the {decides}, if its lead is shown against every other one; the run"
         " nearest to its median stands for it."

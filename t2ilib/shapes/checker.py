@@ -30,6 +30,7 @@ from t2ilib.shapes.world import (
     Scene,
     coverage,
     mixed_scenes,
+    mixed_tuning_scenes,
 )
 
 ATTRIBUTES = ("shape", "color", "size", "position", "background", "tilt", "fill", "style")
@@ -213,14 +214,18 @@ def lacks(run: RunConfig) -> str | None:
 
 def checked_scenes(run: RunConfig) -> dict[str, list[Scene]]:
     """Test scenes by group, none of them ever trained on: `concept` (what the run was taught) and `base_kept`; of a network from
-    scratch, which had nothing to keep, `world`."""
+    scratch, which had nothing to keep, `world`. A run of `data.part: tuning` has test scenes of its own, by whose base world what the
+    base knew of it is told too kindly: it was trained on them."""
     if lacks(run):
         return {}
-    if run.scratch is not None:
-        return {"world": mixed_scenes(run.shapes.checked_prompts, "test", 0, run.shapes.scenes)}
     count, concepts = run.shapes.checked_prompts, [name for name in run.shapes.scenes if name != "base"]
-    groups = {"concept": mixed_scenes(count, "test", 0, concepts)} if concepts else {}
-    return groups | {"base_kept": mixed_scenes(count, "test", 0, ["base"])}
+    if run.scratch is not None:
+        groups = {"world": list(run.shapes.scenes)}
+    else:
+        groups = ({"concept": concepts} if concepts else {}) | {"base_kept": ["base"]}
+    if run.data.part == "tuning":
+        return {group: mixed_tuning_scenes(count, "test", run.shapes, kinds) for group, kinds in groups.items()}
+    return {group: mixed_scenes(count, "test", 0, kinds) for group, kinds in groups.items()}
 
 
 def checked(

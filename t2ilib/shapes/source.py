@@ -14,25 +14,30 @@ from t2ilib.shapes import world
 NUM_VALIDATION = 48
 
 
-def load(config: ShapesConfig) -> tuple[Listing, Listing]:
-    """`config.num_pictures` training pictures of `config.scenes`, and 48 held-out ones of other combinations."""
-    train = drawn(config, "train", config.num_pictures)
-    validation = drawn(config, "validation", NUM_VALIDATION)
+def load(config: ShapesConfig, part: str = "final") -> tuple[Listing, Listing]:
+    """`config.num_pictures` training pictures of `config.scenes`, and 48 held-out ones of other combinations. `part`: see `data.part`;
+    those to search settings on are other combinations again."""
+    train = drawn(config, "train", config.num_pictures, part)
+    validation = drawn(config, "validation", NUM_VALIDATION, part)
     return folder.read_folder(train, DataConfig()), folder.read_folder(validation, DataConfig())
 
 
-def drawn(config: ShapesConfig, split: str, count: int) -> Path:
+def drawn(config: ShapesConfig, split: str, count: int, part: str = "final") -> Path:
     """The folder of these pictures, drawn if it is not there; complete or absent, also when several processes draw at once."""
+    if part == "tuning":  # also where it is drawn: whether enough is left depends on what else final runs draw
+        scenes = world.mixed_tuning_scenes(count, split, config, config.scenes)
+    else:
+        scenes = world.mixed_scenes(count, split, config.seed, config.scenes)
     version = hashlib.sha256(Path(world.__file__).read_bytes()).hexdigest()[:8]
+    of_part = "" if part == "final" else f"{part}-"
     target = (
         cache_folder()
         / "shapes"
-        / f"{'-'.join(config.scenes)}-{split}-{count}-jitter{config.jitter:g}-seed{config.seed}-{version}"
+        / f"{'-'.join(config.scenes)}-{of_part}{split}-{count}-jitter{config.jitter:g}-seed{config.seed}-{version}"
     )
     if target.is_dir():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    scenes = world.mixed_scenes(count, split, config.seed, config.scenes)
     draft = Path(tempfile.mkdtemp(dir=target.parent, prefix=".drawing-"))
     world.write_folder(draft, scenes, config.seed, num_phrasings=len(world.SOLID_PHRASES), jitter=config.jitter)
     try:

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from t2ilib.config import ConfigError, check_choice
+from t2ilib.config import ConfigError, ShapesConfig, check_choice
 from t2ilib.seeds import numpy_generator_for, seed_for
 
 RESOLUTION = 64
@@ -104,6 +104,7 @@ def all_scenes(concept: str | None = None) -> tuple[Scene, ...]:
     )
 
 
+@cache
 def split_of(scene: Scene) -> str:
     """ "train" (80% of all combinations), "validation" (10%) or "test" (10%), fixed by the combination alone."""
     bucket = seed_for(0, "shapes split", *asdict(scene).values()) % 10
@@ -118,6 +119,33 @@ def sample_scenes(count: int, split: str, seed: int, concept: str | None = None)
     rng = numpy_generator_for(seed, "shapes scenes", split, concept or "base")
     order = np.concatenate([rng.permutation(len(pool)) for _ in range(-(-count // len(pool)))])
     return [pool[i] for i in order[:count]]
+
+
+@cache
+def tuning_split_of(scene: Scene) -> str:
+    """The same for what settings are searched on, which scenes of "train" alone are: 60%, 15% and 25% of them."""
+    bucket = seed_for(0, "shapes tuning split", *asdict(scene).values()) % 20
+    return "validation" if bucket < 3 else "test" if bucket < 8 else "train"
+
+
+def tuning_scenes(count: int, split: str, seed: int, taken: int, concept: str | None = None) -> list[Scene]:
+    """`count` scenes to search settings on, of none of which a final run knows: from the other end of the order whose first `taken`
+    scenes are the final runs' training pictures (`sample_scenes` of "train" with this seed).
+
+    Raises ConfigError where there are not so many.
+    """
+    if split not in ("train", "validation", "test"):
+        raise ValueError(f"split {split!r} is not one of train, validation, test")
+    pool = [scene for scene in all_scenes(concept) if split_of(scene) == "train"]
+    order = numpy_generator_for(seed, "shapes scenes", "train", concept or "base").permutation(len(pool))
+    left = [pool[i] for i in order[taken:][::-1]]
+    found = [scene for scene in left if tuning_split_of(scene) == split]
+    if count > len(found):
+        raise ConfigError(
+            f"data.part tuning needs {count} scenes of {concept or 'base'} for {split}, and beside the {taken} that final runs are trained"
+            f" on the drawn world has {len(found)}: lower shapes.num_pictures or shapes.checked_prompts"
+        )
+    return found[:count]
 
 
 def caption(scene: Scene, phrasing: int = 0) -> str:
@@ -247,16 +275,31 @@ def write_folder(folder: Path, scenes: Sequence[Scene], seed: int, num_phrasings
 
 def mixed_scenes(count: int, split: str, seed: int, kinds: Sequence[str]) -> list[Scene]:
     """`count` scenes shared evenly among `kinds`: "base" and the names in CONCEPTS; raises ValueError for another name."""
+    return [
+        scene
+        for kind, share in shares(count, kinds).items()
+        for scene in sample_scenes(share, split, seed, None if kind == "base" else kind)
+    ]
+
+
+def mixed_tuning_scenes(count: int, split: str, world: ShapesConfig, kinds: Sequence[str]) -> list[Scene]:
+    """The same of scenes to search settings on, beside what final runs of `world` are trained on. Raises ConfigError as
+    `tuning_scenes` does."""
+    taken = shares(world.num_pictures, world.scenes)
+    return [
+        scene
+        for kind, share in shares(count, kinds).items()
+        for scene in tuning_scenes(share, split, world.seed, taken.get(kind, 0), None if kind == "base" else kind)
+    ]
+
+
+def shares(count: int, kinds: Sequence[str]) -> dict[str, int]:
+    """Kind -> its even share of `count`; raises ConfigError for a kind that does not exist, or is named twice."""
     for kind in kinds:
         check_choice(kind, ("base", *CONCEPTS), "shapes.scenes")
     if not kinds or len(set(kinds)) < len(kinds):
         raise ConfigError(f"shapes.scenes {', '.join(kinds) or 'is empty'}: name each kind once, at least one")
-    shares = [count // len(kinds) + (i < count % len(kinds)) for i in range(len(kinds))]
-    return [
-        scene
-        for kind, share in zip(kinds, shares, strict=True)
-        for scene in sample_scenes(share, split, seed, None if kind == "base" else kind)
-    ]
+    return {kind: count // len(kinds) + (i < count % len(kinds)) for i, kind in enumerate(kinds)}
 
 
 def scene_from(values: dict[str, str]) -> Scene:

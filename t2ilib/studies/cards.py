@@ -1,4 +1,4 @@
-"""The GPUs that a study's notebooks can have, and which notebook has which: one each, while there are as many.
+"""The GPUs that a study's notebooks can have, and which notebook has which: one each, unless it is asked that they share.
 
 A process takes the first GPU that it sees, so without being told otherwise all notebooks at a time would take the same one. What is
 visible is asked of the driver's own tool, in a process that ends: torch would keep a context on every card, and memory with it.

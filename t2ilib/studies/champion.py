@@ -1,7 +1,7 @@
 """A study's champion: an adapter of the variant that leads, registered in MLflow under the alias `champion`.
 
-The rule, which the report states too: variants compete by what they learned and kept together, where every run
-measured both as shares, and otherwise by the first of CRITERIA that every run measured. There is a champion only
+The rule, which the report states too: variants compete by the study's `score`, which without a formula is what they learned and kept
+together, where every run measured both as shares, and otherwise by the first of CRITERIA that every run measured (`scoring`). There is a champion only
 where the lead is shown against every other trained variant, all pairs paid for. Of the leader's runs the one nearest
 to their median is registered: the best one would be the luck of its seed.
 
@@ -16,14 +16,10 @@ from dataclasses import dataclass
 from t2ilib.evaluation.metrics import Metric
 from t2ilib.statistics.pooled import leads, not_tested
 from t2ilib.studies.runs import StudyRun
+from t2ilib.studies.scoring import scoring
 from t2ilib.tracking.models import MODEL_TAG, NO_MODEL, register_version
 
 ALIAS = "champion"
-CRITERIA = ("learned", "kept", "loss", "followed")
-"""Roles of metrics, in the order in which they may decide; of each the first metric that every run measured."""
-TOGETHER = Metric("learned and kept together", "share", "higher")
-"""The harmonic mean of both shares, as F1 is of precision and recall: it is 0 for what learned nothing, however much
-it kept."""
 
 
 @dataclass(frozen=True)
@@ -49,53 +45,32 @@ class Lead:
     doubt: str
 
 
-def criteria(results: Sequence[Mapping[str, float]], declared: Mapping[str, Metric]) -> dict[str, str]:
-    """Role -> metric, in the order of CRITERIA, of those that every run measured."""
-    found = {}
-    for role in CRITERIA:
-        named = [key for key, metric in declared.items() if metric.role == role and metric.better]
-        everywhere = [key for key in named if all(key in metrics for metrics in results)]
-        if everywhere:
-            found[role] = everywhere[0]
-    return found
-
-
 def choose(
     results: Mapping[str, Mapping[int, Mapping[str, float]]],
     declared: Mapping[str, Metric],
     titles: Mapping[str, str] | None = None,
+    score: str | None = None,
 ) -> Choice | None:
-    """Who leads by the rule, and whether the lead is shown; None where no metric of CRITERIA was measured by every run.
+    """Who leads by the study's `score`, or by the rule, and whether the lead is shown; None where the rule has no metric of CRITERIA that
+    every run measured. Raises ConfigError as `scoring` does.
 
     `results`: trained variant -> {seed: metrics}. `titles`: what variants are called in a doubt.
     """
     every = [metrics for by_seed in results.values() for metrics in by_seed.values()]
-    deciding = criteria(every, declared) if every else {}
-    if not deciding:
+    scored = scoring(every, declared, score) if every else None
+    if scored is None:
         return None
-    parts = [deciding[role] for role in ("learned", "kept") if role in deciding]
-    if len(parts) < 2 or any((declared[key].unit, declared[key].better) != ("share", "higher") for key in parts):
-        parts = [next(iter(deciding.values()))]
-    metric = TOGETHER if len(parts) == 2 else declared[parts[0]]
+    metric = scored.metric
     values = {
-        variant: {
-            seed: together([metrics[key] for key in parts]) if metric is TOGETHER else metrics[parts[0]]
-            for seed, metrics in by_seed.items()
-        }
-        for variant, by_seed in results.items()
+        variant: {seed: scored.of(metrics) for seed, metrics in by_seed.items()} for variant, by_seed in results.items()
     }
     best_of = max if metric.better == "higher" else min
     leader = best_of(values, key=lambda variant: statistics.fmean(values[variant].values()))
     middle = statistics.median(values[leader].values())
     seed = min(values[leader], key=lambda seed: (abs(values[leader][seed] - middle), seed))
     doubt = doubt_of(values, leader, metric, titles or {})
-    return Choice(leader, seed, metric, tuple(declared[key] for key in parts), values, doubt)
-
-
-def together(shares: Sequence[float]) -> float:
-    """Their harmonic mean. Less than nothing learned or kept, such as pictures less like the held-out ones than the base's are, counts as
-    nothing."""
-    return statistics.harmonic_mean([max(share, 0.0) for share in shares])
+    parts = tuple(declared.get(key) or Metric(key) for key in scored.parts)
+    return Choice(leader, seed, metric, parts, values, doubt)
 
 
 def doubt_of(values: Mapping[str, Mapping[int, float]], leader: str, metric: Metric, titles: Mapping[str, str]) -> str:
@@ -110,7 +85,7 @@ def doubt_of(values: Mapping[str, Mapping[int, float]], leader: str, metric: Met
     return f"its lead is not shown against {'; '.join(close)}" if close else ""
 
 
-def find_lead(runs: Sequence[StudyRun]) -> Lead | None:
+def find_lead(runs: Sequence[StudyRun], score: str | None = None) -> Lead | None:
     """Who leads among finished runs, of which the untouched base does not compete; None where no run measured what
     decides."""
     trained = {(run.variant, run.seed): run for run in runs if run.trains}
@@ -124,7 +99,7 @@ def find_lead(runs: Sequence[StudyRun]) -> Lead | None:
     results: dict[str, dict[int, Mapping[str, float]]] = {}
     for (variant, seed), result in found.items():
         results.setdefault(variant, {})[seed] = result["metrics"]
-    choice = choose(results, {key: metric for key, metric in declared.items() if key not in mixed})
+    choice = choose(results, {key: metric for key, metric in declared.items() if key not in mixed}, score=score)
     return choice and Lead(trained[choice.leader, choice.seed], choice.metric, choice.doubt)
 
 

@@ -1,4 +1,8 @@
-"""Running the notebooks of a study side by side, one process each, and telling how far they are."""
+"""Running the notebooks of a study side by side, one process each, and telling how far they are.
+
+Where a notebook is executed, `execute` decides: in a process here, unless it is told otherwise. All else (folders, states, progress, signals,
+results) is the same wherever that is, and is done here.
+"""
 
 import json
 import queue
@@ -17,7 +21,8 @@ from t2ilib.environment import read_environments
 from t2ilib.evaluation.metrics import DECLARATIONS
 from t2ilib.memory import usable_cores
 from t2ilib.studies.cards import variables_of
-from t2ilib.studies.notebooks import end_notebook, error_text, execute_notebook, export_html
+from t2ilib.studies.notebooks import error_text, execute_notebook, export_html
+from t2ilib.studies.place import WorkerLost
 from t2ilib.studies.runs import StudyRun
 from t2ilib.tracking.outbox import Outbox
 
@@ -28,10 +33,16 @@ IN_GOOD_ORDER = ("Stopped: ", "Interrupted: ")
 (`tracking.ending`). It has not failed, and the next call goes on with it."""
 TRAINING_SHARE = 0.7
 """Of a run's time; the rest is loading and measuring. Only the ETA depends on it."""
+TIMES_LOST = 3
+"""How often a run whose worker was lost is tried again."""
 
 
 class Executor:
-    """Runs notebooks side by side, one process each, and tells how far they are. `cards`: GPUs that they have by turns."""
+    """Runs notebooks side by side, one process each, and tells how far they are.
+
+    `cards`: GPUs that they have by turns. `execute`: takes and gives what `notebooks.execute_notebook` does, and raises WorkerLost.
+    `threads`: of a kernel; without it its share of the cores here.
+    """
 
     def __init__(
         self,
@@ -41,13 +52,16 @@ class Executor:
         uri: str,
         say: Callable[[str], None],
         cards: Sequence[str] = (),
+        execute: Callable[..., tuple[int, str]] | None = None,
+        threads: int | None = None,
     ):
         self.runs, self.jobs, self.cards = runs, jobs, cards
+        self.somewhere, self.threads = execute or execute_notebook, threads
         self.slots: queue.SimpleQueue[int] = queue.SimpleQueue()
         for slot in range(jobs):
             self.slots.put(slot)
         self.parent, self.uri, self.say = parent, uri, say
-        self.lock, self.over, self.processes, self.stopping = threading.Lock(), threading.Event(), {}, False
+        self.lock, self.over, self.endings, self.stopping = threading.Lock(), threading.Event(), {}, False
         self.began, self.done, self.parts, self.shown = time.monotonic(), 0, {}, {}
 
     def run(self) -> None:
@@ -70,14 +84,14 @@ class Executor:
     def stop(self, number: int, frame) -> None:
         self.say("stopping: running notebooks commit a checkpoint; the same command goes on from there")
         self.stopping = number
-        for pid in list(self.processes.values()):
-            end_notebook(pid)
+        for end in list(self.endings.values()):
+            end()
 
     def tick(self) -> None:
         """A line every while, also when no notebook says anything: loading and measuring take their time."""
         while not self.over.wait(SECONDS_BETWEEN_LINES):
             if time.monotonic() - max(self.shown.values(), default=0.0) > SECONDS_BETWEEN_LINES:
-                self.say(f"    running: {', '.join(self.processes) or 'nothing yet'}{self.left()}")
+                self.say(f"    running: {', '.join(list(self.endings)) or 'nothing yet'}{self.left()}")
 
     def attempt(self, run: StudyRun) -> None:
         """Executes one run; whatever goes wrong in it is its own failure, and the others go on."""
@@ -89,16 +103,19 @@ class Executor:
         except Exception as error:
             self.fail(run, f"{type(error).__name__}: {error}", traceback.format_exc())
         finally:
+            self.endings.pop(run.label, None)
             self.slots.put(slot)
 
     def fail(self, run: StudyRun, reason: str, text: str) -> None:
         (run.folder / "failed.txt").write_text(text[-20000:])
         self.say(f"[{self.position(run)}] {run.label}: FAILED: {reason}\n    see {run.folder / 'failed.txt'}")
 
-    def started(self, run: StudyRun, pid: int) -> None:
-        self.processes[run.label] = pid
+    def started(self, run: StudyRun, end: Callable[[], None], times: list[float]) -> None:
+        """`end`: asks its notebook to stop; `times` gets when it began, for it may have waited for a machine until now."""
+        times.append(time.monotonic())
+        self.endings[run.label] = end
         if self.stopping:
-            end_notebook(pid)
+            end()
 
     def execute(self, run: StudyRun, slot: int = 0) -> None:
         """`slot`: its place among those that run at a time."""
@@ -113,18 +130,10 @@ class Executor:
         run.folder.mkdir(parents=True, exist_ok=True)
         (run.folder / "failed.txt").unlink(missing_ok=True)
         (run.folder / "parameters.yaml").write_text(yaml.safe_dump(run.parameters(self.parent), sort_keys=False))
-        begun = time.monotonic()
-        code, output = execute_notebook(
-            run.notebook,
-            run.folder / "notebook.ipynb",
-            run.folder / "parameters.yaml",
-            self.variables(slot),
-            lambda line: self.follow(run, line),
-            lambda pid: self.started(run, pid),
-            lambda: bool(self.stopping),
-        )
-        seconds = time.monotonic() - begun
-        self.processes.pop(run.label, None)
+        times: list[float] = []
+        code, output = self.persist(run, slot, times)
+        seconds = time.monotonic() - times[0] if times else 0.0
+        self.endings.pop(run.label, None)
         if self.stopping and code:
             return
         with self.lock:
@@ -140,11 +149,36 @@ class Executor:
             else:
                 self.fail(run, reason, f"exit code {code}\n{output}")
 
+    def persist(self, run: StudyRun, slot: int, times: list[float]) -> tuple[int, str]:
+        """Executes a run's notebook, again where its worker is lost: it goes on from its last checkpoint, wherever that is."""
+        lost = 0
+        while True:
+            try:
+                return self.somewhere(
+                    run.notebook,
+                    run.folder / "notebook.ipynb",
+                    run.folder / "parameters.yaml",
+                    self.variables(slot),
+                    lambda line: self.follow(run, line),
+                    lambda end: self.started(run, end, times),
+                    lambda: bool(self.stopping),
+                )
+            except WorkerLost as error:
+                self.endings.pop(run.label, None)
+                lost += 1
+                if self.stopping:
+                    return 128 + self.stopping, ""
+                if lost > TIMES_LOST:
+                    raise WorkerLost(f"{error}, for the {lost}th time: that is no accident") from None
+                self.say(
+                    f"[{self.position(run)}] {run.label}: {error}; it goes on from its last checkpoint ({lost} of {TIMES_LOST} times)"
+                )
+
     def variables(self, slot: int = 0) -> dict[str, str]:
         """Environment of a kernel: its share of the cores, its GPU, plain progress, and the study's store. Threads that wait give way where
         kernels share the cores; one alone is twice as fast if its threads stay awake."""
         return variables_of(slot, self.cards) | {
-            "OMP_NUM_THREADS": str(max(1, usable_cores() // self.jobs)),
+            "OMP_NUM_THREADS": str(self.threads or max(1, usable_cores() // self.jobs)),
             **({"OMP_WAIT_POLICY": "passive"} if self.jobs > 1 else {}),
             "T2ILIB_BATCH": "1",
             "MLFLOW_TRACKING_URI": self.uri,

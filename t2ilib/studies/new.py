@@ -192,7 +192,8 @@ def study_text(
     share, held_out = choose_share(records)
     names = ", ".join(shown(record.path.name) for record in held_out[:NAMED]) + ", ..." * (len(held_out) > NAMED)
     split = f"holds out {len(held_out)} of {len(records)} by their names: {names}" if held_out else "none is held out"
-    training = settings.training | {"batch_size": min(settings.training["batch_size"], len(records) - len(held_out))}
+    own = {"batch_size": min(settings.training["batch_size"], len(records) - len(held_out)), "keep_adapters": "all"}
+    training = settings.training | own
     *first, last = [COMPARISONS[chosen].title for chosen in compare]
     things = f"{', '.join(first)} or {last}: which suits" if first else f"What does {last} do with"
     question = f"{things} the {len(records)} pictures in {shown(pictures.name)}?"
@@ -207,6 +208,7 @@ def study_text(
 # Written by `t2ilib study new`; all of it may be changed until its runs have begun, prompts and measures at any time.
 #   t2ilib study run {out.name}                  one seed, few steps: does it run, does it learn?
 #   t2ilib study run {out.name} --preset full    {SEEDS_OF_FULL} seeds: what is more than seed noise?
+#   t2ilib study checkpoints {out.name}          which of the checkpoints that its runs kept is best?
 # `run` holds sections and fields of a run config: the study's, over it the preset's, over both the variant's.
 name: {name}
 question: {scalar(question, QUOTED)}

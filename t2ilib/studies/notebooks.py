@@ -6,6 +6,7 @@ declare; so parameters are read from the `parameters` cell beforehand, and only 
 
 import ast
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -74,14 +75,14 @@ def execute_notebook(
     parameters: Path,
     variables: dict[str, str],
     follow: Callable[[str], None] = lambda line: None,
-    started: Callable[[int], None] = lambda pid: None,
+    started: Callable[[Callable[[], None]], None] = lambda end: None,
     stopping: Callable[[], bool] = lambda: False,
 ) -> tuple[int, str]:
     """Runs `notebook` to `output` with a YAML file of parameters; returns the exit code and everything it printed.
 
     It runs in the caller's own folder, so that a relative path in a study means what it means in a run config.
 
-    `variables`: added to the environment. `follow` gets every line as it comes, `started` the process id; once
+    `variables`: added to the environment. `follow` gets every line as it comes, `started` what asks the notebook to stop; once
     `stopping` says so, nothing is tried again. A note beside `output` names the process while it lives, so that a later call
     can end what a killed study left running. Raises ConfigError where another study is running this notebook.
     """
@@ -103,7 +104,7 @@ def execute_notebook(
         )
         owners = {"notebook": process.pid, "study": os.getpid()}
         note.write_text(json.dumps({who: [pid, psutil.Process(pid).create_time()] for who, pid in owners.items()}))
-        started(process.pid)
+        started(functools.partial(end_notebook, process.pid))
         lines = []
         for line in process.stdout:
             lines.append(line)

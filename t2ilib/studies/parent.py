@@ -76,9 +76,10 @@ def different_fields(runs: Sequence[StudyRun]) -> list[str]:
 def variants_table(study: Study, runs: Sequence[StudyRun]) -> str:
     """Markdown: the variants that run, what each is, and what it changes."""
     present: Mapping[str, None] = dict.fromkeys(run.variant for run in runs)
+    preset = runs[0].tags["preset"]
     rows = ["| variant | | what it changes |", "|---|---|---|"]
     for name in present:
-        changed = addressed(study.variants[name].run)
+        changed = addressed(study.delta(preset, name) if preset in study.presets else study.variants[name].run)
         told = ", ".join(f"`{field}: {value}`" for field, value in changed.items()) or "nothing"
         cells = (name, study.variants[name].title, told)
         rows.append(f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |")

@@ -16,6 +16,7 @@ from t2ilib.environment import environment_now, told_differences
 from t2ilib.runfile import build_run
 from t2ilib.studies.file import Study
 from t2ilib.studies.notebooks import find_notebook, notebook_parameters
+from t2ilib.studies.tuned import TUNED
 
 COLOUR = "mlflow.runColor"
 """Tag by which MLflow's UI draws a run's curves: all seeds of a variant in one colour."""
@@ -23,13 +24,16 @@ COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e
 """Tableau's ten."""
 AFTERWARDS = ("evaluation.", "shapes.checked_prompts")
 """Beginnings of the fields that say how a finished training is judged. It takes no step to judge it otherwise."""
+VOTES = "votes"
+"""The folder of a study's folder that has what people voted."""
 RULERS = ("evaluation.validation_timesteps", "evaluation.validation_pictures")
 """Those of them that the losses during training were measured by already, which nothing can measure again."""
 
 
 @dataclass(frozen=True, eq=False)
 class StudyRun:
-    """One notebook execution. `settings`: the sections and fields that the study says of it; all else is RunConfig's default.
+    """One notebook execution. `settings`: the sections and fields that the study says of it; all else is RunConfig's default. `trial`: of
+    which trial of a search it is.
 
     `state`: finished, outdated (finished, and to be measured again as the study says now), edited (finished, and the study now
     says another run), failed, interrupted (has started, says nothing more) or new.
@@ -41,10 +45,12 @@ class StudyRun:
     folder: Path
     notebook: Path
     tags: dict[str, str]
+    trial: int | None = None
 
     @property
     def label(self) -> str:
-        return f"{self.variant} seed {self.seed}"
+        trial = "" if self.trial is None else f" trial {self.trial}"
+        return f"{self.variant}{trial} seed {self.seed}"
 
     @property
     def digest(self) -> str:
@@ -108,6 +114,7 @@ def plan_runs(
     for name in only:
         check_choice(name, study.variants, "variant")
     chosen = only or study.of_preset(preset)
+    require_tuned(study, file, preset, chosen, seeds)
     folder = results / f"{study.name}-{preset}"
     colours = dict(zip(study.variants, itertools.cycle(COLOURS), strict=False))
     notebooks = {name: find_notebook(notebook, file) for name, notebook in study.notebooks().items()}
@@ -124,6 +131,21 @@ def plan_runs(
         for name in study.variants
         if name in chosen
     ]
+
+
+def require_tuned(study: Study, file: Path, preset: str, chosen: Sequence[str], seeds: Sequence[int]) -> None:
+    """Raises ConfigError for variants of a preset at tuned values that were not tuned, and for seeds that they were tuned with."""
+    tuned = study.presets[preset].tuned
+    if tuned is None:
+        return
+    if lacking := [name for name in chosen if name not in tuned and study.trains(preset, name)]:
+        plain = preset.removesuffix(TUNED)
+        raise ConfigError(
+            f"{', '.join(lacking)} {'was' if len(lacking) == 1 else 'were'} not tuned, so that {preset} would compare what was searched with"
+            f" what was not: t2ilib study tune {file} --preset {plain} {' '.join(f'--only {name}' for name in lacking)}"
+        )
+    if shared := sorted({*seeds} & {*study.tuning.seeds}):
+        raise ConfigError(f"seeds {', '.join(map(str, shared))} are those that {preset} was tuned with: take others")
 
 
 def check_notebooks(runs: Sequence[StudyRun]) -> None:

@@ -11,9 +11,8 @@ import json
 import os
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -24,13 +23,17 @@ from t2ilib.evaluation.metrics import check_measures
 from t2ilib.memory import GIB, available_memory
 from t2ilib.planning.bound import surely_fits
 from t2ilib.runfile import merge
-from t2ilib.studies.cards import VISIBLE, sharing, tell_sharing, visible_cards
+from t2ilib.studies.cards import VISIBLE, sharing
 from t2ilib.studies.champion import find_lead, name_champion
 from t2ilib.studies.executor import Executor
 from t2ilib.studies.file import Study, load_study
 from t2ilib.studies.notebooks import error_text, execute_notebook, export_html, find_notebook, notebook_parameters
 from t2ilib.studies.parent import describe_parent, parent_run
-from t2ilib.studies.runs import StudyRun, check_notebooks, plan_runs, require_same_versions, require_unedited
+from t2ilib.studies.place import Demand
+from t2ilib.studies.runs import VOTES, StudyRun, check_notebooks, plan_runs, require_same_versions, require_unedited
+from t2ilib.studies.tuned import TRIALS, TUNED, TUNING
+from t2ilib.studies.where import ask_here, open_place
+from t2ilib.text import write_whole
 from t2ilib.tracking.outbox import Outbox, keeps, send_kept
 from t2ilib.tracking.store import check_store, connected, database_file, open_client, reap_stale_runs, tracking_uri
 
@@ -40,11 +43,18 @@ SMALLEST_CARD = 8 * GIB
 """What a variant surely fits into needs no look at the device, for which torch would have to be loaded."""
 
 
-def tell_misfits(runs: Sequence[StudyRun], jobs: int, say: Callable[[str], None], cards: Sequence[str] = ()) -> None:
+def tell_misfits(
+    runs: Sequence[StudyRun],
+    jobs: int,
+    say: Callable[[str], None],
+    cards: Sequence[str] = (),
+    ask: Callable[..., Any] = ask_here,
+) -> None:
     """Says of every variant that will probably not fit its device beside those that share it while `jobs` of them run, with the
     cheapest change; those with `training.require_fit` are a ConfigError.
 
-    Asked once a variant, and in a process of its own: tracing takes torch, and a GPU's context stays as long as its process.
+    Asked once a variant, and by `ask` in a process of its own, where the notebooks will be: tracing takes torch, and a GPU's context stays as
+    long as its process.
     Variants of small models, and those that have begun, are not asked about.
     """
     smallest = min(available_memory() / jobs, SMALLEST_CARD / sharing(jobs, cards))
@@ -53,8 +63,7 @@ def tell_misfits(runs: Sequence[StudyRun], jobs: int, say: Callable[[str], None]
     asked = [(variant, config) for variant, config in configs.items() if not surely_fits(config, smallest)]
     if not asked:
         return
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        found = pool.submit(misfits_of, asked, jobs, list(cards)).result()
+    found = ask(misfits_of, asked, jobs, list(cards))
     refused = [line for strict, line in found if strict]
     if refused:
         raise ConfigError(f"{len(refused)} variant(s) do not fit this machine:\n  " + "\n  ".join(refused))
@@ -99,11 +108,16 @@ def run_study(
     preset: str = "quick",
     only: Sequence[str] = (),
     seeds: Sequence[int] = (),
-    jobs: int = 1,
+    jobs: int | None = None,
     results: Path = Path("results"),
     say: Callable[[str], None] = print,
+    on: str = "here",
+    per_card: int = 1,
 ) -> list[StudyRun]:
-    """Runs what is not finished, `jobs` notebooks at a time, then the report. Returns all runs of the preset; look at their `state`.
+    """Runs what is not finished, `jobs` notebooks at a time. Returns all runs of the preset; look at their `state`.
+
+    `on`: where, here or on a Ray cluster (`where.WHERE`); `jobs`: None for what suits the place, one at a time here; `per_card`: how many
+    may share a GPU.
 
     Raises ConfigError before anything starts for mistakes in the study file and for pictures that cannot be used. KeyboardInterrupt and SIGTERM reach the
     running notebooks, which commit a checkpoint; the next call resumes them.
@@ -125,24 +139,27 @@ def run_study(
         if keeps(run.folder):
             for told in filter(None, send_kept(run.folder).values()):
                 say(told)
-    cards = visible_cards() if pending else []
-    tell_misfits(pending, jobs, say, cards)
     folder = runs[0].folder.parents[1]
-    write_study(study, preset, folder)
-    again = sum(run.state == "outdated" for run in pending)
-    say(
-        f"study {study.name}, preset {preset}: {len(runs)} runs, {len(runs) - len(pending)} finished before, {len(pending)} to do"
-        f"{f' ({again} of them only to measure again)' * bool(again)}, {jobs} at a time"
-    )
-    if pending:
-        if about := tell_sharing(min(jobs, len(pending)), cards):
-            say(about)
+    if not pending:
+        write_study(study, preset, folder)
+        say(f"study {study.name}, preset {preset}: {len(runs)} runs, all finished before")
+        return runs
+    with open_place(on, Demand(len(pending), jobs, per_card, uri, say)) as place:
+        tell_misfits(pending, place.jobs if place.cards else place.sharing, say, place.cards, place.ask)
+        write_study(study, preset, folder)
+        again = sum(run.state == "outdated" for run in pending)
+        say(
+            f"study {study.name}, preset {preset}: {len(runs)} runs, {len(runs) - len(pending)} finished before, {len(pending)} to do"
+            f"{f' ({again} of them only to measure again)' * bool(again)}, {place.jobs} at a time"
+        )
+        if place.about:
+            say(place.about)
         client, experiment = open_client(uri, study.name, results)
         reap_stale_runs(client, experiment)
         parent = parent_run(client, experiment, study, preset, folder)
         describe_parent(client, parent, study, runs)
         try:
-            Executor(pending, jobs, parent, uri, say, cards).run()
+            Executor(pending, place.jobs, parent, uri, say, place.cards, place.execute, place.threads).run()
         finally:
             outbox = Outbox(folder, uri, parent, client)
             status = "FINISHED" if all(run.state == "finished" for run in runs) else "FAILED"
@@ -168,8 +185,15 @@ def write_study(study: Study, preset: str, folder: Path) -> None:
         "margins": study.margins,
         "seeds": chosen.seeds,
         "run": merge(study.run, chosen.run),
-        "variants": {name: values["variants"][name] for name in told},
+        "variants": {name: values["variants"][name] | {"run": study.delta(preset, name)} for name in told},
     }
+    if study.score is not None:
+        content["score"] = study.score
+    if chosen.tuned is not None:
+        content["tuned"] = chosen.tuned
+        trials = folder.with_name(folder.name.removesuffix(TUNED) + TUNING) / TRIALS
+        if trials.exists():  # for the report, which is made of this folder alone
+            write_whole(folder / TRIALS, trials.read_text())
     text, target = json.dumps(content, indent=1), folder / "study.json"
     if not target.exists() or target.read_text() != text:
         target.write_text(text)
@@ -186,7 +210,13 @@ def write_report(path: Path, preset: str, results: Path) -> Path:
         folder / "report.ipynb",
         folder / "report-parameters.yaml",
     )
-    sources = [source, folder / "study.json", *folder.rglob("result.json")]
+    sources = [
+        source,
+        folder / "study.json",
+        *folder.rglob("result.json"),
+        *folder.glob(f"{VOTES}/*.json"),
+        *folder.glob(TRIALS),
+    ]
     page = notebook.with_suffix(".html")
     if page.exists() and page.stat().st_mtime > max(file.stat().st_mtime for file in sources):
         return page
@@ -208,7 +238,7 @@ def champion_line(
         return f"none yet: {lacking} of the preset's {len(runs)} runs are not finished"
     uri, name = tracking_uri(None, results), f"{study.name}-{preset}"
     with connected(uri, database_file(uri)) as client:
-        return name_champion(client, name, find_lead(runs), *(card(name) if card else ()))
+        return name_champion(client, name, find_lead(runs, study.score), *(card(name) if card else ()))
 
 
 def status_rows(path: Path, preset: str, results: Path) -> list[dict[str, str]]:

@@ -4,6 +4,7 @@ samples came to be, over the run (an animation) and over the sampling steps (str
 import json
 import logging
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -145,3 +146,9 @@ class Evaluation:
         grids = [self.folder / f"grid-{at:06d}.png" for at in (0, step)]
         due = (losses if self.validates(step) else [], grids if self.draws(step) else [])
         return self.due(step) and any(both and both[0].exists() and not both[1].exists() for both in due)
+
+
+def prompts_of(run: RunConfig) -> Sequence[str]:
+    """`evaluation.prompts`, or what the newest samples of its training were drawn of."""
+    told = sorted((run.output / "samples").glob(f"step-*/{PROMPTS}"))
+    return run.evaluation.prompts or (tuple(json.loads(told[-1].read_text())) if told else ())

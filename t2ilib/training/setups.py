@@ -24,7 +24,7 @@ from t2ilib.adapters.tokens import drop_gradients, last_step, require_in_caption
 from t2ilib.adapters.weights import read_layers
 from t2ilib.config import ModelConfig, ObjectiveConfig, RunConfig
 from t2ilib.data.cache import EncodedDataset, Fresh, FreshText, encoded_folder, keep_latents, keep_text
-from t2ilib.data.dataset import Dataset
+from t2ilib.data.dataset import Dataset, some_captions
 from t2ilib.data.prior import build_order, loss_terms, loss_weights
 from t2ilib.data.samples import Samples
 from t2ilib.data.store import ALONE, Share
@@ -46,9 +46,6 @@ from t2ilib.training.stages import StagedDataset, earlier_samples
 from t2ilib.training.validation import GRID_SEED, declared, held_out_loss
 
 log = logging.getLogger(__name__)
-
-GRID_PROMPTS = 8
-"""Captions that make the prompts of the sample grids where `evaluation.prompts` is empty."""
 
 
 def nothing_measured(step: int) -> dict[str, float]:
@@ -266,18 +263,6 @@ def needed_in_steps(run: RunConfig, components: Components) -> tuple[str, ...]:
     """The parts besides the UNet that a step works with, by name."""
     text = () if run.data.cache == "all" and not trains_text(run) else tuple(components.text_encoders)
     return (*text, *(("vae",) if run.data.cache == "off" else ()))
-
-
-def some_captions(held_out: Sequence[str], training: Sequence[str]) -> tuple[str, ...]:
-    """GRID_PROMPTS different captions, held-out ones first, from all along the order that they are in: what lies together is often
-    alike."""
-    own = dict.fromkeys(held_out)
-    rest = [caption for caption in dict.fromkeys(training) if caption not in own]
-    chosen: list[str] = []
-    for captions in (list(own), rest):
-        wanted = GRID_PROMPTS - len(chosen)
-        chosen += captions[:: max(1, len(captions) // max(1, wanted))][:wanted]
-    return tuple(chosen)
 
 
 def measured_part(held_out: Dataset, most: int) -> Dataset:

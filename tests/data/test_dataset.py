@@ -40,6 +40,22 @@ def test_captions_are_edited_and_which_pictures_are_held_out_stays(folder, caplo
     assert "edited by the tagger pattern" in caplog.text
 
 
+@pytest.mark.parametrize("apart", [False, True])
+def test_while_tuning_what_final_runs_hold_out_takes_no_part(tmp_path, captioned, apart):
+    """Whether it is a share of the pictures or lies elsewhere; and what is held out is then no part of what is trained on."""
+    pictures = captioned(tmp_path / "many", 40)
+    told = {"path": pictures, "validation_share": 0.25}
+    told |= {"validation_path": captioned(tmp_path / "elsewhere", 5)} if apart else {}
+    final, tuning = load(**told), load(**told, part="tuning")
+    of_final, of_tuning = ([{record.path for record in part.records} for part in both] for both in (final, tuning))
+    assert of_tuning[0] | of_tuning[1] == of_final[0]
+    assert not of_tuning[0] & of_tuning[1]
+    assert 3 <= len(of_tuning[1]) <= 20
+    aside = {path for path, why in tuning[0].aside if why == "held out of final runs"}
+    assert aside == (set() if apart else of_final[1])
+    assert load(**told, part="tuning", streaming=False)[0].digest == tuning[0].digest
+
+
 def test_held_out_captions_stay_as_they_were_where_that_is_asked(folder):
     edited, held_out = load(path=folder, validation_share=0.25, captions=["drop_words=caption"], edit_held_out=False)
     assert all(caption.isdigit() for caption in edited.captions())

@@ -8,6 +8,7 @@ from t2ilib.data.sources import folder
 from t2ilib.runfile import build_run
 from t2ilib.shapes import source as shapes_source
 from t2ilib.shapes import world
+from t2ilib.shapes.checker import checked_scenes
 
 CONFIG = DataConfig()
 
@@ -36,6 +37,22 @@ def test_shapes_are_drawn_once(shapes_config, tmp_path, monkeypatch):
     again, _ = load_datasets(drawn_run(shapes_config))
     assert again.digest == training.digest
     assert not calls
+
+
+def test_what_settings_are_searched_on_is_in_nothing_that_final_runs_see(shapes_config):
+    """Neither trained on, nor held out, nor asked for at the end."""
+    config = shapes_config.model_copy(update={"num_pictures": 60, "checked_prompts": 40})
+    seen = {}
+    for part in ("final", "tuning"):
+        run = build_run({"adapter": {}, "data": {"source": "shapes", "part": part}, "shapes": config.model_dump()})
+        training, held_out = load_datasets(run)
+        assert (len(training), len(held_out)) == (60, 3)
+        scenes = [world.scene_from(record.scene) for record in (*training.records, *held_out.records)]
+        scenes += [scene for group in checked_scenes(run).values() for scene in group]
+        assert len(set(scenes)) == len(scenes) == 60 + 3 + 2 * 40
+        seen[part] = set(scenes)
+    assert not seen["final"] & seen["tuning"]
+    assert {scene.concepts for scene in seen["tuning"]} == {scene.concepts for scene in seen["final"]}
 
 
 def test_data_seed_and_scenes_have_folders_of_their_own(shapes_config):

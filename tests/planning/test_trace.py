@@ -28,7 +28,7 @@ from t2ilib.planning.ledger import FLOAT32_ON_CUDA, Ledger
 from t2ilib.planning.trace import MemoryPlan, plan_memory, trace_run
 from t2ilib.planning.unloaded import begin_unloaded, build_unloaded, native_resolution
 from t2ilib.runfile import build_run, override_values
-from t2ilib.studies import study
+from t2ilib.studies import study, where
 from t2ilib.training import loop
 from t2ilib.training.setups import begin_base, trained_modules
 
@@ -359,7 +359,7 @@ def test_a_study_tells_of_variants_that_do_not_fit_and_refuses_those_that_ask_fo
         def submit(self, function, *arguments):
             return SimpleNamespace(result=lambda: function(*arguments))
 
-    monkeypatch.setattr(study, "ProcessPoolExecutor", lambda *_, **__: nullcontext(InThisProcess()))
+    monkeypatch.setattr(where, "ProcessPoolExecutor", lambda *_, **__: nullcontext(InThisProcess()))
     monkeypatch.setattr(fit, "plan_memory", invented)
     plain = ROOT / "experiments" / "adapters.yaml"
     runs = study.plan_runs(study.load_study(plain), plain, "quick", tmp_path)
@@ -368,7 +368,7 @@ def test_a_study_tells_of_variants_that_do_not_fit_and_refuses_those_that_ask_fo
     assert said[0].startswith("base: this run needs ")
     assert said[0].endswith("It is tried all the same")
 
-    monkeypatch.setattr(study, "ProcessPoolExecutor", lambda *_, **__: pytest.fail("a process was started"))
+    monkeypatch.setattr(where, "ProcessPoolExecutor", lambda *_, **__: pytest.fail("a process was started"))
     study.tell_misfits(runs, 1, said.append)
 
 

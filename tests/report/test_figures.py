@@ -128,3 +128,17 @@ def test_the_overview_is_what_there_is(tmp_path):
     for path in folder.glob("*/seed0/pictures/prompts.json"):
         path.unlink()
     assert len(plot_overview(load_report(folder)).axes) == 1
+
+
+def test_what_is_worse_than_nothing_is_drawn_too(tmp_path):
+    """A share of a way gone, as measures without a checker give it, may be below zero."""
+    folder = write_study(tmp_path / "study", [0])
+    path = folder / "dora" / "seed0" / "result.json"
+    result = json.loads(path.read_text())
+    result["metrics"]["concept/learned"] = -0.8
+    path.write_text(json.dumps(result))
+    axes = plot_learned_kept(load_report(folder)).axes[0]
+    assert axes.get_ylim()[0] < -0.8
+    assert min(axes.get_yticks()) < -0.5
+    ordinary = plot_learned_kept(load_report(write_study(tmp_path / "ordinary", [0]))).axes[0]
+    assert ordinary.get_ylim()[0] >= -0.05

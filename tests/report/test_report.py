@@ -9,6 +9,7 @@ import pytest
 from reporting import TRUTH, cells, write_own_study, write_run, write_study
 
 from t2ilib.config import ConfigError
+from t2ilib.evaluation.metrics import Metric
 from t2ilib.report import (
     caveats,
     compare,
@@ -30,6 +31,7 @@ from t2ilib.report import (
     verdict_table,
     write_markdown,
 )
+from t2ilib.report.tables import write_number
 
 
 @pytest.fixture(scope="module")
@@ -433,3 +435,9 @@ def test_a_wrong_study_file_is_an_error(tmp_path, changes, message):
 def test_a_folder_without_a_study_is_an_error(tmp_path):
     with pytest.raises(ConfigError, match=r"no study\.json"):
         load_report(tmp_path)
+
+
+def test_nothing_is_written_as_less_than_nothing():
+    assert write_number(-0.0001, Metric("x", "share")) == "0.0 %"
+    assert write_number(-0.0001, Metric("x", "share"), signed=True) == "-0.0 pp"
+    assert write_number(-1234.4, Metric("x", "count")) == "-1,234"

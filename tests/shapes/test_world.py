@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from t2ilib.config import DataConfig
+from t2ilib.config import ConfigError, DataConfig
 from t2ilib.data.sources import folder
 from t2ilib.shapes import world
 from t2ilib.shapes.checker import ATTRIBUTES, UNREADABLE, check, judge, read
-from t2ilib.shapes.world import CONCEPTS, Scene, all_scenes, caption, render, sample_scenes, split_of
+from t2ilib.shapes.world import CONCEPTS, Scene, all_scenes, caption, render, sample_scenes, split_of, tuning_scenes
 
 NUM_DRAWN = 60
 SCENE = Scene("square", "red", "large", "center", "white", "slightly tilted")
@@ -71,6 +71,36 @@ def test_splits_are_disjoint_and_cover_all_combinations(concept):
     assert sum(map(len, splits.values())) == len(pool)
     assert len(splits["train"]) / len(pool) == pytest.approx(0.8, abs=0.04)
     assert len(splits["test"]) / len(pool) == pytest.approx(0.1, abs=0.03)
+
+
+@pytest.mark.parametrize("concept", [None, *CONCEPTS])
+def test_scenes_for_tuning_are_in_no_split_of_final_runs(concept):
+    """With as many training pictures as the shipped studies have, and of another seed too, whatever is asked for."""
+    splits = ("train", "validation", "test")
+    for seed in (0, 5):
+        final = {name: set(sample_scenes(250, name, seed, concept)) for name in splits}
+        tuning = {
+            name: tuning_scenes(count, name, seed, 250, concept)
+            for name, count in zip(splits, (250, 48, 96), strict=True)
+        }
+        assert all(len(set(scenes)) == len(scenes) for scenes in tuning.values())
+        used = [scene for scenes in tuning.values() for scene in scenes]
+        assert len(set(used)) == len(used), "one scene in two of the tuning's own parts"
+        assert not set(used) & set().union(*final.values())
+        assert tuning_scenes(9, "test", seed, 0, concept) == tuning["test"][:9], "others where fewer are taken"
+
+
+def test_scenes_for_tuning_are_refused_where_final_runs_leave_too_few():
+    size = sum(split_of(scene) == "train" for scene in all_scenes("striped"))
+    assert len(tuning_scenes(1, "test", 0, size - 50, "striped")) == 1
+    with pytest.raises(
+        ConfigError, match=r"needs 30 scenes of striped for test, .* has \d+: lower shapes.num_pictures"
+    ):
+        tuning_scenes(30, "test", 0, size - 50, "striped")
+    with pytest.raises(ConfigError, match="has 0: lower"):
+        tuning_scenes(1, "train", 0, 2 * size, "striped")
+    with pytest.raises(ValueError, match="train, validation, test"):
+        tuning_scenes(1, "tuning", 0, 0)
 
 
 def test_the_worlds_are_as_large_as_their_grammar():

@@ -1,17 +1,21 @@
 """Which notebook has which GPU: one each while there are as many, by turns where not; and what is compared with which memory."""
 
+import contextlib
 import threading
 from pathlib import Path
 
 import pytest
 import torch
 
+from t2ilib.config import ConfigError
 from t2ilib.memory import GIB
 from t2ilib.planning import fit
-from t2ilib.studies import cards, executor, study
+from t2ilib.studies import cards, executor, study, where
 from t2ilib.studies.cards import VISIBLE, parse_listing, sharing, tell_sharing, visible_cards
 from t2ilib.studies.executor import Executor
+from t2ilib.studies.place import Demand
 from t2ilib.studies.runs import StudyRun
+from t2ilib.studies.where import open_place
 
 LISTING = """GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-11111111-aaaa)
 GPU 1: NVIDIA A100-SXM4-40GB (UUID: GPU-22222222-bbbb)
@@ -86,6 +90,46 @@ def test_notebooks_that_run_at_a_time_have_cards_by_turns(
     assert all((run.folder / "failed.txt").read_text().startswith("exit code 1") for run in runs)
     for number in (0, 3):
         assert sorted(seen[number : number + 3], key=str) == expected
+
+
+@pytest.mark.parametrize("on", ["here", "ray"])
+@pytest.mark.parametrize(
+    ("few", "jobs", "runs", "per_card", "refused"),
+    [
+        (
+            ["a"],
+            2,
+            9,
+            1,
+            "--jobs 2: this machine's GPU takes 1 notebook at a time, which makes 1. Take --jobs 1, or say --per-card 2 ",
+        ),
+        (
+            ["a", "b"],
+            5,
+            9,
+            2,
+            "each of this machine's 2 GPUs takes 2 notebooks at a time, which makes 4. .* or say --per-card 3 ",
+        ),
+        (["a", "b"], 2, 9, 1, ""),
+        (["a", "b"], 4, 9, 2, ""),
+        (["a"], 3, 1, 1, ""),  # there is but one run
+        (["a"], None, 9, 1, ""),
+        ([], 3, 9, 1, ""),
+    ],
+)
+def test_a_gpu_is_shared_only_if_that_is_asked_for(
+    few: list[str], jobs: int | None, runs: int, per_card: int, refused: str, on: str, monkeypatch
+) -> None:
+    monkeypatch.setattr(where, "visible_cards", lambda: few)
+    monkeypatch.setattr(where, "on_own_cluster", lambda jobs, cards, demand: contextlib.nullcontext())
+    demand = Demand(runs, jobs, per_card, "sqlite:///x", print)
+    if refused:
+        with pytest.raises(ConfigError, match=refused), open_place(on, demand):
+            pass
+    else:
+        with open_place(on, demand) as place:
+            if on == "here":
+                assert (place.jobs, place.cards) == (jobs or 1, few)
 
 
 def test_a_variant_is_held_against_the_smallest_card_and_those_that_share_it(monkeypatch) -> None:

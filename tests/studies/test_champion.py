@@ -18,8 +18,9 @@ from t2ilib.models.load import load_base
 from t2ilib.report import champion, headline, load_report
 from t2ilib.runfile import build_run
 from t2ilib.seeds import seed_for
-from t2ilib.studies.champion import ALIAS, TOGETHER, Lead, choose, find_lead, name_champion
+from t2ilib.studies.champion import ALIAS, Lead, choose, find_lead, name_champion
 from t2ilib.studies.runs import StudyRun
+from t2ilib.studies.scoring import TOGETHER
 from t2ilib.tracking.models import MODEL_TAG
 from t2ilib.tracking.store import open_client, tracking_uri
 from t2ilib.tracking.tracker import open_tracker
@@ -159,6 +160,8 @@ def test_what_was_kept_counts_and_what_learned_nothing_cannot_win() -> None:
     assert {name: own[0] for name, own in choice.values.items()} == pytest.approx(
         {"both": 0.4 / 0.9, "forgetful": 0.12 / 0.7, "lazy": 0.0}
     )
+    assert choose(results, declared, score="concept/learned + 0 * kept").leader == "forgetful", "the study's own word"
+    assert choose(results, declared, score="-loss").leader == "lazy"
     for metrics in results.values():
         del metrics[0]["base_kept/all"]
     assert choose(results, declared).leader == "forgetful", "what was learned decides alone"

@@ -19,7 +19,7 @@ from t2ilib.config import ConfigError
 from t2ilib.environment import environment_now
 from t2ilib.runfile import load_run
 from t2ilib.shapes import world
-from t2ilib.studies import executor, notebooks, study
+from t2ilib.studies import notebooks, study, where
 from t2ilib.studies.file import load_study
 from t2ilib.studies.notebooks import error_text, find_notebook, notebook_parameters
 from t2ilib.studies.runs import plan_runs, require_same_versions, write_out
@@ -376,7 +376,7 @@ def test_changed_prompts_and_measures_are_measured_again_not_trained_again(study
     assert any(line.endswith("other seed 0: starting (measuring again)") for line in said)
     edit(study_file, lambda c: c["variants"]["other"]["run"]["evaluation"].update(prompts=["a hen"]))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(executor, "execute_notebook", lambda *_: (1, "RuntimeError: out of memory"))
+        patch.setattr(where, "execute_notebook", lambda *_: (1, "RuntimeError: out of memory"))
         run_study(study_file, results=results, say=said.append)
     assert states() == {"plain": "finished", "other": "outdated"}, "what was measured before is lost"
     edit(study_file, lambda c: c["variants"]["other"]["run"]["evaluation"].update(prompts=["a dog"]))

@@ -32,10 +32,11 @@ def load(config: DataConfig) -> Listing:
     return read_folder(Path(config.path), config, apart=config.validation_path and Path(config.validation_path))
 
 
-def hold_out(records: Sequence[Record], share: float) -> tuple[list[Record], list[Record]]:
+def hold_out(records: Sequence[Record], share: float, purpose: str = "held out") -> tuple[list[Record], list[Record]]:
     """Training and held-out records; held out by their names' hashes, so adding a picture moves no other (unless the share
-    holds out none, and the one with the smallest hash stands in). Raises ConfigError where none is left to train on."""
-    place = {record: seed_for(0, "held out", address(record.path.name)) / 2**63 for record in records}
+    holds out none, and the one with the smallest hash stands in). `purpose`: another one holds out others. Raises ConfigError where
+    none is left to train on."""
+    place = {record: seed_for(0, purpose, address(record.path.name)) / 2**63 for record in records}
     held_out = {record for record in records if place[record] < share}
     if share and not held_out:
         held_out = {min(records, key=place.__getitem__)}
