@@ -3,7 +3,7 @@
     python experiments/benchmarks/measures.py run
     python experiments/benchmarks/measures.py tables --ship
 
-`run` trains 42 runs in one process, half a minute each, and leaves a file of numbers of each in results/measures; a run whose pictures are there
+`run` trains 53 runs in one process, half a minute each, and leaves a file of numbers of each in results/measures; a run whose pictures are there
 is not done again (`again` measures them again). `tables` says how each measure's order of the runs agrees with the checker's, and which runs it calls over-trained;
 `--ship` writes that into the package, where the report reads it.
 
@@ -83,6 +83,18 @@ MODELS = ("clip-patches", "clip")
 """The tiny CLIP: all of its patches, and its one vector."""
 OF_THEIR_OWN = ("likeness", "drift", "diversity", "memorising")
 DRAWS = 2000
+HEAD = """# How far measures without a checker can be trusted
+
+Made by
+
+{commands}
+{counted} runs of very different quality on two concepts of the drawn world, judged by measures that know no truth, and by the checker, which does.
+Rank correlations are means over the two concepts, with the sign that a measure should have; intervals are of a bootstrap over runs. The checker reads
+24 pictures of either kind of each run, other ones than the measures see, so its own noise is in every number: a perfect measure would not reach 1.
+
+On these runs was chosen that a tiny base is judged by all patches of its CLIP, that the gap counts shares of the way from the base's picture, and
+that thumbnails tell it too. The {confirming} runs of the third concept, {concept}, were made after that, and are in the last table alone.
+"""
 
 
 def truth_of(pictures, prompts, context: Context) -> dict[str, Any]:
@@ -305,9 +317,10 @@ def write_tables(ship: bool) -> None:
         truths = [f"{one['metrics'][key]:.2f}" if key in one["metrics"] else "–" for key in TRUTHS.values()]
         rows.append((one["run"], expected, *truths, ", ".join(f"`{key}`" for key in above) or "–"))
     parts.append("## What is flagged\n\n" + table(rows, ("run", "made to be", *TRUTHS, "flagged by")))
-    head = f"# How far measures without a checker can be trusted\n\n{len(runs)} runs; see `{Path(__file__).relative_to(ROOT)}`:\n\n"
     commands = "".join(f"    {line.strip()}\n" for line in __doc__.splitlines() if line.startswith("    python"))
-    write_whole(FOLDER / "README.md", head + commands + "\n" + "\n\n".join(parts) + "\n")
+    counted = sum(name.startswith(CONCEPTS) for name in runs)
+    head = HEAD.format(commands=commands, counted=counted, confirming=len(runs) - counted, concept=CONFIRMING)
+    write_whole(FOLDER / "README.md", head + "\n" + "\n\n".join(parts) + "\n")
     write_whole(FOLDER / "strengths.json", json.dumps(strengths, indent=1))
     if ship:
         write_whole(SHIPPED, json.dumps(strengths, indent=1) + "\n")
