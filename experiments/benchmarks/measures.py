@@ -284,6 +284,22 @@ def flagged(values: Mapping[str, float], ceilings: Mapping[str, str]) -> list[st
     return [key for key, ceiling in ceilings.items() if ceiling in values and values[key] > values[ceiling]]
 
 
+def told_flags(told: Sequence[Mapping[str, Any]]) -> str:
+    """How many runs of a concept are flagged, of those that must be and of those that must not."""
+    rows = []
+    for concept in (*CONCEPTS, CONFIRMING):
+        row = [concept]
+        for kind in (OVER_TRAINED, GOOD):
+            above = [
+                bool(flagged(one["metrics"], one["ceilings"]))
+                for one in told
+                if one["run"].split("-", 1) in [[concept, name] for name in kind]
+            ]
+            row.append(f"{sum(above)} of {len(above)}")
+        rows.append(row)
+    return table(rows, ("concept", "over-trained, flagged", "good, flagged"))
+
+
 def write_tables(ship: bool) -> None:
     told = [json.loads(path.read_text()) for path in sorted(FOLDER.glob("*-*.json"))]
     runs = {one["run"]: one["metrics"] for one in told}
@@ -316,7 +332,9 @@ def write_tables(ship: bool) -> None:
         above = flagged(one["metrics"], one["ceilings"])
         truths = [f"{one['metrics'][key]:.2f}" if key in one["metrics"] else "–" for key in TRUTHS.values()]
         rows.append((one["run"], expected, *truths, ", ".join(f"`{key}`" for key in above) or "–"))
-    parts.append("## What is flagged\n\n" + table(rows, ("run", "made to be", *TRUTHS, "flagged by")))
+    parts.append(
+        "## What is flagged\n\n" + told_flags(told) + "\n\n" + table(rows, ("run", "made to be", *TRUTHS, "flagged by"))
+    )
     commands = "".join(f"    {line.strip()}\n" for line in __doc__.splitlines() if line.startswith("    python"))
     counted = sum(name.startswith(CONCEPTS) for name in runs)
     head = HEAD.format(commands=commands, counted=counted, confirming=len(runs) - counted, concept=CONFIRMING)
