@@ -61,7 +61,7 @@ TRUTHS = {"learned": "concept/all", "kept": "base_kept/all", "copied": "truth/co
 much oftener training captions are followed than held-out ones."""
 CLAIMS = {
     "learned": {
-        "learned/{model}": 1, "gained/{model}": 1, "likeness/captions/{model}": 1, "likeness/contexts/{model}": 1,
+        "learned/{model}": 1, "likeness/captions/{model}": 1, "likeness/contexts/{model}": 1,
         "likeness/trigger/{model}": 1, "centroid_distance/captions/{model}": -1, "centroid_distance/contexts/{model}": -1,
         "centroid_distance/trigger/{model}": -1, "diversity/captions/{model}": 1, "diversity/contexts/{model}": 1,
         "clip_score/captions": 1, "clip_score/contexts": 1, "held_out_loss": -1,
@@ -80,8 +80,8 @@ CLAIMS = {
     },
 }  # fmt: skip
 """Truth -> metrics that might stand for it, with the sign that they should have; each by both MODELS."""
-MODELS = {"{model}-patches": "clip-patches", "{model}": "clip"}
-"""How an embedding model is written in the table that ships -> what it is called here."""
+MODELS = ("clip-patches", "clip")
+"""The tiny CLIP: all of its patches, and its one vector."""
 OF_THEIR_OWN = ("likeness", "drift", "diversity", "memorising")
 DRAWS = 2000
 
@@ -259,11 +259,11 @@ def table(rows: Sequence[Sequence[str]], columns: Sequence[str]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def by_both(metrics: Mapping[str, int]) -> Iterator[tuple[str, str, int]]:
-    """As the table that ships has it, as runs have it, and the sign."""
+def by_both(metrics: Mapping[str, int]) -> Iterator[tuple[str, int]]:
+    """Every metric by both MODELS, with its sign."""
     for template, sign in metrics.items():
-        for written, model in MODELS.items() if "{model}" in template else {"": ""}.items():
-            yield template.replace("{model}", written), template.replace("{model}", model), sign
+        for model in MODELS if "{model}" in template else ("",):
+            yield template.replace("{model}", model), sign
 
 
 def flagged(values: Mapping[str, float], ceilings: Mapping[str, str]) -> list[str]:
@@ -278,14 +278,14 @@ def write_tables(ship: bool) -> None:
     parts = []
     for truth, metrics in CLAIMS.items():
         rows = []
-        for shipped, metric, sign in by_both(metrics):
+        for metric, sign in by_both(metrics):
             found = correlation(runs, TRUTHS[truth], metric, sign)
             if found is None:
                 rows.append((-2.0, f"`{metric}`", "too few, or all alike", "", ""))
                 continue
             mean, low, high, count = found
             rows.append((mean, f"`{metric}`", f"{mean:+.2f}", f"{low:+.2f} to {high:+.2f}", str(count)))
-            place = strengths.setdefault(shipped, {})
+            place = strengths.setdefault(metric, {})
             place[truth] = {
                 "rank_correlation": round(mean, 3),
                 "low": round(low, 3),

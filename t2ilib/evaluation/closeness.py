@@ -5,10 +5,12 @@ Leaves out FID and KID: they are defined on Inception's features, need thousands
 need torchvision.
 """
 
+from collections.abc import Callable
 from math import comb
 
 import numpy as np
 
+RELABELLINGS = 1000
 SIGMA, SCALE = 10.0, 1000.0
 """Of CMMD's kernel, and what its values are multiplied with (arXiv 2401.09603, section 5)."""
 
@@ -56,20 +58,24 @@ def nearer_than_real(drawn: np.ndarray, training: np.ndarray, held_out: np.ndarr
     return (own[:, None] > others).mean(1) + (own[:, None] == others).mean(1) / 2
 
 
-def most_by_chance(num_drawn: int, num_held_out: int, deviations: float = 2.33) -> float:
-    """What the mean of `nearer_than_real` passes by chance once in a hundred runs, by the normal limit of U; 1 and more for so few pictures
-    that nothing can be told."""
-    spread = np.sqrt((num_drawn + num_held_out + 1) / (12 * num_drawn * num_held_out))
-    return float(0.5 + deviations * spread)
-
-
-def nearest_is_training(drawn: np.ndarray, training: np.ndarray, held_out: np.ndarray) -> np.ndarray:
+def nearest_is_training(to_training: np.ndarray, to_held_out: np.ndarray) -> np.ndarray:
     """Of each drawn picture (N,) the probability that the nearest real picture is a training one, when of the larger set as many are
-    taken as the smaller has, over all such subsets, in closed form: one half where drawn pictures do not favour either."""
-    by_training, by_held_out = drawn @ training.T, drawn @ held_out.T
-    if len(held_out) > len(training):
-        return 1 - nearest_is_training(drawn, held_out, training)
-    most = by_held_out.max(1, keepdims=True)
-    nearer = (by_training > most).sum(1)
-    number, taken = len(training), len(held_out)
-    return np.array([1 - comb(number - int(count), taken) / comb(number, taken) for count in nearer])
+    taken as the smaller has, over all such subsets, in closed form: one half where drawn pictures do not favour either.
+
+    `to_training`, `to_held_out`: cosines (N, T) and (N, H). A picture that is bad or typical is far from both, or near to both.
+    """
+    if to_held_out.shape[1] > to_training.shape[1]:
+        return 1 - nearest_is_training(to_held_out, to_training)
+    number, taken = to_training.shape[1], to_held_out.shape[1]
+    among = np.array([1 - comb(number - nearer, taken) / comb(number, taken) for nearer in range(number + 1)])
+    return among[(to_training > to_held_out.max(1, keepdims=True)).sum(1)]
+
+
+def most_by_chance(
+    statistic: Callable[[np.ndarray, np.ndarray], float], num_training: int, num_held_out: int, rng: np.random.Generator
+) -> float:
+    """What a statistic of which things are training and which held out passes once in a hundred times where that made no difference: its
+    quantile over random labels. It takes the numbers of both, of `num_training + num_held_out` things."""
+    orders = [rng.permutation(num_training + num_held_out) for _ in range(RELABELLINGS)]
+    values = [statistic(order[:num_training], order[num_training:]) for order in orders]
+    return float(np.quantile(values, 0.99, method="higher"))

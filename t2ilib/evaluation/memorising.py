@@ -1,8 +1,10 @@
 """The measures `memorising` and `copies`: were training pictures learned by heart?
 
-A picture of a prompt that no training picture answers should be no nearer to the training pictures than held-out ones are. Captions of
-training pictures do ask for what these show, so there the question is another: how much nearer drawn pictures come to what they were
-asked for where it was trained on than where it was held out (the gap of generalisation, seen in pictures).
+A picture of a prompt that no training picture answers should have a held-out picture next to it as often as a training one, of equally
+many of both: which were trained on should make no difference. Captions of training pictures do ask for what these show, so there the question
+is another: how much nearer drawn pictures come to what they were asked for where it was trained on than where it was held out (the gap of
+generalisation, seen in pictures). Both are flagged above what they are by chance once in a hundred times, if labels are given at
+random, which holds for few pictures, and for drawn ones that are all alike.
 
 `copies` asks SSCD (arXiv 2202.10261), a network made to find copied pictures, where the config names its file: it is published as
 TorchScript, which transformers has no class for.
@@ -19,32 +21,31 @@ from t2ilib.config import ConfigError, RunConfig
 from t2ilib.evaluation.closeness import most_by_chance, nearer_than_real, nearest_is_training
 from t2ilib.evaluation.context import Context, Measure
 from t2ilib.evaluation.embeddings import Preparation, embedders, embedding_models, vectors_of
-from t2ilib.evaluation.likeness import OWN, lacks_groups
+from t2ilib.evaluation.likeness import DIGITS, OWN, lacks_groups
 from t2ilib.evaluation.likeness import lacks as lacks_likeness
 from t2ilib.evaluation.metrics import Metric
 from t2ilib.evaluation.references import Real, base_pictures, lacks_base, lacks_held_out, real_pictures
 from t2ilib.evaluation.rows import Value
+from t2ilib.seeds import numpy_generator_for
 
-OPEN = ("trigger", "contexts", "styles")
-"""Groups whose prompts ask for no training picture."""
 TABLE = "Learned by heart"
 SSCD_COPY = 0.75
 """The cosine above which 90 of 100 pairs of DISC are copies, by the authors' `sscd_disc_mixup` (its repository's README)."""
 SSCD = Preparation(None, 288, Image.Resampling.BILINEAR, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 METRICS = {
+    "nearest_training/{group}/{model}": Metric(
+        "{group}, next to a training picture, by {model}", "share", "lower", table=TABLE, ceiling="nearest_training/{group}/{model}/most",
+        flag="nearer to training pictures than to as many that were held out: learned by heart",
+        note="how often the real picture nearest to a drawn one is a training picture, of as many training as held-out pictures. 50 % is what"
+        " pictures have that favour neither, copies have 100 %.",
+    ),
+    "nearest_training/{group}/{model}/base": Metric("{group}, next to a training picture, the base's, by {model}", "share", table=None),
+    "nearest_training/{group}/{model}/most": Metric("{group}, next to a training picture, most by chance, by {model}", "share", table=None),
     "nearer_training/{group}/{model}": Metric(
-        "{group}, nearer to training pictures than real ones are, by {model}", "share", "lower", table=TABLE,
-        ceiling="nearer_training/{group}/{model}/most", flag="nearer to training pictures than held-out ones are: learned by heart",
-        note="a drawn picture against a held-out one: how often it is the drawn one that is nearer to a training picture. 50 % is what new"
-        " pictures of the same kind would have, copies have 100 %.",
+        "{group}, nearer to training pictures than real ones are, by {model}", "share", "lower", table=None,
     ),
     "nearer_training/{group}/{model}/base": Metric("{group}, the base's, by {model}", "share", table=None),
-    "nearer_training/{group}/{model}/most": Metric("{group}, most by chance, by {model}", "share", table=None),
-    "nearest_training/{group}/{model}": Metric(
-        "{group}, nearest real picture is a training one, by {model}", "share", "lower", table=None,
-    ),
-    "nearest_training/{group}/{model}/base": Metric("{group}, the base's, by {model}", "share", table=None),
     "gap/{model}": Metric(
         "nearer to what was trained on than to what was held out, by {model}", "score", "lower", table=TABLE,
         ceiling="gap/{model}/most", flag="what was trained on is drawn far better than what was held out: over-trained",
@@ -74,18 +75,32 @@ def memorising(pictures: Sequence[Image.Image], prompts: Sequence[str], context:
     for embedder in embedders(context.run, context.components.device, context.shared):
         name, reals = f"{context.group}/{embedder.name}", (training.by(embedder), held_out.by(embedder))
         drawn, base = vectors_of(embedder, pictures, context.shared), vectors_of(embedder, of_base, context.shared)
-        if context.group in OPEN:
-            for measured, function in {
-                "nearer_training": nearer_than_real,
-                "nearest_training": nearest_is_training,
-            }.items():
-                found[f"{measured}/{name}"] = function(drawn, *reals).tolist()
-                found[f"{measured}/{name}/base"] = float(function(base, *reals).mean())
-            if (most := most_by_chance(len(drawn), len(held_out))) < 1:
-                found[f"nearer_training/{name}/most"] = most
-        else:
+        if context.group == "captions":
             found |= gap(embedder.name, prompts, (training, held_out), reals, drawn, base)
+        else:
+            found |= nearest(name, reals, drawn, base)
+            for suffix, vectors in {"": drawn, "/base": base}.items():
+                found[f"nearer_training/{name}{suffix}"] = float(nearer_than_real(vectors, *reals).mean())
     return found
+
+
+def nearest(name: str, reals: tuple[np.ndarray, np.ndarray], drawn: np.ndarray, base: np.ndarray) -> dict[str, Value]:
+    """Of each drawn picture, and of all of the base's, with what the mean is by chance at most."""
+    known, number = np.concatenate(reals), len(reals[0])
+    to_real, of_base = drawn @ known.T, base @ known.T
+
+    def mean(training: np.ndarray, held_out: np.ndarray) -> float:
+        return float(nearest_is_training(to_real[:, training], to_real[:, held_out]).mean())
+
+    return {
+        f"nearest_training/{name}": nearest_is_training(to_real[:, :number], to_real[:, number:]).tolist(),
+        f"nearest_training/{name}/base": float(nearest_is_training(of_base[:, :number], of_base[:, number:]).mean()),
+        f"nearest_training/{name}/most": most_by_chance(mean, number, len(reals[1]), labels(name)),
+    }
+
+
+def labels(name: str) -> np.random.Generator:
+    return numpy_generator_for(0, "labels of real pictures", name)
 
 
 def gap(
@@ -96,16 +111,23 @@ def gap(
     drawn: np.ndarray,
     base: np.ndarray,
 ) -> dict[str, Value]:
-    """{} where prompts are not captions of both kinds. Its bound is that of a difference of two means of such spread, once in a hundred."""
+    """{} where prompts are not captions of both kinds."""
     gains = []
     for real, vectors in zip(kinds, reals, strict=True):
         belong = zip(drawn, base, real.asked_by(prompts), strict=True)
         gains.append([float((d - b) @ vectors[own].mean(0)) for d, b, own in belong if own])
-    if min(map(len, gains)) < 2:
+    if not all(gains):
         return {}
-    trained, held_out = map(np.array, gains)
-    spread = np.sqrt(trained.var(ddof=1) / len(trained) + held_out.var(ddof=1) / len(held_out))
-    return {f"gap/{name}": float(trained.mean() - held_out.mean()), f"gap/{name}/most": float(2.33 * spread)}
+    gained, number = np.concatenate(gains), len(gains[0])
+
+    def difference(trained: np.ndarray, held_out: np.ndarray) -> float:
+        return float(gained[trained].mean() - gained[held_out].mean())
+
+    found = difference(np.arange(number), np.arange(number, len(gained)))
+    return {
+        f"gap/{name}": round(found, DIGITS) + 0.0,
+        f"gap/{name}/most": most_by_chance(difference, number, len(gained) - number, labels(name)),
+    }
 
 
 def lacks_detector(run: RunConfig) -> str | None:

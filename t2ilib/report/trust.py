@@ -3,7 +3,7 @@ known, and which runs it flags. All of it comes from declarations, so a user's o
 """
 
 from t2ilib.evaluation.metrics import flagged
-from t2ilib.evaluation.strength import passes, told_strength
+from t2ilib.evaluation.strength import passes, told_strength, was_checked
 from t2ilib.report.contents import StudyReport
 
 DECIDING = ("learned", "kept")
@@ -30,10 +30,10 @@ def explain_declared(report: StudyReport) -> list[str]:
 
 
 def flags(report: StudyReport) -> list[str]:
-    """A sentence for each variant and metric of which runs lie above the ceiling."""
+    """A sentence for each trained variant and metric of which runs lie above the ceiling."""
     found: dict[tuple[str, str], list[int]] = {}
     for (variant, seed), run in report.runs.items():
-        for name in flagged(run.metrics, run.declared):
+        for name in flagged(run.metrics, run.declared) if variant in report.trained else ():
             found.setdefault((variant, name), []).append(seed)
     return [
         f"{report.variants[variant].title}, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, sorted(seeds)))}: **{about.flag}**"
@@ -49,5 +49,5 @@ def weak(report: StudyReport) -> list[str]:
     return [
         f"{report.about(name).title} is a weak measure of what was {role}: {told_strength(name, role)}"
         for role, name in speaking.items()
-        if told_strength(name, role) and not passes(name, role)
+        if was_checked(name, role) and not passes(name, role)
     ]

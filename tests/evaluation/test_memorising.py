@@ -28,19 +28,28 @@ def measured(pictures, group, prompts, base=None, real=(TRAINING, HELD_OUT)):
 def test_copies_are_flagged_and_new_pictures_of_the_same_kind_are_not() -> None:
     declared = MEMORISING.declared("contexts", RUN)
     copied = measured(list(TRAINING.pictures[:16]), "contexts", ["x"] * 16)
-    new = measured(shades(16, 2), "contexts", ["x"] * 16)
     assert copied["nearer_training/contexts/colours"] == 1
-    assert new["nearer_training/contexts/colours"] == pytest.approx(0.5, abs=0.2)
-    assert list(flagged(copied, declared)) == ["nearer_training/contexts/colours"]
-    assert not flagged(new, declared)
-    assert copied["nearest_training/contexts/colours"] > new["nearest_training/contexts/colours"]
-    assert copied["nearer_training/contexts/colours/base"] == new["nearer_training/contexts/colours/base"] == 0
+    assert list(flagged(copied, declared)) == ["nearest_training/contexts/colours"]
+    shares = []
+    for seed in range(2, 22):
+        new = measured(shades(16, seed), "contexts", ["x"] * 16)
+        assert copied["nearest_training/contexts/colours"] > new["nearest_training/contexts/colours"]
+        assert copied["nearest_training/contexts/colours/base"] == new["nearest_training/contexts/colours/base"]
+        shares.append((new["nearest_training/contexts/colours"], bool(flagged(new, declared))))
+    assert sum(above for _, above in shares) <= 1
+
+
+def test_one_typical_picture_many_times_is_no_copy() -> None:
+    """Nearer to all real pictures than they are to each other, and to a training picture no more than chance has it."""
+    found = measured([plain(200, 60, 60)] * 16, "trigger", ["x"] * 16)
+    assert found["nearer_training/trigger/colours"] > 0.8
+    assert not flagged(found, MEMORISING.declared("trigger", RUN))
 
 
 def test_of_one_held_out_picture_nothing_is_flagged() -> None:
-    one = Real(HELD_OUT.pictures[:1], HELD_OUT.captions[:1])
-    found = measured(list(TRAINING.pictures[:4]), "trigger", ["x"] * 4, real=(TRAINING, one))
-    assert found["nearer_training/trigger/colours"] == 1
+    one, other = (Real(real.pictures[:1], real.captions[:1]) for real in (TRAINING, HELD_OUT))
+    found = measured(list(TRAINING.pictures[:1]) * 4, "trigger", ["x"] * 4, real=(one, other))
+    assert found["nearest_training/trigger/colours"] == 1
     assert not flagged(found, MEMORISING.declared("trigger", RUN)), "that is what chance gives too often"
 
 

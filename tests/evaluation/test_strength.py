@@ -15,7 +15,7 @@ def test_every_number_is_of_forty_runs_or_says_of_how_many() -> None:
         for truth, told in found.items():
             assert told["low"] <= told["rank_correlation"] <= told["high"], (name, truth)
             assert told["runs"] >= 30
-    assert strengths()["learned/{model}"]["learned"]["runs"] >= 40
+    assert strengths()["learned/clip-patches"]["learned"]["runs"] >= 40
 
 
 def test_they_are_those_of_the_committed_benchmark() -> None:

@@ -1,6 +1,7 @@
 """What a report says of measures without a checker: what they mean, how strong they are, which runs they flag."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from reporting import write_run
@@ -16,28 +17,27 @@ NUMBERS = {"rank_correlation": 0.9, "low": 0.8, "high": 0.95, "runs": 40}
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch):
     numbers = {
-        "learned/{model}": {"learned": NUMBERS},
-        "kept/{model}": {"kept": NUMBERS | {"rank_correlation": 0.5, "low": 0.3}},
+        "learned/clip-patches": {"learned": NUMBERS},
+        "kept/clip": {"kept": NUMBERS | {"rank_correlation": 0.5, "low": 0.3}},
         "drift/pixels": {"kept": NUMBERS, "learned": NUMBERS | {"low": 0.1}},
     }
     monkeypatch.setattr(strength, "strengths", lambda: numbers)
 
 
-def test_a_metric_is_known_by_its_name_whatever_the_model(told) -> None:
-    assert strength.strength_of("learned/dinov2-base") == {"learned": NUMBERS}
-    assert strength.strength_of("learned/dinov2-base/more") == strength.strength_of("gained/clip") == {}
-    assert strength.passes("learned/clip", "learned")
+def test_a_metric_is_told_by_the_model_that_was_checked_and_by_no_other_as_its_own(told) -> None:
+    assert strength.passes("learned/clip-patches", "learned")
+    assert not strength.passes("learned/dinov2-base", "learned"), "of which nobody knows"
     assert not strength.passes("kept/clip", "kept")
     assert not strength.passes("kept/clip", "learned")
-    assert strength.told_strength("learned/clip") == (
-        "Over 40 runs on the drawn world its rank correlation with the checker is: what was learned 0.90 (0.80 to 0.95)."
-    )
+    said = "Over 40 runs on the drawn world its rank correlation{} with the checker is: what was learned 0.90 (0.80 to 0.95)."
+    assert strength.told_strength("learned/clip-patches") == said.format("")
+    assert strength.told_strength("learned/dinov2-base") == said.format(" by the tiny models' CLIP")
     assert (
         "what was kept 0.90 (0.80 to 0.95); what was learned 0.90 (0.10 to 0.95), which is **weak**."
         in strength.told_strength("drift/pixels")
     )
     assert strength.told_strength("drift/pixels", "kept").count("0.90") == 1
-    assert strength.told_strength("gained/clip") == ""
+    assert strength.told_strength("gained/clip") == strength.told_strength("learned/dinov2-base/more") == ""
 
 
 def test_a_report_tells_meaning_strength_and_flags(told, tmp_path) -> None:
@@ -73,6 +73,7 @@ def test_a_report_tells_meaning_strength_and_flags(told, tmp_path) -> None:
     (tmp_path / "study.json").write_text(json.dumps(study))
     report = load_report(tmp_path)
     assert flags(report) == ["DoRA, seeds 0, 1: **learned by heart** (copied)."]
+    assert flags(replace(report, base="dora")) == [], "the untouched base has learned nothing"
     lines = explain_declared(report)
     assert lines[0].startswith("- **learned, by clip**: a share of the way. Over 40 runs on the drawn world")
     assert lines[1:] == ["- **By heart**: copies.", "  - copied more: " + strength.told_strength("drift/pixels")]
@@ -90,7 +91,5 @@ def test_what_speaks_for_learned_and_kept_was_shown_to(tmp_path) -> None:
         name: metric.role for module in (likeness, drift) for name, metric in module.METRICS.items() if metric.role
     }
     assert set(roles.values()) == {"learned", "kept"}
-    weak = [
-        name for name, role in roles.items() if not strength.passes(name.format(model="clip", group="captions"), role)
-    ]
+    weak = [name for name, role in roles.items() if not strength.passes(name.format(model=strength.CHECKED), role)]
     assert not weak
