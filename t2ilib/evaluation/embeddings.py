@@ -11,6 +11,7 @@ tensors need torchvision. Only the part of a CLIP that sees is loaded.
 """
 
 import json
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,6 +106,24 @@ class Embedder:
         return given.image_embeds if hasattr(given, "image_embeds") else given.last_hidden_state[:, 0]
 
 
+THUMBNAIL = 32
+"""Pixels of a side."""
+
+
+@dataclass(frozen=True)
+class Thumbnails:
+    """Pictures -> thumbnails around middle grey, of length 1: how a picture is painted, place by place, whatever it shows. Of copies that
+    says most, and no model is needed."""
+
+    name: str = "thumbnails"
+
+    def __call__(self, pictures: Sequence[Image.Image]) -> np.ndarray:
+        """(N, D), float64, of N pictures."""
+        small = [picture.convert("RGB").resize((THUMBNAIL, THUMBNAIL), Image.Resampling.BOX) for picture in pictures]
+        found = np.stack([np.asarray(picture, float).ravel() - 127.5 for picture in small])
+        return found / np.linalg.norm(found, axis=1, keepdims=True)
+
+
 def embedding_models(run: RunConfig) -> dict[str, str]:
     """Name -> folder or Hub id of a run's embedding models, the one that decides first; empty where it has none. Raises ConfigError for
     two of one name."""
@@ -155,10 +174,12 @@ def embedders(run: RunConfig, device: torch.device, shared: dict[str, Any]) -> l
     return shared["embedders"]
 
 
-def vectors_of(embedder: Embedder, pictures: Sequence[Image.Image], shared: dict[str, Any]) -> np.ndarray:
-    """(N, D), made once for all measures that are asked about the same list of pictures."""
-    known = shared.setdefault("vectors", {})
-    key = (embedder.name, id(pictures))
-    if key not in known:
-        known[key] = pictures, embedder(pictures)  # held, so that no other list gets its id
-    return known[key][1]
+def vectors_of(embedder: Embedder | Thumbnails, pictures: Sequence[Image.Image], shared: dict[str, Any]) -> np.ndarray:
+    """(N, D), made once for all measures that are asked about the same list of pictures, as long as it is one of the last two: what was drawn,
+    and what the base drew."""
+    known = shared.setdefault("vectors", {}).setdefault(embedder.name, deque(maxlen=2))
+    for held, vectors in known:
+        if held is pictures:
+            return vectors
+    known.append((pictures, embedder(pictures)))
+    return known[-1][1]

@@ -20,7 +20,7 @@ from PIL import Image
 from t2ilib.config import ConfigError, RunConfig
 from t2ilib.evaluation.closeness import most_by_chance, nearer_than_real, nearest_is_training
 from t2ilib.evaluation.context import Context, Measure
-from t2ilib.evaluation.embeddings import Preparation, embedders, embedding_models, vectors_of
+from t2ilib.evaluation.embeddings import Preparation, Thumbnails, embedders, embedding_models, vectors_of
 from t2ilib.evaluation.likeness import DIGITS, OWN, lacks_groups
 from t2ilib.evaluation.likeness import lacks as lacks_likeness
 from t2ilib.evaluation.metrics import Metric
@@ -47,12 +47,11 @@ METRICS = {
     ),
     "nearer_training/{group}/{model}/base": Metric("{group}, the base's, by {model}", "share", table=None),
     "gap/{model}": Metric(
-        "nearer to what was trained on than to what was held out, by {model}", "score", "lower", table=TABLE,
+        "nearer to what was trained on than to what was held out, by {model}", "share", "lower", table=TABLE,
         ceiling="gap/{model}/most", flag="what was trained on is drawn far better than what was held out: over-trained",
-        note="mean cosine of pictures of training captions to their pictures, minus that of held-out captions to theirs, over what the base"
-        " has of it.",
+        note="how much farther pictures of training captions have gone from the base's to the real ones than pictures of held-out captions.",
     ),
-    "gap/{model}/most": Metric("gap, most by chance, by {model}", "score", table=None),
+    "gap/{model}/most": Metric("gap, most by chance, by {model}", "share", table=None),
 }  # fmt: skip
 COPIES = {
     "copies/{group}": Metric(
@@ -72,7 +71,8 @@ def memorising(pictures: Sequence[Image.Image], prompts: Sequence[str], context:
     training, held_out = real_pictures(context.run, context.shared)
     found: dict[str, Value] = {}
     of_base = base_pictures(context.run, context.components, prompts, context.shared)
-    for embedder in embedders(context.run, context.components.device, context.shared):
+    judges = [Thumbnails(), *embedders(context.run, context.components.device, context.shared)]
+    for embedder in judges:
         name, reals = f"{context.group}/{embedder.name}", (training.by(embedder), held_out.by(embedder))
         drawn, base = vectors_of(embedder, pictures, context.shared), vectors_of(embedder, of_base, context.shared)
         if context.group == "captions":
@@ -111,11 +111,12 @@ def gap(
     drawn: np.ndarray,
     base: np.ndarray,
 ) -> dict[str, Value]:
-    """{} where prompts are not captions of both kinds."""
+    """{} where prompts are not captions of both kinds. Of each picture it is the share of the way from the base's picture to the real one:
+    captions that the base draws well leave less to learn, of either kind."""
     gains = []
     for real, vectors in zip(kinds, reals, strict=True):
         belong = zip(drawn, base, real.asked_by(prompts), strict=True)
-        gains.append([float((d - b) @ vectors[own].mean(0)) for d, b, own in belong if own])
+        gains.append([way(d, b, vectors[own].mean(0)) for d, b, own in belong if own])
     if not all(gains):
         return {}
     gained, number = np.concatenate(gains), len(gains[0])
@@ -128,6 +129,11 @@ def gap(
         f"gap/{name}": round(found, DIGITS) + 0.0,
         f"gap/{name}/most": most_by_chance(difference, number, len(gained) - number, labels(name)),
     }
+
+
+def way(drawn: np.ndarray, base: np.ndarray, real: np.ndarray) -> float:
+    """Of the way from the base's picture to the real one the share that a drawn one has gone, by cosines."""
+    return float((drawn - base) @ real / (1 - base @ real))
 
 
 def lacks_detector(run: RunConfig) -> str | None:
@@ -181,5 +187,10 @@ def copies(pictures: Sequence[Image.Image], prompts: Sequence[str], context: Con
     }
 
 
-MEMORISING = Measure(memorising, METRICS, lacks_likeness, embedding_models)
+def judges_of(run: RunConfig) -> list[str]:
+    """Thumbnails, by which copies are told best, and the run's embedding models."""
+    return [Thumbnails.name, *embedding_models(run)]
+
+
+MEMORISING = Measure(memorising, METRICS, lacks_likeness, judges_of)
 COPIED = Measure(copies, COPIES, lacks_detector)

@@ -26,7 +26,7 @@ from t2ilib.data.dataset import draw_sample, hold_out, list_pictures
 from t2ilib.data.manifest import examine
 from t2ilib.data.pictures import load_picture
 from t2ilib.data.records import Record
-from t2ilib.evaluation.embeddings import Embedder
+from t2ilib.evaluation.embeddings import Embedder, Thumbnails
 from t2ilib.evaluation.sampling import DRAW_SEED, draw, load_pictures, save_pictures
 from t2ilib.models.components import Components
 from t2ilib.models.load import load_base
@@ -50,7 +50,7 @@ class Real:
     def __len__(self) -> int:
         return len(self.pictures)
 
-    def by(self, embedder: Embedder) -> np.ndarray:
+    def by(self, embedder: Embedder | Thumbnails) -> np.ndarray:
         """(N, D), made once."""
         if embedder.name not in self.vectors:
             self.vectors[embedder.name] = embedder(self.pictures)

@@ -11,6 +11,7 @@ from PIL import Image
 from t2ilib.config import ConfigError
 from t2ilib.evaluation.clip import clip_scores, load_clip
 from t2ilib.evaluation.embeddings import (
+    Thumbnails,
     embedders,
     embedding_models,
     lacks_models,
@@ -170,7 +171,18 @@ def test_a_list_of_pictures_is_looked_at_once(pictures) -> None:
             calls.append(len(given))
             return np.eye(len(given))
 
+    base = pictures[:2]
     for _ in range(2):
         assert vectors_of(Counting(), pictures, shared).shape == (3, 3)
-    assert vectors_of(Counting(), pictures[:2], shared).shape == (2, 2)
+        assert vectors_of(Counting(), base, shared).shape == (2, 2)
     assert calls == [3, 2]
+    vectors_of(Counting(), pictures[:1], shared)
+    assert calls == [3, 2, 1]
+    assert len(shared["vectors"]["counting"]) == 2, "pictures of every checkpoint would fill the memory"
+
+
+def test_thumbnails_are_alike_where_pictures_are_painted_alike() -> None:
+    left = Image.new("RGB", (64, 64), "black")
+    left.paste("white", (0, 0, 32, 64))
+    found = Thumbnails()([left, left.resize((256, 256)), left.transpose(Image.Transpose.FLIP_LEFT_RIGHT)])
+    assert found @ found.T == pytest.approx(np.array([[1, 1, -1], [1, 1, -1], [-1, -1, 1]]), abs=0.05)

@@ -29,7 +29,8 @@ def test_copies_are_flagged_and_new_pictures_of_the_same_kind_are_not() -> None:
     declared = MEMORISING.declared("contexts", RUN)
     copied = measured(list(TRAINING.pictures[:16]), "contexts", ["x"] * 16)
     assert copied["nearer_training/contexts/colours"] == 1
-    assert list(flagged(copied, declared)) == ["nearest_training/contexts/colours"]
+    names = [f"nearest_training/contexts/{judge}" for judge in ("thumbnails", "colours")]
+    assert list(flagged(copied, declared)) == names
     shares = []
     for seed in range(2, 22):
         new = measured(shades(16, seed), "contexts", ["x"] * 16)
@@ -61,7 +62,7 @@ def test_the_gap_is_between_what_was_trained_on_and_what_was_held_out() -> None:
     nothing = measured(base, "captions", prompts, base)
     assert nothing["gap/colours"] == 0
     assert by_heart["gap/colours"] > alike["gap/colours"]
-    assert list(flagged(by_heart, declared)) == ["gap/colours"]
+    assert list(flagged(by_heart, declared)) == ["gap/thumbnails", "gap/colours"]
     assert not flagged(alike, declared)
     assert "gap/colours" not in measured(base[:8], "captions", prompts[:8], base[:8]), (
         "no held-out caption was asked for"
