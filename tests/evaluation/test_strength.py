@@ -30,5 +30,7 @@ def test_the_benchmark_flags_what_was_over_trained_and_nothing_good() -> None:
     good = [name for name in runs if name.split("-", 1)[1] in benchmark.GOOD]
     assert len(over_trained) >= 4
     assert len(good) >= 8
-    assert all(runs[name] for name in over_trained)
-    assert not [name for name in good if runs[name]]
+    assert all(runs[name] for name in over_trained if name.startswith(benchmark.CONCEPTS))
+    assert not [name for name in good if runs[name]], "of the concept that came after, too"
+    confirming = [name for name in over_trained if name.startswith(benchmark.CONFIRMING)]
+    assert sum(bool(runs[name]) for name in confirming) == 1, "of 3: the page on measures says so"
