@@ -133,8 +133,9 @@ def test_a_network_from_scratch_had_nothing_to_keep() -> None:
     assert found["world/all"] == pytest.approx(11 / 12)
     assert found["world/constant"] == pytest.approx(1 / 12)
     assert found["world/chance"] == pytest.approx(12 / 144)
-    assert found.keys() <= MEASURES["checker"].declared("world").keys()
-    assert MEASURES["checker"].declared("world")["world/all"].role == "learned"
+    declared = MEASURES["checker"].declared("world", build_run(values))
+    assert found.keys() <= declared.keys()
+    assert declared["world/all"].role == "learned"
 
 
 def test_a_striped_thing_has_no_colour_of_its_own() -> None:
@@ -146,6 +147,7 @@ def test_a_striped_thing_has_no_colour_of_its_own() -> None:
 
 
 def test_what_is_learned_and_kept_speaks_for_a_run() -> None:
-    declared = {group: MEASURES["checker"].declared(group) for group in ("concept", "base_kept")}
+    run = build_run({"adapter": {}, "data": {"source": "shapes"}, "shapes": {}})
+    declared = {group: MEASURES["checker"].declared(group, run) for group in ("concept", "base_kept")}
     assert declared["concept"]["concept/all"].role == "learned"
     assert declared["base_kept"]["base_kept/all"].role == "kept"
