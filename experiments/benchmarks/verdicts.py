@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
+from t2ilib.environment import read_environments
 from t2ilib.evaluation.metrics import DECLARATIONS
 from t2ilib.report import load_report, markdown_table
 from t2ilib.report.comparing import noise_of
@@ -60,6 +61,7 @@ def run_alone(run: StudyRun) -> str:
         "mlflow_run_id": None,
         "digest": run.digest,
         "run": run.settings,
+        "environment": read_environments(run.folder),
         "metrics": metrics,
         "measures": json.loads((run.folder / DECLARATIONS).read_text()),
     }

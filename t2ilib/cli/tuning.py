@@ -17,6 +17,7 @@ def study_tune(
     only: Annotated[list[str], typer.Option(help="Only this variant; may be given several times.")] = [],
     jobs: Annotated[int, typer.Option(min=1, help="Notebooks at a time.")] = 1,
     results: Results = Path("results"),
+    per_card: Annotated[int, typer.Option(min=1, help="Notebooks that may share a GPU.")] = 1,
 ) -> None:
     """Search each variant's own best values, on other seeds, pictures and prompts; then run the study at them: study run --tuned."""
     with readable_errors():
@@ -25,7 +26,7 @@ def study_tune(
         from t2ilib.studies.tuning import tune_study
 
         begun = time.monotonic()
-        trials = tune_study(file, preset, only, jobs, results, say)
+        trials = tune_study(file, preset, only, jobs, results, say, per_card)
         tuning = load_tuning(trials.parent)
         if tuning is not None:
             print("\n" + format_table(tuning_table(tuning)) + "\n")

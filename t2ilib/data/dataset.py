@@ -180,21 +180,25 @@ def load_datasets(run: RunConfig) -> tuple[Dataset, Dataset]:
         log.info("captions are edited by the tagger %s %s", edits.tagger, edits.version)
     if run.data.streaming:
         return load_stream(run, edits)
-    listing, apart = list_pictures(run)
-    examined = examine(listing, run.data)
-    of_their_own = None if apart is None else examine(apart, run.data)
-    split = hold_out(run.data, examined, of_their_own)
-    if run.data.sample is not None:
-        drawn = draw_sample(split[0], run.data.sample, run.seed)
-        left = [
-            (record.path, f"not among the {len(drawn)} that seed {run.seed} draws")
-            for record in split[0]
-            if record not in {*drawn}
-        ]
-        examined, split = replace(examined, aside=(*examined.aside, *left)), (drawn, split[1])
+    examined, of_their_own, split = divide(run)
     if run.data.source != "shapes":  # the drawn world holds out what it drew for that
         tell_held_out(*split)
     return build_datasets(run, examined, of_their_own, split, edits)
+
+
+def divide(run: RunConfig) -> tuple[Examined, Examined | None, tuple[list[Record], list[Record]]]:
+    """What is there, what is there apart of held-out pictures, and the records that are trained on and held out, of a run whose pictures
+    are no stream; captions as they are. Raises ConfigError as `load_datasets` does."""
+    listing, apart = list_pictures(run)
+    examined = examine(listing, run.data)
+    of_their_own = None if apart is None else examine(apart, run.data)
+    training, held_out = hold_out(run.data, examined, of_their_own)
+    if run.data.sample is not None:
+        everything, training = training, draw_sample(training, run.data.sample, run.seed)
+        drawn, why = {*training}, f"not among the {len(training)} that seed {run.seed} draws"
+        left = [(record.path, why) for record in everything if record not in drawn]
+        examined = replace(examined, aside=(*examined.aside, *left))
+    return examined, of_their_own, (training, held_out)
 
 
 def build_edits(data: DataConfig) -> Captions | None:

@@ -22,8 +22,7 @@ from PIL import Image
 
 from t2ilib.cachefolder import cache_folder
 from t2ilib.config import RunConfig
-from t2ilib.data.dataset import draw_sample, hold_out, list_pictures
-from t2ilib.data.manifest import examine
+from t2ilib.data.dataset import divide
 from t2ilib.data.pictures import load_picture
 from t2ilib.data.records import Record
 from t2ilib.evaluation.embeddings import Embedder, Thumbnails
@@ -75,11 +74,7 @@ def lacks_held_out(run: RunConfig) -> str | None:
 def real_pictures(run: RunConfig, shared: dict[str, Any]) -> tuple[Real, Real]:
     """Training and held-out pictures of a run, each once, at most MOST, the middle of each as training cuts it."""
     if "real" not in shared:
-        listing, apart = list_pictures(run)
-        examined = examine(listing, run.data), None if apart is None else examine(apart, run.data)
-        training, held_out = hold_out(run.data, *examined)
-        if run.data.sample is not None:
-            training = draw_sample(training, run.data.sample, run.seed)
+        _, _, (training, held_out) = divide(run)
         shared["real"] = looked_at(run, training, "training"), looked_at(run, held_out, "held out")
     return shared["real"]
 

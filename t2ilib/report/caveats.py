@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from t2ilib.config import ModelConfig, PriorConfig, ShapesConfig
+from t2ilib.config import ModelConfig, PriorConfig, ShapesConfig, did_you_mean
 from t2ilib.data.dataset import FEW_HELD_OUT, NAMED
 from t2ilib.planning.bound import SHIPPED
 from t2ilib.report.contents import StudyReport
@@ -39,7 +39,7 @@ def caveats(report: StudyReport) -> list[str]:
             f"With {len(report.seeds)} seeds verdicts rest on noise being roughly normal and alike in all variants. The test that assumes"
             f" less has something to say from {SEEDS_TO_DECIDE} seeds on."
         )
-    notes += told_noise(report)
+    notes += [*told_margins(report), *told_noise(report)]
     notes += [*flags(report), *weak(report)]
     if fixed := told_fixed(report):
         notes.append(fixed)
@@ -75,6 +75,16 @@ def caveats(report: StudyReport) -> list[str]:
             " can be drawn here."
         )
     return notes
+
+
+def told_margins(report: StudyReport) -> list[str]:
+    """The margins of the study file that are of no metric, and so decide nothing."""
+    measured = {metric for run in report.runs.values() for metric in run.metrics}
+    unknown = [name for name in report.margins if measured and name not in measured]
+    return [
+        f"`margins` names {name}, which no run measured, so it decides nothing.{did_you_mean(name, measured)}"
+        for name in unknown
+    ]
 
 
 def told_runs(report: StudyReport, places: Sequence[tuple[str, int]]) -> str:

@@ -15,8 +15,8 @@ from t2ilib.statistics.crossed import Pairing, pairing_by_seed
 from t2ilib.statistics.means import LEVEL
 from t2ilib.statistics.pooled import Noise
 from t2ilib.statistics.power import POWER, power, seeds_needed, smallest_found
+from t2ilib.studies.scoring import CRITERIA
 
-QUALITY = ("learned", "kept", "loss", "followed")
 COUNTS = (2, 3, 6, 12)
 SIZES = {"share": (0.05, 0.10, 0.20)}
 """Differences that a table of power asks about, by the metric's unit; of other units multiples of one run's deviation."""
@@ -27,7 +27,7 @@ SAVES_NOTHING = 1.1
 
 def noisy(report: StudyReport) -> dict[str, Noise]:
     """The metrics that speak for quality, with what runs vary by, those that vary."""
-    found = {name: noise_of(report, name) for name in report.speaking(*QUALITY)}
+    found = {name: noise_of(report, name) for name in report.speaking(*CRITERIA)}
     return {name: noise for name, noise in found.items() if noise is not None and noise.deviation > 0}
 
 

@@ -14,7 +14,6 @@ What is no number (the study's texts, settings, declarations, versions) stands a
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +77,7 @@ def rows_of(report: StudyReport) -> Iterator[dict[str, Any]]:
             for step, value in curve.items() if name in run.declared else ():
                 yield of_run | {"step": step, "metric": name, "value": value}
         for row in run.rows:
-            place = {key: value for key, value in asdict(row).items() if key != "values"}
+            place = {key: value for key, value in vars(row).items() if key != "values"}
             for name, value in row.values.items():
                 yield of_run | place | {"metric": name, "value": value}
         for prompt, picture in run.pictures.items():

@@ -28,8 +28,9 @@ from t2ilib.report.trust import explain_declared
 from t2ilib.statistics.means import mean_interval
 from t2ilib.statistics.pooled import not_tested
 from t2ilib.studies.runs import changes
+from t2ilib.studies.scoring import CRITERIA
 
-QUALITY, COST = ("learned", "kept", "loss", "followed"), ("memory", "size", "speed")
+QUALITY, COST = CRITERIA, ("memory", "size", "speed")
 """Roles of metrics."""
 NAMED = 3
 """So many that are equal are named."""

@@ -57,7 +57,7 @@ class Pairing:
 def cross(one: Pictures, other: Pictures, difference: Difference) -> Crossed | None:
     """The two-way interval of one - other, whose seed noise is `difference`'s. None where there are fewer than two prompts
     that all runs of both answered, or nothing is known of seed noise."""
-    prompts = sorted(set.intersection(*(set(own) for side in (one, other) for own in side.values()), *()))
+    prompts = sorted(set.intersection(*(set(own) for side in (one, other) for own in side.values())))
     if len(prompts) < 2 or difference.error is None:
         return None
     first, second = (table(side, prompts) for side in (one, other))

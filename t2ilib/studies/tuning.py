@@ -36,6 +36,7 @@ from t2ilib.studies.study import check_data, tell_misfits
 from t2ilib.studies.trials import Trials, open_storage
 from t2ilib.studies.trying import Next, Tried, at_end, best_of, next_trial
 from t2ilib.studies.tuned import TRIALS, TUNING, write_tuned
+from t2ilib.studies.where import require_cards
 from t2ilib.text import write_whole
 from t2ilib.tracking.outbox import Outbox
 from t2ilib.tracking.store import check_store, open_client, reap_stale_runs, tracking_uri
@@ -78,18 +79,20 @@ def tune_study(
     jobs: int = 1,
     results: Path = Path("results"),
     say: Callable[[str], None] = print,
+    per_card: int = 1,
 ) -> Path:
     """Makes what trials are left, `jobs` notebooks at a time; returns the path of tuning.json, in whose variants `ended` says why a search
     ended. The values of those that have are written beside the study file.
 
-    Raises ConfigError before anything starts for mistakes in the study file, for pictures that cannot be used, and where another process
-    tunes the same. KeyboardInterrupt and SIGTERM reach the running notebooks, which commit a checkpoint; the next call goes on.
+    Raises ConfigError before anything starts for mistakes in the study file, for pictures that cannot be used, where more than `per_card`
+    notebooks would share a GPU, and where another process tunes the same. KeyboardInterrupt and SIGTERM reach the running notebooks, which commit a checkpoint; the next call goes on.
     """
     study = load_study(path)
     require_search(study, path, preset, only)
     names = [name for name in study.of_preset(preset) if study.trains(preset, name) and (not only or name in only)]
     settings = tuning_settings(study, preset, names)
     folder = results.absolute() / f"{study.name}-{preset}{TUNING}"
+    require_cards(jobs, visible_cards(), per_card)
     with held(folder / ".tuning.lock", f"{folder} is being tuned by another process: wait for it, or stop it first"):
         tune = Tune(study, path, preset, folder, jobs, tracking_uri(None, results), say)
         tune.begin(names, settings, results)

@@ -92,3 +92,10 @@ def test_study_power_says_how_many_seeds(tmp_path, seeds: int) -> None:
         assert done.exit_code == 0, done.output
         assert "concept learned (one run ± 5.0 pp)" in done.output
         assert "seeds for 80 %" in done.output
+
+
+def test_a_margin_of_no_metric_is_told(tmp_path) -> None:
+    report = drawn(tmp_path / "study", 3, 0.05, margins={"concept/lerned": 0.06, "base_kept/all": 0.05})
+    (note,) = [note for note in caveats(report) if "margins" in note]
+    assert note.startswith("`margins` names concept/lerned, which no run measured")
+    assert "Did you mean 'concept/learned'?" in note

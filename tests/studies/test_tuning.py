@@ -368,3 +368,10 @@ def test_variants_that_were_not_tuned_do_not_run_beside_those_that_were(study_fi
     edit(study_file, lambda c: c["presets"].update({"quick-tuned": {"seeds": [3]}}))
     with pytest.raises(ConfigError, match=r"presets.quick-tuned is what .*toy.tuned.yaml makes of quick"):
         load_study(study_file)
+
+
+def test_a_gpu_is_shared_while_tuning_only_if_that_is_asked(study_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("t2ilib.studies.tuning.visible_cards", lambda: ["0"])
+    with pytest.raises(ConfigError, match=r"--jobs 2: this machine's GPU takes 1 notebook at a time.*--per-card 2"):
+        tune_study(study_file, jobs=2, results=study_file.parent / "results")
+    assert not list((study_file.parent / "results").rglob("trial-*"))
