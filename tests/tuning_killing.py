@@ -16,7 +16,7 @@ import mlflow.store.tracking.sqlalchemy_store
 import optuna.samplers
 import optuna.storages
 
-from t2ilib.studies import executor
+from t2ilib.studies import executor, where
 from t2ilib.studies.tuning import tune_study
 
 IMPORTED = (mlflow.store.tracking.sqlalchemy_store, optuna.samplers, optuna.storages)
@@ -37,7 +37,7 @@ def main(file: Path, results: Path, jobs: int, kills: int) -> None:
     sys.path.insert(0, str(Path(__file__).parent / "studies"))
     from test_tuning import stand_in
 
-    executor.execute_notebook = partial(stand_in, pause=0.1)
+    where.execute_notebook = partial(stand_in, pause=0.1)
     executor.export_html = lambda notebook, hide_code: notebook
     chance, killed = random.Random(jobs), 0
     while True:

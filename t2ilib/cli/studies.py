@@ -10,6 +10,12 @@ import typer
 from t2ilib.cli.errors import readable_errors
 
 Results = Annotated[Path, typer.Option(help="Where results and the default MLflow store lie.")]
+Jobs = Annotated[
+    int | None,
+    typer.Option(min=1, help="Notebooks at a time: 1 here, what a cluster has room for there, unless told."),
+]
+Where = Annotated[str, typer.Option(help="Where: here, ray (this machine), or ray:ADDRESS, a Ray cluster.")]
+PerCard = Annotated[int, typer.Option(min=1, help="Notebooks that may share a GPU.")]
 
 
 def study_new(
@@ -47,16 +53,13 @@ def study_run(
     preset: Annotated[str, typer.Option(help="A preset of the study file.")] = "quick",
     only: Annotated[list[str], typer.Option(help="Only this variant; may be given several times.")] = [],
     seeds: Annotated[str, typer.Option(help="Other seeds than the preset's, e.g. 0,1,2.")] = "",
-    jobs: Annotated[
-        int | None,
-        typer.Option(min=1, help="Notebooks at a time: 1 here, what a cluster has room for there, unless told."),
-    ] = None,
+    jobs: Jobs = None,
     tuned: Annotated[
         bool, typer.Option("--tuned", help="Each variant at its own best, as `study tune` found it.")
     ] = False,
     results: Results = Path("results"),
-    on: Annotated[str, typer.Option(help="Where: here, ray (this machine), or ray:ADDRESS, a Ray cluster.")] = "here",
-    per_card: Annotated[int, typer.Option(min=1, help="Notebooks that may share a GPU.")] = 1,
+    on: Where = "here",
+    per_card: PerCard = 1,
 ) -> None:
     """Run every variant and seed that is not finished, then write the report."""
     with readable_errors():

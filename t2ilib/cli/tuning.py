@@ -8,16 +8,17 @@ from typing import Annotated
 import typer
 
 from t2ilib.cli.errors import readable_errors
-from t2ilib.cli.studies import Results, say
+from t2ilib.cli.studies import Jobs, PerCard, Results, Where, say
 
 
 def study_tune(
     file: Annotated[Path, typer.Argument(help="A study file in YAML, with `search`.")],
     preset: Annotated[str, typer.Option(help="The preset whose runs are tuned: its length and data.")] = "quick",
     only: Annotated[list[str], typer.Option(help="Only this variant; may be given several times.")] = [],
-    jobs: Annotated[int, typer.Option(min=1, help="Notebooks at a time.")] = 1,
+    jobs: Jobs = None,
     results: Results = Path("results"),
-    per_card: Annotated[int, typer.Option(min=1, help="Notebooks that may share a GPU.")] = 1,
+    on: Where = "here",
+    per_card: PerCard = 1,
 ) -> None:
     """Search each variant's own best values, on other seeds, pictures and prompts; then run the study at them: study run --tuned."""
     with readable_errors():
@@ -26,7 +27,7 @@ def study_tune(
         from t2ilib.studies.tuning import tune_study
 
         begun = time.monotonic()
-        trials = tune_study(file, preset, only, jobs, results, say, per_card)
+        trials = tune_study(file, preset, only, jobs, results, say, on, per_card)
         tuning = load_tuning(trials.parent)
         if tuning is not None:
             print("\n" + format_table(tuning_table(tuning)) + "\n")

@@ -133,8 +133,6 @@ class RunConfig(Section):
             raise ValueError("optimizer.lora_plus_ratio is about the B of adapters, and this run trains none")
         if trains == "nothing" and self.training.steps:
             raise ValueError("training.trains is 'nothing', so training.steps must be 0")
-        if self.training.ema_horizon and trains == "adapter":
-            raise ValueError("training.ema_horizon is for training whole models; set it to 0 for an adapter")
         if self.training.keep_adapters == "all" and trains not in ("adapter", "nothing"):
             raise ValueError(f"training.keep_adapters is about adapters, and this run trains {trains}: leave it out")
         of_unet = [name for name in ("compile", "channels_last") if getattr(self.compute, name)]

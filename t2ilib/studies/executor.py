@@ -1,6 +1,6 @@
 """Running the notebooks of a study side by side, one process each, and telling how far they are.
 
-Where a notebook is executed, `execute` decides: in a process here, unless it is told otherwise. All else (folders, states, progress, signals,
+Where a notebook is executed, the `Place` decides. All else (folders, states, progress, signals,
 results) is the same wherever that is, and is done here.
 """
 
@@ -12,7 +12,7 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import yaml
@@ -21,12 +21,14 @@ from t2ilib.environment import read_environments
 from t2ilib.evaluation.metrics import DECLARATIONS
 from t2ilib.memory import usable_cores
 from t2ilib.studies.cards import variables_of
-from t2ilib.studies.notebooks import error_text, execute_notebook, export_html
-from t2ilib.studies.place import WorkerLost
+from t2ilib.studies.notebooks import error_text, export_html
+from t2ilib.studies.place import Place, WorkerLost
 from t2ilib.studies.runs import StudyRun
 from t2ilib.tracking.outbox import Outbox
 
 PROGRESS = re.compile(r"step (\d+)/(\d+)")
+TOLD_FROM = 0.005
+"""Less of a study says nothing of how long it takes: a run has hardly been loaded."""
 SECONDS_BETWEEN_LINES = 10.0
 IN_GOOD_ORDER = ("Stopped: ", "Interrupted: ")
 """Beginnings of what a notebook says that stopped with a checkpoint: its time is spent, there is no room left, a signal came
@@ -38,27 +40,12 @@ TIMES_LOST = 3
 
 
 class Executor:
-    """Runs notebooks side by side, one process each, and tells how far they are.
+    """Runs notebooks side by side at a place, one process each, and tells how far they are."""
 
-    `cards`: GPUs that they have by turns. `execute`: takes and gives what `notebooks.execute_notebook` does, and raises WorkerLost.
-    `threads`: of a kernel; without it its share of the cores here.
-    """
-
-    def __init__(
-        self,
-        runs: list[StudyRun],
-        jobs: int,
-        parent: str,
-        uri: str,
-        say: Callable[[str], None],
-        cards: Sequence[str] = (),
-        execute: Callable[..., tuple[int, str]] | None = None,
-        threads: int | None = None,
-    ):
-        self.runs, self.jobs, self.cards = runs, jobs, cards
-        self.somewhere, self.threads = execute or execute_notebook, threads
+    def __init__(self, runs: list[StudyRun], place: Place, parent: str, uri: str, say: Callable[[str], None]):
+        self.runs, self.place = runs, place
         self.slots: queue.SimpleQueue[int] = queue.SimpleQueue()
-        for slot in range(jobs):
+        for slot in range(place.jobs):
             self.slots.put(slot)
         self.parent, self.uri, self.say = parent, uri, say
         self.lock, self.over, self.endings, self.stopping = threading.Lock(), threading.Event(), {}, False
@@ -70,7 +57,7 @@ class Executor:
         if threading.current_thread() is threading.main_thread():
             previous = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
-            with ThreadPoolExecutor(self.jobs) as pool:
+            with ThreadPoolExecutor(self.place.jobs) as pool:
                 ticker = threading.Thread(target=self.tick, daemon=True)
                 ticker.start()
                 list(pool.map(self.attempt, self.runs))
@@ -122,7 +109,7 @@ class Executor:
         outdated = run.state == "outdated"
         begun_before = (run.folder / "checkpoints").exists()
         resumed = " (measuring again)" if outdated else " (resuming)" if begun_before else ""
-        jobs = run.result().get("jobs") if outdated else None if begun_before else self.jobs
+        jobs = run.result().get("jobs") if outdated else None if begun_before else self.place.jobs
         self.say(f"[{self.position(run)}] {run.label}: starting{resumed}")
         if outdated:  # grids of other prompts, perhaps; the result stays until there is another
             for drawn in ("samples", "progress", "denoising"):
@@ -154,7 +141,7 @@ class Executor:
         lost = 0
         while True:
             try:
-                return self.somewhere(
+                return self.place.execute(
                     run.notebook,
                     run.folder / "notebook.ipynb",
                     run.folder / "parameters.yaml",
@@ -177,9 +164,10 @@ class Executor:
     def variables(self, slot: int = 0) -> dict[str, str]:
         """Environment of a kernel: its share of the cores, its GPU, plain progress, and the study's store. Threads that wait give way where
         kernels share the cores; one alone is twice as fast if its threads stay awake."""
-        return variables_of(slot, self.cards) | {
-            "OMP_NUM_THREADS": str(self.threads or max(1, usable_cores() // self.jobs)),
-            **({"OMP_WAIT_POLICY": "passive"} if self.jobs > 1 else {}),
+        place = self.place
+        return variables_of(slot, place.cards) | {
+            "OMP_NUM_THREADS": str(place.threads or max(1, usable_cores() // place.jobs)),
+            **({"OMP_WAIT_POLICY": "passive"} if place.jobs > 1 else {}),
             "T2ILIB_BATCH": "1",
             "MLFLOW_TRACKING_URI": self.uri,
             "PYTHONUNBUFFERED": "1",
@@ -202,11 +190,13 @@ class Executor:
             self.say(f"[{self.position(run)}] {run.label}: {line.strip()}{self.left()}")
 
     def left(self) -> str:
-        """The time left, from the share of the work that is done; "" where nothing is left."""
+        """The share of the work that is done, and by it the time left; "" where nothing is done or left."""
         with self.lock:
             share = (self.done + sum(self.parts.values())) / len(self.runs)
         if not 0 < share < 1:
             return ""
+        if share < TOLD_FROM:
+            return f"  |  study {share:.0%}"
         left = round((time.monotonic() - self.began) * (1 - share) / share)
         return f"  |  study {share:.0%}, ETA {left // 60}:{left % 60:02d}"
 

@@ -159,7 +159,7 @@ def run_study(
         parent = parent_run(client, experiment, study, preset, folder)
         describe_parent(client, parent, study, runs)
         try:
-            Executor(pending, place.jobs, parent, uri, say, place.cards, place.execute, place.threads).run()
+            Executor(pending, place, parent, uri, say).run()
         finally:
             outbox = Outbox(folder, uri, parent, client)
             status = "FINISHED" if all(run.state == "finished" for run in runs) else "FAILED"

@@ -24,11 +24,11 @@ from t2ilib.evaluation.metrics import Metric, as_written, check_measures
 from t2ilib.locking import held
 from t2ilib.runfile import merge
 from t2ilib.studies.apart import tuning_settings
-from t2ilib.studies.cards import visible_cards
 from t2ilib.studies.executor import Executor
 from t2ilib.studies.file import Study, load_study
 from t2ilib.studies.notebooks import error_text, find_notebook
 from t2ilib.studies.parent import describe_parent, parent_run
+from t2ilib.studies.place import Demand, Place
 from t2ilib.studies.runs import COLOUR, COLOURS, StudyRun, check_notebooks, require_same_versions, require_unedited
 from t2ilib.studies.scoring import Score, parse_formula, scoring
 from t2ilib.studies.search import Search, grid, partial, refusal
@@ -36,7 +36,7 @@ from t2ilib.studies.study import check_data, tell_misfits
 from t2ilib.studies.trials import Trials, open_storage
 from t2ilib.studies.trying import Next, Tried, at_end, best_of, next_trial
 from t2ilib.studies.tuned import TRIALS, TUNING, write_tuned
-from t2ilib.studies.where import require_cards
+from t2ilib.studies.where import open_place
 from t2ilib.text import write_whole
 from t2ilib.tracking.outbox import Outbox
 from t2ilib.tracking.store import check_store, open_client, reap_stale_runs, tracking_uri
@@ -76,15 +76,16 @@ def tune_study(
     path: Path,
     preset: str = "quick",
     only: Sequence[str] = (),
-    jobs: int = 1,
+    jobs: int | None = None,
     results: Path = Path("results"),
     say: Callable[[str], None] = print,
+    on: str = "here",
     per_card: int = 1,
 ) -> Path:
     """Makes what trials are left, `jobs` notebooks at a time; returns the path of tuning.json, in whose variants `ended` says why a search
     ended. The values of those that have are written beside the study file.
 
-    Raises ConfigError before anything starts for mistakes in the study file, for pictures that cannot be used, where more than `per_card`
+    `on`, `jobs`, `per_card`: as of `run_study`. Raises ConfigError before anything starts for mistakes in the study file, for pictures that cannot be used, where more than `per_card`
     notebooks would share a GPU, and where another process tunes the same. KeyboardInterrupt and SIGTERM reach the running notebooks, which commit a checkpoint; the next call goes on.
     """
     study = load_study(path)
@@ -92,11 +93,15 @@ def tune_study(
     names = [name for name in study.of_preset(preset) if study.trains(preset, name) and (not only or name in only)]
     settings = tuning_settings(study, preset, names)
     folder = results.absolute() / f"{study.name}-{preset}{TUNING}"
-    require_cards(jobs, visible_cards(), per_card)
+    uri = tracking_uri(None, results)
     with held(folder / ".tuning.lock", f"{folder} is being tuned by another process: wait for it, or stop it first"):
-        tune = Tune(study, path, preset, folder, jobs, tracking_uri(None, results), say)
-        tune.begin(names, settings, results)
-        tune.go_on()
+        tune = Tune(study, path, preset, folder, uri, say)
+        sample = tune.check(names, settings)
+        runs = len(names) * study.tuning.trials * len(study.tuning.seeds)
+        with open_place(on, Demand(runs, jobs, per_card, uri, say)) as place:
+            tell_misfits(sample, place.jobs if place.cards else place.sharing, say, place.cards, place.ask)
+            tune.begin(names, settings, results)
+            tune.go_on(place)
         values = {s.name: partial(best.values) for s in tune.searches if s.why and (best := best_of(s.trials.all()))}
         for search in tune.searches:
             if search.why and search.name not in values:
@@ -125,25 +130,25 @@ def require_search(study: Study, path: Path, preset: str, only: Sequence[str]) -
 class Tune:
     """A tuning as it goes on."""
 
-    def __init__(
-        self, study: Study, path: Path, preset: str, folder: Path, jobs: int, uri: str, say: Callable[[str], None]
-    ):
+    def __init__(self, study: Study, path: Path, preset: str, folder: Path, uri: str, say: Callable[[str], None]):
         self.study, self.path, self.preset, self.folder = study, path, preset, folder
-        self.jobs, self.uri, self.say = jobs, uri, say
+        self.uri, self.say = uri, say
         self.searches: list[Searching] = []
         self.runs: dict[str, StudyRun] = {}
         self.score: Score | None = self.read_rule()
 
-    def begin(self, names: Sequence[str], settings: dict[str, dict[str, Any]], results: Path) -> None:
-        """Checks what is to be run, as `run_study` does, and opens Optuna's trials and MLflow's parent run."""
+    def check(self, names: Sequence[str], settings: dict[str, dict[str, Any]]) -> list[StudyRun]:
+        """Checks what is to be run, as `run_study` does; returns a run of each variant and seed."""
         sample = [self.run_of(name, 0, seed, settings[name]) for name in names for seed in self.study.tuning.seeds]
         check_notebooks(sample)
         for run in sample:
             check_measures(run.config().evaluation.measures or ())
         check_data(sample)
         check_store(self.uri, self.study.name)
-        self.cards = visible_cards()
-        tell_misfits(sample, self.jobs, self.say, self.cards)
+        return sample
+
+    def begin(self, names: Sequence[str], settings: dict[str, dict[str, Any]], results: Path) -> None:
+        """Opens Optuna's trials and MLflow's parent run."""
         storage = open_storage(self.folder / DATABASE)
         for name in names:
             search, own = self.study.search_of(self.preset, name), settings[name]
@@ -159,7 +164,6 @@ class Tune:
         self.client, experiment = open_client(self.uri, self.study.name, results)
         reap_stale_runs(self.client, experiment)
         self.parent = parent_run(self.client, experiment, self.study, self.preset + TUNING, self.folder)
-        self.say(self.budget())
 
     def known_runs(self) -> list[StudyRun]:
         """The notebooks of every trial that was begun, and of the next one of each variant."""
@@ -170,13 +174,13 @@ class Tune:
             for seed in self.study.tuning.seeds
         ]
 
-    def budget(self) -> str:
+    def budget(self, jobs: int) -> str:
         told = self.study.tuning
         hours = f" or {told.hours:g} h" if told.hours else ""
         seeds = f", each of {len(told.seeds)} seeds" * (len(told.seeds) > 1)
         return (
             f"tuning of {self.study.name}, preset {self.preset}: {len(self.searches)} variants, {told.trials} trials{hours} each"
-            f"{seeds}, {self.jobs} at a time"
+            f"{seeds}, {jobs} at a time"
         )
 
     def run_of(self, name: str, number: int, seed: int, settings: dict[str, Any]) -> StudyRun:
@@ -199,17 +203,20 @@ class Tune:
             trial=number,
         )
 
-    def go_on(self) -> None:
+    def go_on(self, place: Place) -> None:
         """Round by round, until every search has ended or waits for another call."""
+        self.say(self.budget(place.jobs))
+        if place.about:
+            self.say(place.about)
         try:
-            while batch := self.next_round():
+            while batch := self.next_round(place.jobs):
                 runs = [run for search, trial in batch for run in search.runs[trial.number]]
                 require_unedited(runs)
                 pending = [run for run in runs if run.state != "finished"]
                 self.runs |= {run.label: run for run in runs}
                 describe_parent(self.client, self.parent, self.study, list(self.runs.values()))
                 if pending:
-                    Executor(pending, self.jobs, self.parent, self.uri, self.say, self.cards).run()
+                    Executor(pending, place, self.parent, self.uri, self.say).run()
                 for search, trial in sorted(batch, key=lambda pair: pair[1].number):
                     self.settle(search, trial)
                 self.write()
@@ -221,11 +228,11 @@ class Tune:
                 self.say(told)
         self.write()
 
-    def next_round(self) -> list[tuple[Searching, Tried]]:
+    def next_round(self, jobs: int) -> list[tuple[Searching, Tried]]:
         """Every trial that can be made now: those that were begun, and new ones as far as they can be decided and there is room for."""
         batch = []
         going = [search for search in self.searches if not search.paused and not search.why]
-        room = math.ceil(self.jobs / max(1, len(going)))
+        room = math.ceil(jobs / max(1, len(going)))
         for search in going:
             trials = [search.trials.resume(t.number) for t in search.trials.all() if t.state == "running"]
             trials += [search.trials.begin() for t in search.trials.all() if t.state == "waiting"]

@@ -221,8 +221,10 @@ def keep(run: RunConfig, setup: Setup, state: TrainState, history: History, done
     history.save_timing()
     with history.lasting("saving"):
         state.save(done)
-    if state.accelerator.is_main_process and run.training.keep_adapters == "all":
-        setup.save(run.output / "steps" / step_name(done))
+    if run.training.keep_adapters == "all":
+        with state.averaged():
+            if state.accelerator.is_main_process:
+                setup.save(run.output / "steps" / step_name(done))
 
 
 def hand_over(run: RunConfig, setup: Setup, state: TrainState, history: History, tracker: Tracker) -> None:

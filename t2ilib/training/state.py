@@ -97,7 +97,7 @@ class TrainState:
         files = {"weights": dict(self.named), "optimizer": tensors}
         meta = {"digest": self.digest, "data": self.data, "optimizer": optimizer}
         if self.ema is not None:
-            files["ema"] = {str(i): tensor for i, tensor in enumerate(self.ema.shadow_params)}
+            files["ema"] = dict(zip(self.named, self.ema.shadow_params, strict=True))
             meta["ema_steps"] = self.ema.optimization_step
         if self.accelerator.scaler is not None:
             meta["scaler"] = self.accelerator.scaler.state_dict()
@@ -152,8 +152,10 @@ class TrainState:
         unpack_optimizer(self.raw_optimizer, moments, checkpoint.meta["optimizer"])
         self.schedule.last_epoch = checkpoint.step  # the rates themselves are part of the optimizer's state
         if self.ema is not None:
-            for i, (average, parameter) in enumerate(zip(self.ema.shadow_params, self.parameters, strict=True)):
-                average.copy_(spread_like(checkpoint.tensors["ema"][str(i)], parameter))
+            saved = checkpoint.tensors["ema"]
+            for i, (name, average) in enumerate(zip(self.named, self.ema.shadow_params, strict=True)):
+                kept = saved[name] if name in saved else saved[str(i)]  # as checkpoints of before number them
+                average.copy_(spread_like(kept, self.named[name]))
             self.ema.optimization_step = checkpoint.meta["ema_steps"]
         if self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(checkpoint.meta["scaler"])
@@ -216,7 +218,8 @@ class TrainState:
 
 
 def load_checkpoint_adapter(components: Components, folder: Path, step: int) -> dict[str, torch.Tensor] | None:
-    """Attaches the adapter of a run's folder as it was at a checkpoint; raises ConfigError naming the steps there are.
+    """Attaches the adapter of a run's folder as it was at a checkpoint, averaged where the run averages; raises ConfigError naming the
+    steps there are.
 
     Returns A and B as they began (`component.parameter` -> tensor) where they were taken out of the base, which has changed by that (PiSSA,
     OLoRA): `save_adapter` wants them as `start`. None otherwise.
@@ -235,7 +238,8 @@ def load_checkpoint_adapter(components: Components, folder: Path, step: int) -> 
             " without --checkpoint its finished adapter goes with others"
         )
     components.noise_as(run.objective.name, run.objective.beta_schedule, run.objective.zero_terminal_snr)
-    weights = load_checkpoint(paths[step]).tensors["weights"]
+    tensors = load_checkpoint(paths[step]).tensors
+    weights = tensors.get("ema", tensors["weights"])
     start = {}
     for name, module in attach_adapters(components, run.adapter, run.seed).items():
         with torch.no_grad():

@@ -13,7 +13,7 @@ from t2ilib.planning import fit
 from t2ilib.studies import cards, executor, study, where
 from t2ilib.studies.cards import VISIBLE, parse_listing, sharing, tell_sharing, visible_cards
 from t2ilib.studies.executor import Executor
-from t2ilib.studies.place import Demand
+from t2ilib.studies.place import Demand, Place
 from t2ilib.studies.runs import StudyRun
 from t2ilib.studies.where import open_place
 
@@ -83,10 +83,9 @@ def test_notebooks_that_run_at_a_time_have_cards_by_turns(
         wave.wait()
         return 1, "RuntimeError: made to fail"
 
-    monkeypatch.setattr(executor, "execute_notebook", execute)
     monkeypatch.setattr(StudyRun, "parameters", lambda self, parent: {})
     runs = [StudyRun(f"v{n}", 0, {}, tmp_path / f"v{n}", tmp_path / "x.ipynb", {"study": "toy"}) for n in range(6)]
-    Executor(runs, 3, "parent", "uri", lambda line: None, few).run()
+    Executor(runs, Place(3, execute, where.ask_here, 1, few), "parent", "uri", lambda line: None).run()
     assert all((run.folder / "failed.txt").read_text().startswith("exit code 1") for run in runs)
     for number in (0, 3):
         assert sorted(seen[number : number + 3], key=str) == expected
@@ -152,8 +151,10 @@ def test_a_variant_is_held_against_the_smallest_card_and_those_that_share_it(mon
 
 def test_kernels_share_the_cores_and_only_those_that_share_give_way(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(executor, "usable_cores", lambda: 5)
-    several = Executor([], 2, "parent", "uri", lambda line: None).variables()
-    alone = Executor([], 1, "parent", "uri", lambda line: None).variables()
+    several, alone = (
+        Executor([], Place(jobs, where.execute_notebook, where.ask_here, jobs), "parent", "uri", print).variables()
+        for jobs in (2, 1)
+    )
     assert (several["OMP_NUM_THREADS"], several["OMP_WAIT_POLICY"]) == ("2", "passive")
     assert alone["OMP_NUM_THREADS"] == "5"
     assert "OMP_WAIT_POLICY" not in alone

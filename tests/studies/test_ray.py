@@ -29,10 +29,12 @@ from t2ilib.studies.executor import TIMES_LOST, Executor
 from t2ilib.studies.file import load_study
 from t2ilib.studies.guard import MARK, Guard, marked
 from t2ilib.studies.onray import ALONE, OBJECT_STORE_BYTES, TOKEN, require_shared_store, shares
-from t2ilib.studies.place import Demand, WorkerLost
+from t2ilib.studies.place import Demand, Place, WorkerLost
 from t2ilib.studies.runs import StudyRun, plan_runs
 from t2ilib.studies.study import run_study
-from t2ilib.studies.where import open_place
+from t2ilib.studies.tuned import tuned_file
+from t2ilib.studies.tuning import tune_study
+from t2ilib.studies.where import ask_here, open_place
 
 PARAMETERS = """name = "none"
 seed = 0
@@ -234,6 +236,25 @@ def require_silence(told: str) -> None:
     assert all(word not in told for word in ("raylet", "Traceback", "WARNING", "core_worker", "Error")), told
 
 
+def test_trials_are_made_on_the_cluster_as_runs_are(study_file: Path, cluster) -> None:
+    content = yaml.safe_load(study_file.read_text())
+    content["search"], content["variants"]["waits"]["search"] = {"adapter.rank": {"low": 2, "high": 8}}, {}
+    content |= {"tuning": {"seeds": [1000, 1001], "run": {"evaluation": {"prompts": []}}}, "score": "answer"}
+    study_file.write_text(yaml.safe_dump(content))
+    folder = study_file.parent / "results" / "toy-quick-tuning"
+    folder.mkdir(parents=True)
+    (folder / "go").touch()
+    said: list[str] = []
+    place = {"results": folder.parent, "on": f"ray:{cluster.address}"}
+    trials = tune_study(study_file, only=["waits"], say=said.append, **place)
+    told = json.loads(trials.read_text())["variants"]["waits"]
+    assert [(trial["state"], trial["score"]) for trial in told["trials"]] == [("scored", 1000.53)]
+    assert any("on the Ray cluster at" in line for line in said)
+    seen = [json.loads(file.read_text()) for file in trials.parent.rglob("seen.json")]
+    assert [found["OMP_NUM_THREADS"] for found in seen] == ["1", "1"]
+    assert yaml.safe_load(tuned_file(study_file).read_text())
+
+
 def test_a_run_whose_node_is_lost_goes_on_at_another(study_file: Path, cluster) -> None:
     process, folders = begin(study_file, "--on", f"ray:{cluster.address}")
     notebooks = [json.loads((folder / "process.json").read_text())["notebook"][0] for folder in folders]
@@ -418,7 +439,7 @@ def test_lost_workers_are_replaced_so_many_times(losses: int, state: str, tmp_pa
 
     monkeypatch.setattr(StudyRun, "parameters", lambda self, parent: {})
     run = StudyRun("v", 0, {}, tmp_path / "v", tmp_path / "x.ipynb", {"study": "toy"})
-    Executor([run], 1, "parent", "uri", said.append, (), execute, 3).run()
+    Executor([run], Place(1, execute, ask_here, 1, threads=3), "parent", "uri", said.append).run()
     assert run.state == state
     assert times == ["3"] * (TIMES_LOST + 1)
     assert sum("it goes on from its last checkpoint" in line for line in said) == TIMES_LOST

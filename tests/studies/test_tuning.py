@@ -19,7 +19,7 @@ from mlflow import MlflowClient
 from t2ilib.config import ConfigError
 from t2ilib.runfile import build_run
 from t2ilib.shapes import world
-from t2ilib.studies import executor
+from t2ilib.studies import executor, where
 from t2ilib.studies.file import load_study
 from t2ilib.studies.runs import plan_runs
 from t2ilib.studies.study import run_study, write_study
@@ -116,7 +116,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
 def fast(monkeypatch: pytest.MonkeyPatch, store: str) -> None:
     """Stand-ins in place of notebooks."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
-    monkeypatch.setattr(executor, "execute_notebook", stand_in)
+    monkeypatch.setattr(where, "execute_notebook", stand_in)
     monkeypatch.setattr(executor, "export_html", lambda notebook, hide_code: notebook)
 
 
@@ -197,7 +197,7 @@ def test_trials_are_runs_of_their_own_in_mlflow(study_file: Path, fast: None, mo
             tracker.log_metrics({"loss": 1.0}, 3)
         return stand_in(notebook, output, parameters, *rest)
 
-    monkeypatch.setattr(executor, "execute_notebook", logged)
+    monkeypatch.setattr(where, "execute_notebook", logged)
     edit(study_file, lambda c: [c["variants"].pop("far"), c["tuning"].update(trials=5)])
     file = tune_study(study_file, results=results, say=quiet)
     assert [trial["state"] for trial in trials_of(file, "plain")] == ["scored"] * 5
@@ -246,7 +246,7 @@ def test_a_trial_that_fails_is_tried_again_by_the_next_call_and_then_given_up(
         rate = yaml.safe_load(Path(parameters).read_text())["optimizer"]["learning_rate"]
         return (1, "RuntimeError: out of memory") if rate == 3.16e-3 else stand_in(notebook, output, parameters, *rest)
 
-    monkeypatch.setattr(executor, "execute_notebook", broken)
+    monkeypatch.setattr(where, "execute_notebook", broken)
     file = tune_study(study_file, results=results, say=said.append)
     assert [t["state"] for t in trials_of(file, "plain")] == ["scored"] * 3 + ["running", "scored"]
     assert not tuned_file(study_file).exists(), "its search has not ended"
@@ -371,7 +371,7 @@ def test_variants_that_were_not_tuned_do_not_run_beside_those_that_were(study_fi
 
 
 def test_a_gpu_is_shared_while_tuning_only_if_that_is_asked(study_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("t2ilib.studies.tuning.visible_cards", lambda: ["0"])
+    monkeypatch.setattr("t2ilib.studies.where.visible_cards", lambda: ["0"])
     with pytest.raises(ConfigError, match=r"--jobs 2: this machine's GPU takes 1 notebook at a time.*--per-card 2"):
         tune_study(study_file, jobs=2, results=study_file.parent / "results")
     assert not list((study_file.parent / "results").rglob("trial-*"))

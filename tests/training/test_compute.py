@@ -293,7 +293,7 @@ def test_channels_last_reaches_convolutions_and_survives_a_resume(tmp_path: Path
     assert all(parameter.is_contiguous() for parameter in result.components.unet.parameters())
     straight = state_of(tmp_path / "straight", 3)
     saved = load_file(tmp_path / "straight" / "model" / "unet" / "diffusion_pytorch_model.safetensors")
-    assert torch.equal(saved["conv_in.weight"], straight["ema"]["0"])
+    assert torch.equal(saved["conv_in.weight"], straight["ema"]["unet.conv_in.weight"])
 
     shutil.copytree(tmp_path / "straight", tmp_path / "resumed")
     shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "step-000003")

@@ -16,7 +16,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from t2ilib.config import ConfigError
+from t2ilib.config import ConfigError, RunConfig
 from t2ilib.runfile import build_run, load_run
 from t2ilib.training.checkpoint import CheckpointError, list_checkpoints, owned
 from t2ilib.training.loop import NonFiniteLoss, train
@@ -294,12 +294,64 @@ def test_whole_unet_with_ema_saves_and_keeps_the_average(tmp_path: Path) -> None
     kept = result.components.unet.state_dict()
     folder = tmp_path / "run" / "checkpoints" / "step-000004"
     average, raw = load_file(folder / "ema.safetensors"), load_file(folder / "weights.safetensors")
-    for place, name in enumerate(saved):
+    for name in saved:
         torch.testing.assert_close(saved[name], kept[name])
-        torch.testing.assert_close(saved[name], average[str(place)])
-        torch.testing.assert_close(average[str(place)], by_hand[f"unet.{name}"].float(), rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(saved[name], average[f"unet.{name}"])
+        torch.testing.assert_close(average[f"unet.{name}"], by_hand[f"unet.{name}"].float(), rtol=1e-6, atol=1e-7)
     assert any(not torch.equal(saved[name], raw[f"unet.{name}"]) for name in saved)
     assert train(build_run(values)).resumed_from == 4
+
+
+@pytest.mark.parametrize(
+    ("base", "adapter"),
+    [
+        ("none", {"kind": "dora", "rank": 2, "alpha": 2.0, "text_encoder_targets": "attention", "dropout": 0.3}),
+        ("none", {"rank": 2, "alpha": 2.0, "init": "pissa"}),
+        ("nf4", {"rank": 2, "alpha": 2.0}),
+    ],
+)
+def test_adapter_with_ema_keeps_the_average_and_resumes_to_the_bit(tmp_path: Path, base: str, adapter: dict) -> None:
+    """The files of steps and of the end, what a checkpoint is loaded as, and what stays in memory are the average of the parameters, which the
+    weights of every step give by hand."""
+    from t2ilib.adapters.weights import read_layers
+    from t2ilib.drawing.checkpoints import write_step
+    from t2ilib.models.load import load_base
+
+    def run_of(folder: Path) -> RunConfig:
+        training = {"steps": 4, "batch_size": 4, "ema_horizon": 3, "checkpoint_every": 1, "keep_checkpoints": 4}
+        values = settings(folder) | {"model": {"quantization": base}, "adapter": adapter}
+        return build_run(values | {"training": training | {"keep_adapters": "all"}})
+
+    run = run_of(tmp_path / "straight")
+    result = train(run)
+    folders = list_checkpoints(run.output / "checkpoints")
+    steps = [load_file(path / "weights.safetensors") for path in folders]
+    by_hand = {name: weight.double() for name, weight in steps[0].items()}
+    for number, weights in enumerate(steps[1:], 2):
+        decay = min(1 - 1 / 3, 1 - number**-0.75)
+        by_hand = {name: decay * kept + (1 - decay) * weights[name].double() for name, kept in by_hand.items()}
+    average = load_file(folders[-1] / "ema.safetensors")
+    assert average.keys() == by_hand.keys()
+    for name, value in by_hand.items():
+        torch.testing.assert_close(average[name], value.float(), rtol=1e-6, atol=1e-7)
+    assert any(not torch.equal(average[name], steps[-1][name]) for name in average)
+    for part, model in result.components.modules().items():
+        for name, parameter in model.named_parameters():
+            assert f"{part}.{name}" not in average or torch.equal(parameter.cpu(), average[f"{part}.{name}"])
+    assert read_layers(result.components)
+
+    for step, name in ((2, "steps/step-000002/adapter"), (4, "steps/step-000004/adapter"), (4, "adapter")):
+        written = load_file(write_step(load_base(run.model), run.output, step, tmp_path / "written"))
+        kept = load_file(run.output / name / "pytorch_lora_weights.safetensors")
+        assert written.keys() == kept.keys()
+        assert all(torch.equal(written[key], kept[key]) for key in kept)
+
+    shutil.copytree(run.output, tmp_path / "resumed")
+    for path in list_checkpoints(tmp_path / "resumed" / "checkpoints")[2:]:
+        shutil.rmtree(path)
+    assert train(run_of(tmp_path / "resumed")).resumed_from == 2
+    again = load_file(tmp_path / "resumed" / "checkpoints" / "step-000004" / "ema.safetensors")
+    assert all(torch.equal(again[name], average[name]) for name in average)
 
 
 def test_gradient_that_is_not_finite_stops_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
