@@ -9,6 +9,7 @@ Leaves out what only a loaded model can tell: whether a target names layers that
 
 from t2ilib.config.data import DataConfig, PriorConfig, ShapesConfig
 from t2ilib.config.mistakes import ConfigError, check_choice, did_you_mean
+from t2ilib.config.objective import ObjectiveConfig
 from t2ilib.config.run import RunConfig
 from t2ilib.config.section import Section
 from t2ilib.config.sections import (
@@ -16,7 +17,6 @@ from t2ilib.config.sections import (
     ComputeConfig,
     EvaluationConfig,
     ModelConfig,
-    ObjectiveConfig,
     OptimizerConfig,
     ScratchConfig,
     TrackingConfig,

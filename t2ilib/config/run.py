@@ -9,13 +9,13 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from t2ilib.config.data import DataConfig, PriorConfig, ShapesConfig
+from t2ilib.config.objective import METHODS, ObjectiveConfig
 from t2ilib.config.section import Place, Section
 from t2ilib.config.sections import (
     AdapterSpec,
     ComputeConfig,
     EvaluationConfig,
     ModelConfig,
-    ObjectiveConfig,
     OptimizerConfig,
     ScratchConfig,
     TrackingConfig,
@@ -131,6 +131,7 @@ class RunConfig(Section):
                 raise ValueError("adapter.init 'loftq' makes up for quantization: it needs model.quantization nf4")
         if self.optimizer.lora_plus_ratio is not None and trains != "adapter":
             raise ValueError("optimizer.lora_plus_ratio is about the B of adapters, and this run trains none")
+        self.objective.require(self)
         if trains == "nothing" and self.training.steps:
             raise ValueError("training.trains is 'nothing', so training.steps must be 0")
         if self.training.keep_adapters == "all" and trains not in ("adapter", "nothing"):
@@ -176,6 +177,9 @@ class RunConfig(Section):
         values["training"]["trains"] = self.trains
         if self.data.part == "final":
             del values["data"]["part"]  # so that what began before there were parts goes on
+        for name in METHODS:  # likewise what began before there were methods
+            if values["objective"][name] is None:
+                del values["objective"][name]
         if self.optimizer.schedule == "constant" and (self.adapter is None or self.adapter.token_share == 1):
             del values["training"]["steps"]
         return values

@@ -134,56 +134,6 @@ class AdapterSpec(Section):
         return self
 
 
-class ObjectiveConfig(Section):
-    """What is minimised."""
-
-    name: Literal["auto", "epsilon", "v_prediction", "sample"] = "auto"
-    """What the network predicts; "auto" takes what the base model predicts."""
-    snr_gamma: Annotated[float, Field(gt=0)] | None = 5.0
-    """min-SNR weighting (arXiv 2303.09556); None for the plain mean squared error."""
-    caption_dropout: Share = 0.0
-    """Probability of an empty caption, for classifier-free guidance (arXiv 2207.12598)."""
-    beta_schedule: Literal["auto", "linear", "scaled_linear", "squaredcos_cap_v2"] = "auto"
-    """How noise grows with the timestep: linear (DDPM, arXiv 2006.11239), scaled_linear (latent diffusion, arXiv 2112.10752),
-    squaredcos_cap_v2 (arXiv 2102.09672); "auto" takes the base's."""
-    zero_terminal_snr: bool | None = None
-    """Whether nothing of the picture is left at the last timestep (arXiv 2305.08891, sec. 3.1); None takes the base's."""
-    loss: Literal["squared", "huber"] = "squared"
-    """huber: the pseudo-Huber loss, which a few large errors sway less (arXiv 2403.16728; in diffusion since arXiv 2310.14189, sec. 3.3)."""
-    huber_delta: PositiveFloat = 0.1
-    """Far below this an error counts as its square, far above as twice this times itself."""
-    noise_offset: Annotated[float, Field(ge=0)] = 0.0
-    """So much noise of one value a channel on top, for pictures that are dark or bright as a whole (N. Guttenberg, "Diffusion with Offset
-    Noise", 2023)."""
-    timesteps: Literal["uniform", "logit_normal"] = "uniform"
-    """How often each timestep is trained; logit_normal: those in the middle more often (arXiv 2403.03206, sec. 3.1)."""
-    timestep_mean: float = 0.0
-    timestep_std: PositiveFloat = 1.0
-    """Of the normal distribution whose logistic function says where in the schedule a timestep lies."""
-    timestep_range: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(gt=0, le=1)]] = (0.0, 1.0)
-    """Which part of the schedule is trained, as shares of it: (0.0, 0.5) is its less noisy half."""
-
-    @model_validator(mode="after")
-    def holds_together(self) -> "ObjectiveConfig":
-        if self.name == "epsilon" and self.zero_terminal_snr:
-            raise ValueError(
-                "with zero_terminal_snr the last timestep is noise alone, of which predicting the noise (epsilon) says nothing about the"
-                " picture: take name v_prediction or sample, or leave zero_terminal_snr out"
-            )
-        if self.loss != "huber" and self.huber_delta != 0.1:
-            raise ValueError(f"huber_delta is about loss huber, and loss is {self.loss}: leave it out")
-        if self.timesteps != "logit_normal" and (self.timestep_mean, self.timestep_std) != (0.0, 1.0):
-            raise ValueError(f"timestep_mean and timestep_std are about timesteps logit_normal, not {self.timesteps}")
-        if self.timestep_range[0] >= self.timestep_range[1]:
-            raise ValueError(f"timestep_range {self.timestep_range} is empty: give a share from, and a larger one to")
-        if self.timestep_range != (0.0, 1.0) and (self.beta_schedule != "auto" or self.zero_terminal_snr):
-            raise ValueError(
-                f"timestep_range {self.timestep_range} trains a part of the schedule, and beta_schedule or zero_terminal_snr changes all of"
-                " it: what is not trained would be drawn by noise it never saw. Leave one of them out"
-            )
-        return self
-
-
 class OptimizerConfig(Section):
     """How it is minimised. `text_encoder_learning_rate` None: as the UNet's."""
 

@@ -27,6 +27,7 @@ from t2ilib.data.pictures import load_picture
 from t2ilib.data.records import Record
 from t2ilib.evaluation.embeddings import Embedder, Thumbnails
 from t2ilib.evaluation.sampling import DRAW_SEED, draw, load_pictures, save_pictures
+from t2ilib.models.alone import adapters_off
 from t2ilib.models.components import Components
 from t2ilib.models.load import load_base
 from t2ilib.models.quantize import move
@@ -193,27 +194,3 @@ def untouched(run: RunConfig, components: Components) -> Iterator[Components]:
     finally:
         for part in working:
             move(part, device)
-
-
-@contextlib.contextmanager
-def adapters_off(components: Components) -> Iterator[None]:
-    """No adapter acts for as long as the scope lasts; then all is as it was, down to what is trained."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    layers = [
-        layer
-        for module in components.modules().values()
-        for layer in module.modules()
-        if isinstance(layer, BaseTunerLayer) and not layer.disable_adapters
-    ]
-    trained = [parameter for layer in layers for parameter in layer.parameters() if parameter.requires_grad]
-    for layer in layers:
-        layer.enable_adapters(False)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.enable_adapters(True)
-            layer.requires_grad_(False)
-        for parameter in trained:
-            parameter.requires_grad_(True)

@@ -40,10 +40,14 @@ from t2ilib.seeds import generator_for, numpy_generator_for
 from t2ilib.text import shown, write_whole
 from t2ilib.training.card import save_card
 from t2ilib.training.checkpoint import step_name
+from t2ilib.training.methods import METHODS
+from t2ilib.training.methods.method import Parts
 from t2ilib.training.objectives import Objective, build_objective, trained_part
+from t2ilib.training.others import Denoise, base_as_it_was
+from t2ilib.training.pairs import HeldOutPairs
 from t2ilib.training.processes import share_of_work
 from t2ilib.training.stages import StagedDataset, earlier_samples
-from t2ilib.training.validation import GRID_SEED, declared, held_out_loss
+from t2ilib.training.validation import GRID_SEED, HeldOutLoss, declared, held_out_loss
 
 log = logging.getLogger(__name__)
 
@@ -96,6 +100,8 @@ class Setup:
     draw: Callable[[], list[Image.Image]] | None = None
     denoise: Callable[[], list[list[Image.Image]]] | None = None
     """Of each of `prompts` what is predicted on the way, as `evaluation.strip_steps` says, and last what `draw` gives."""
+    base: Denoise | None = None
+    """The base as it was, where the objective takes it, or it costs nothing to have."""
     prompts: tuple[str, ...] = ()
     proof: AdapterProof | None = None
     metrics: Mapping[str, Any] = field(default_factory=dict)
@@ -132,20 +138,27 @@ def setup_diffusion(
     setup = learn_to_denoise(run, components, modules, encoded, device)
     plain = build_objective(ObjectiveConfig(name=run.objective.name, snr_gamma=None), noise_schedule(components))
 
+    def on_grid(denoiser: Denoise, objective: Objective) -> HeldOutLoss:
+        of_each = run.evaluation.validation_timesteps
+        return held_out_loss(denoiser, objective, encoded_held_out, setup.num_timesteps, of_each, device)
+
+    pairs = (
+        HeldOutPairs(plain, setup.base, on_grid) if encoded_held_out and encoded_held_out.samples.has_pairs else None
+    )
+
     def validate(step: int) -> dict[str, float]:
         if encoded_held_out is None:
             return {}
         with accelerator.autocast():
-            result = held_out_loss(
-                setup.model, plain, encoded_held_out, setup.num_timesteps, run.evaluation.validation_timesteps, device
-            )
+            result = on_grid(setup.model, plain)
+            of_pairs = pairs.measure(setup.model, result.losses) if pairs else {}
         by_picture = [
             {"picture": shown(record.path.name), "caption": record.caption, "loss": loss}
             for record, loss in zip(held_out.records, result.by_picture(), strict=True)
         ]
         (run.output / "held_out").mkdir(exist_ok=True)
         write_whole(run.output / "held_out" / f"{step_name(step)}.json", json.dumps(by_picture, indent=1))
-        return result.metrics()
+        return result.metrics() | of_pairs
 
     def save(folder: Path) -> None:
         if trains == "adapter":
@@ -169,7 +182,7 @@ def setup_diffusion(
         denoise=lambda: draw_denoising(components, list(prompts), run.evaluation, resolution=run.data.resolution),
         prompts=prompts,
         proof=proof,
-        metrics=declared(plain, components),
+        metrics=declared(plain, components) | (pairs.declared() if pairs else {}),
     )
 
 
@@ -181,7 +194,8 @@ def learn_to_denoise(
     device: torch.device,
 ) -> Setup:
     """What `modules` learn of encoded pictures: the run's objective over its noise schedule. Neither measures nor saves."""
-    schedule, samples = noise_schedule(components), encoded.samples
+    schedule, samples, method = noise_schedule(components), encoded.samples, METHODS[run.objective.method]
+    method.check(encoded)
     trained_part(run.objective, schedule.config.num_train_timesteps)  # told now, not in the first step
     num_class = samples.dataset.num_class
     num_own = len(encoded) - num_class
@@ -191,15 +205,20 @@ def learn_to_denoise(
         return loss_terms(run.prior, losses.cpu(), torch.tensor([i >= num_own for i in ids]))
 
     def batch(ids: list[int], step: int) -> dict[str, Any]:
-        return encoded.batch(ids, step, dropped_captions(run, ids, step), device)
+        more = {name: value.to(device) for name, value in method.more(run, encoded, ids, step).items()}
+        return encoded.batch(ids, step, dropped_captions(run, ids, step), device) | more
 
+    denoiser, base = Denoiser(components, trains_text(run)), None
+    if run.trains == "adapter" or method.needs_base(run):
+        base = base_as_it_was(run, components, denoiser)
     return Setup(
         components=components,
-        model=Denoiser(components, trains_text(run)),
+        model=denoiser,
         modules=modules,
         order=order,
         batch=batch,
-        objective=build_objective(run.objective, schedule),
+        objective=method.objective(Parts(run, build_objective(run.objective, schedule), denoiser, base)),
+        base=base,
         num_timesteps=schedule.config.num_train_timesteps,
         terms=terms if num_class else one_term,
         announce=encoded.announce,

@@ -41,8 +41,9 @@ def take_gradients(
         noise, timesteps = addressed_noise(run.seed, step, share, shape, setup.num_timesteps, run.objective)
         noise, timesteps = noise.to(accelerator.device), timesteps.to(accelerator.device)
         with contextlib.nullcontext() if last else accelerator.no_sync(model):
-            # weight(t) |model(x_t, t) - target|^2 of each sample; x_t is its latents with noise (`objectives`)
-            per_sample = setup.objective(model, batch, noise, timesteps)
+            # weight(t) |model(x_t, t) - target|^2 of each sample; x_t is its latents with noise (`objectives`, and others in `methods`)
+            with accelerator.autocast():  # for networks beside the model, which has it already
+                per_sample = setup.objective(model, batch, noise, timesteps)
             accelerator.backward(per_sample.mean() / run.training.accumulation)
         losses.append(per_sample.detach())
     setup.hold(step)

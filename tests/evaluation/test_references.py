@@ -6,7 +6,6 @@ from own_pictures import run_on, ten
 
 from t2ilib.evaluation import references
 from t2ilib.evaluation.references import (
-    adapters_off,
     base_pictures,
     keep_base_pictures,
     lacks_base,
@@ -15,6 +14,7 @@ from t2ilib.evaluation.references import (
     stands_still,
 )
 from t2ilib.evaluation.sampling import draw
+from t2ilib.models.alone import adapters_off
 from t2ilib.models.load import load_base
 from t2ilib.runfile import build_run
 from t2ilib.training.loop import train

@@ -1,0 +1,135 @@
+"""The section about what is minimised: plain denoising, or one of the methods that learn from something else beside pictures and captions.
+
+What a method asks of the other sections stands here too (`require`, of a RunConfig), so that these ask nothing about methods.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from t2ilib.config.section import PositiveFloat, Section, Share
+
+
+class PreferencesConfig(Section):
+    """Learning from pairs of pictures of one caption, of which one was chosen and one rejected (`data.source: preferences`)."""
+
+    loss: Literal["dpo", "mapo"] = "dpo"
+    """dpo: Diffusion-DPO (arXiv 2311.12908), against the base; mapo: margin-aware, without a reference (arXiv 2406.06424)."""
+    beta: PositiveFloat | None = None
+    """dpo: how much leaving the base costs, as the paper's experiments count it (their 2,000 to 5,000 hold T and the timestep's weight). mapo:
+    what the margin counts beside denoising the chosen picture. None: the authors' 5000, and 0.1."""
+
+    def require(self, run: Any) -> None:
+        """Raises ValueError for a run that cannot be trained so."""
+        require_trained_base(run, "preferences")
+        if run.prior is not None:
+            raise ValueError(
+                "objective.preferences is about pairs, and pictures of the class are none: set prior to null; what dpo keeps of the base, beta"
+                " says"
+            )
+        if self.loss == "dpo":
+            require_reference(run, "objective.preferences: dpo compares with the base")
+
+
+def require_trained_base(run: Any, method: str) -> None:
+    """Raises ValueError for a run that trains no adapter, nor the UNet of a base that can draw."""
+    if run.trains not in ("adapter", "unet"):
+        raise ValueError(
+            f"objective.{method} is about adapters and the UNet, and this run trains {run.trains}: leave it out"
+        )
+    if run.scratch is not None:
+        raise ValueError(
+            f"objective.{method} starts from a base that can draw, and a network with fresh weights cannot: set scratch to null"
+        )
+
+
+def require_reference(run: Any, why: str) -> None:
+    """Raises ValueError for a run whose base, with its adapter switched off, is not the base."""
+    if run.adapter is None:
+        return
+    if run.adapter.init in ("pissa", "olora", "loftq"):
+        raise ValueError(
+            f"{why}, which an adapter of init {run.adapter.init!r} has changed or begins apart from: use default or gaussian"
+        )
+    if run.adapter.tokens:
+        raise ValueError(
+            f"{why}, which does not know new words: learn adapter.tokens in a run of their own, then go on with adapter.start"
+        )
+
+
+class ObjectiveConfig(Section):
+    """What is minimised: with none of METHODS given, the error of denoising."""
+
+    name: Literal["auto", "epsilon", "v_prediction", "sample"] = "auto"
+    """What the network predicts; "auto" takes what the base model predicts."""
+    snr_gamma: Annotated[float, Field(gt=0)] | None = 5.0
+    """min-SNR weighting (arXiv 2303.09556); None for the plain mean squared error."""
+    caption_dropout: Share = 0.0
+    """Probability of an empty caption, for classifier-free guidance (arXiv 2207.12598)."""
+    beta_schedule: Literal["auto", "linear", "scaled_linear", "squaredcos_cap_v2"] = "auto"
+    """How noise grows with the timestep: linear (DDPM, arXiv 2006.11239), scaled_linear (latent diffusion, arXiv 2112.10752),
+    squaredcos_cap_v2 (arXiv 2102.09672); "auto" takes the base's."""
+    zero_terminal_snr: bool | None = None
+    """Whether nothing of the picture is left at the last timestep (arXiv 2305.08891, sec. 3.1); None takes the base's."""
+    loss: Literal["squared", "huber"] = "squared"
+    """huber: the pseudo-Huber loss, which a few large errors sway less (arXiv 2403.16728; in diffusion since arXiv 2310.14189, sec. 3.3)."""
+    huber_delta: PositiveFloat = 0.1
+    """Far below this an error counts as its square, far above as twice this times itself."""
+    noise_offset: Annotated[float, Field(ge=0)] = 0.0
+    """So much noise of one value a channel on top, for pictures that are dark or bright as a whole (N. Guttenberg, "Diffusion with Offset
+    Noise", 2023)."""
+    timesteps: Literal["uniform", "logit_normal"] = "uniform"
+    """How often each timestep is trained; logit_normal: those in the middle more often (arXiv 2403.03206, sec. 3.1)."""
+    timestep_mean: float = 0.0
+    timestep_std: PositiveFloat = 1.0
+    """Of the normal distribution whose logistic function says where in the schedule a timestep lies."""
+    timestep_range: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(gt=0, le=1)]] = (0.0, 1.0)
+    """Which part of the schedule is trained, as shares of it: (0.0, 0.5) is its less noisy half."""
+
+    preferences: PreferencesConfig | None = None
+
+    @property
+    def method(self) -> str:
+        """Its name among METHODS, or `denoising`."""
+        return next((name for name in METHODS if getattr(self, name) is not None), "denoising")
+
+    def require(self, run: Any) -> None:
+        """Raises ValueError for a run to which the method does not fit."""
+        if self.method != "denoising":
+            getattr(self, self.method).require(run)
+
+    @model_validator(mode="before")
+    @classmethod
+    def what_follows(cls, values: Any) -> Any:
+        """A method's loss is not weighted by min-SNR, unless that is asked for."""
+        if isinstance(values, Mapping) and any(values.get(name) is not None for name in METHODS):
+            return {"snr_gamma": None, **values}
+        return values
+
+    @model_validator(mode="after")
+    def holds_together(self) -> "ObjectiveConfig":
+        given = [name for name in METHODS if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise ValueError(f"{' and '.join(given)} are different objectives: leave one of them out")
+        if self.name == "epsilon" and self.zero_terminal_snr:
+            raise ValueError(
+                "with zero_terminal_snr the last timestep is noise alone, of which predicting the noise (epsilon) says nothing about the"
+                " picture: take name v_prediction or sample, or leave zero_terminal_snr out"
+            )
+        if self.loss != "huber" and self.huber_delta != 0.1:
+            raise ValueError(f"huber_delta is about loss huber, and loss is {self.loss}: leave it out")
+        if self.timesteps != "logit_normal" and (self.timestep_mean, self.timestep_std) != (0.0, 1.0):
+            raise ValueError(f"timestep_mean and timestep_std are about timesteps logit_normal, not {self.timesteps}")
+        if self.timestep_range[0] >= self.timestep_range[1]:
+            raise ValueError(f"timestep_range {self.timestep_range} is empty: give a share from, and a larger one to")
+        if self.timestep_range != (0.0, 1.0) and (self.beta_schedule != "auto" or self.zero_terminal_snr):
+            raise ValueError(
+                f"timestep_range {self.timestep_range} trains a part of the schedule, and beta_schedule or zero_terminal_snr changes all of"
+                " it: what is not trained would be drawn by noise it never saw. Leave one of them out"
+            )
+        return self
+
+
+METHODS = ("preferences",)
+"""Fields of `objective` that each are an objective of its own (`training.methods`)."""

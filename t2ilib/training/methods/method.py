@@ -1,0 +1,50 @@
+"""What an objective beside denoising is to the rest: what it needs, what it adds to a batch, what it minimises.
+
+A method knows the model as every objective does, as a denoiser, and what it learns from or is held to, the base as it was, as another one
+(`training.others`). So loop, planner, checkpoints and proof of training see one objective more, and ask nothing about it.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from t2ilib.config import RunConfig
+from t2ilib.data.cache import EncodedDataset
+from t2ilib.models.denoiser import Denoiser
+from t2ilib.training.objectives import Denoising, Objective
+from t2ilib.training.others import Denoise
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a method makes its objective of. `plain`: denoising as the run's `objective` section has it; `denoiser`: what is trained, as it is
+    before the loop wraps it; `base`: the base as it was, where `Method.needs_base` asked for it."""
+
+    run: RunConfig
+    plain: Denoising
+    denoiser: Denoiser
+    base: Denoise | None
+
+
+def never(run: RunConfig) -> bool:
+    return False
+
+
+def nothing_more(run: RunConfig, encoded: EncodedDataset, ids: Sequence[int], step: int) -> dict[str, Tensor]:
+    return {}
+
+
+def anything(encoded: EncodedDataset) -> None:
+    pass
+
+
+@dataclass(frozen=True)
+class Method:
+    """`objective`: what is minimised. `needs_base`: whether that takes the base as it was. `more`: what a batch has beside pictures and captions,
+    of these samples at this step. `check`: raises ConfigError for samples that it cannot learn from."""
+
+    objective: Callable[[Parts], Objective]
+    needs_base: Callable[[RunConfig], bool] = never
+    more: Callable[[RunConfig, EncodedDataset, Sequence[int], int], dict[str, Tensor]] = nothing_more
+    check: Callable[[EncodedDataset], None] = anything
