@@ -1,7 +1,7 @@
 """RunConfig: everything that decides a run, as frozen, validated data. Importing it imports no torch.
 
 One section for each stage of a run (model, adapter, data, objective, optimizer, training, evaluation, tracking), one for how steps are computed, and
-one each for a UNet from scratch, pictures of the class and the drawn world. Unknown fields are errors, and values are checked here rather than where they are used; `runfile` makes runs of
+one each for a UNet from scratch, a student of the base, pictures of the class and the drawn world. Unknown fields are errors, and values are checked here rather than where they are used; `runfile` makes runs of
 what people write, and reports several mistakes together.
 
 Leaves out what only a loaded model can tell: whether a target names layers that it has.
@@ -22,6 +22,7 @@ from t2ilib.config.sections import (
     TrackingConfig,
     TrainingConfig,
 )
+from t2ilib.config.student import StudentConfig
 
 __all__ = [
     "AdapterSpec",
@@ -37,6 +38,7 @@ __all__ = [
     "ScratchConfig",
     "Section",
     "ShapesConfig",
+    "StudentConfig",
     "TrackingConfig",
     "TrainingConfig",
     "check_choice",

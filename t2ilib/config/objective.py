@@ -10,6 +10,8 @@ from pydantic import Field, model_validator
 
 from t2ilib.config.section import PositiveFloat, Section, Share
 
+Weight = Annotated[float, Field(ge=0)]
+
 
 class PreferencesConfig(Section):
     """Learning from pairs of pictures of one caption, of which one was chosen and one rejected (`data.source: preferences`)."""
@@ -32,6 +34,32 @@ class PreferencesConfig(Section):
             require_reference(run, "objective.preferences: dpo compares with the base")
 
 
+class ImitationConfig(Section):
+    """A student that learns from its teacher beside the pictures (section `student`; BK-SDM, arXiv 2305.15798, sec. 3.2): what each term counts."""
+
+    task: Weight = 1.0
+    """Denoising the pictures, as without a teacher."""
+    output: Weight = 1.0
+    """The error of the student's prediction where the teacher's is the target, counted as `task` counts."""
+    features: Weight = 1.0
+    """The mean squared difference between the outputs of the stages that both have, summed over stages."""
+
+    @model_validator(mode="after")
+    def something_to_imitate(self) -> "ImitationConfig":
+        if not (self.output or self.features):
+            raise ValueError(
+                "output and features are 0, so nothing of the teacher is imitated: raise one, or leave imitation out"
+            )
+        return self
+
+    def require(self, run: Any) -> None:
+        """Raises ValueError for a run that cannot be trained so."""
+        if run.student is None:
+            raise ValueError(
+                "objective.imitation is about a student that learns from its teacher: add a section student that says what it leaves out"
+            )
+
+
 def require_trained_base(run: Any, method: str) -> None:
     """Raises ValueError for a run that trains no adapter, nor the UNet of a base that can draw."""
     if run.trains not in ("adapter", "unet"):
@@ -45,7 +73,11 @@ def require_trained_base(run: Any, method: str) -> None:
 
 
 def require_reference(run: Any, why: str) -> None:
-    """Raises ValueError for a run whose base, with its adapter switched off, is not the base."""
+    """Raises ValueError for a run that does not begin as the base, or whose base, with its adapter switched off, is another."""
+    if run.student is not None:
+        raise ValueError(
+            f"{why}, and a student begins apart from it: train the student first, then name it in model.base"
+        )
     if run.adapter is None:
         return
     if run.adapter.init in ("pissa", "olora", "loftq"):
@@ -88,6 +120,7 @@ class ObjectiveConfig(Section):
     """Which part of the schedule is trained, as shares of it: (0.0, 0.5) is its less noisy half."""
 
     preferences: PreferencesConfig | None = None
+    imitation: ImitationConfig | None = None
 
     @property
     def method(self) -> str:
@@ -131,5 +164,5 @@ class ObjectiveConfig(Section):
         return self
 
 
-METHODS = ("preferences",)
+METHODS = ("preferences", "imitation")
 """Fields of `objective` that each are an objective of its own (`training.methods`)."""

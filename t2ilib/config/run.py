@@ -21,6 +21,7 @@ from t2ilib.config.sections import (
     TrackingConfig,
     TrainingConfig,
 )
+from t2ilib.config.student import StudentConfig
 
 LEFT_OUT = (
     *("checkpoint_every", "keep_checkpoints", "keep_adapters", "require_fit", "deterministic"),
@@ -38,6 +39,7 @@ class RunConfig(Section):
     output: Place = Path("results/run")
     model: ModelConfig = ModelConfig()
     scratch: ScratchConfig | None = None
+    student: StudentConfig | None = None
     adapter: AdapterSpec | None = None
     data: DataConfig = DataConfig()
     shapes: ShapesConfig | None = None
@@ -55,7 +57,7 @@ class RunConfig(Section):
         return (
             self.training.trains
             or (self.shapes and self.shapes.trains)
-            or ("unet" if self.scratch else None)
+            or ("unet" if self.scratch or self.student else None)
             or "adapter"
         )
 
@@ -98,6 +100,8 @@ class RunConfig(Section):
             raise ValueError(
                 f"the scratch section is about training a UNet, and this run trains {trains}: set scratch to null"
             )
+        if self.student is not None:
+            self.student.require(self)
         if self.scratch is not None and self.objective.timestep_range != (0.0, 1.0):
             raise ValueError(
                 "objective.timestep_range leaves timesteps untrained, and a network that begins with fresh weights knows none of them: leave"
@@ -180,6 +184,8 @@ class RunConfig(Section):
         for name in METHODS:  # likewise what began before there were methods
             if values["objective"][name] is None:
                 del values["objective"][name]
+        if self.student is None:
+            del values["student"]
         if self.optimizer.schedule == "constant" and (self.adapter is None or self.adapter.token_share == 1):
             del values["training"]["steps"]
         return values
@@ -188,7 +194,8 @@ class RunConfig(Section):
         """`section.field` -> JSON-like value; the same keys for every run, whatever it trains."""
         values = self.model_dump(mode="json", exclude={"output", "name", "tracking"})
         values["training"]["trains"] = self.trains
-        kinds = {"adapter": AdapterSpec, "scratch": ScratchConfig, "shapes": ShapesConfig, "prior": PriorConfig}
+        kinds = {"adapter": AdapterSpec, "scratch": ScratchConfig, "student": StudentConfig}
+        kinds |= {"shapes": ShapesConfig, "prior": PriorConfig}
         for section, kind in kinds.items():
             values[section] = values[section] or dict.fromkeys(kind.model_fields)
         return {

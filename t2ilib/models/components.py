@@ -15,6 +15,7 @@ from t2ilib.memory import pictures_at_once
 from t2ilib.models.families import Family
 from t2ilib.models.noise import scheduler_for
 from t2ilib.models.quantize import QuantizationReport, move
+from t2ilib.models.students import stages_of
 
 VAE_PIXELS = 2**18
 """What the VAE takes at a time: in float32 it needs more memory for a picture than the UNet does."""
@@ -28,7 +29,8 @@ class Components:
 
     `zero_empty`: the pipeline conditions its unconditional half on zeros, not on the encoded "" (SDXL's
     `force_zeros_for_empty_prompt`); a dropped caption must then be zeros in training too. `words`: those that were added to the
-    vocabulary (`adapters.tokens`), each with the tokens that it is.
+    vocabulary (`adapters.tokens`), each with the tokens that it is. `teacher`: where the UNet is a student that learns from it, the base's own,
+    frozen.
     """
 
     family: Family
@@ -40,6 +42,7 @@ class Components:
     scheduler: Any
     zero_empty: bool = False
     config: ModelConfig | None = None
+    teacher: nn.Module | None = None
     quantization: dict[str, QuantizationReport] = field(default_factory=dict)
     words: dict[str, tuple[str, ...]] = field(default_factory=dict)
     parked: list[nn.Module] = field(default_factory=list)
@@ -62,8 +65,8 @@ class Components:
 
     @property
     def side_multiple(self) -> int:
-        """Pixels that a picture's sides are multiples of, where the UNet halves them evenly down to its middle."""
-        return min(64, self.vae_scale * 2 ** (len(self.unet.config.block_out_channels) - 1))
+        """Pixels that a picture's sides are multiples of, where the UNet halves them evenly down to its middle; of a student its teacher's."""
+        return min(64, self.vae_scale * 2 ** (stages_of(self.unet) - 1))
 
     def modules(self) -> dict[str, nn.Module]:
         """Pipeline name -> trainable-in-principle part: the UNet and the text encoders."""

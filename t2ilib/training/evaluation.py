@@ -94,7 +94,7 @@ class Evaluation:
         save_pictures(pictures, self.folder / step_name(step))
         write_whole(self.folder / step_name(step) / PROMPTS, json.dumps(self.setup.prompts))
         rows = [self.base_pictures, pictures] if step and self.base_pictures else [pictures]
-        labels = ["start" if self.run.scratch else "base", f"step {step}"]
+        labels = ["start" if self.run.scratch or self.run.student else "base", f"step {step}"]
         labels = labels if len(rows) == 2 else labels[min(step, 1) :][:1]
         grid = make_grid(rows, labels, self.setup.prompts, most_columns=4)
         grid.save(self.folder / f"grid-{step:06d}.png")

@@ -69,8 +69,13 @@ class Denoising:
         latents = batch["latents"]
         noisy = self.schedule.add_noise(latents, noise, timesteps)
         prediction = denoiser(noisy, timesteps, batch)
-        target = OBJECTIVES[self.predicts](self.schedule, latents, noise, timesteps)
-        error = self.loss(prediction - target)
+        return self.count(
+            prediction - OBJECTIVES[self.predicts](self.schedule, latents, noise, timesteps), batch, timesteps
+        )
+
+    def count(self, difference: Tensor, batch: Mapping[str, Any], timesteps: Tensor) -> Tensor:
+        """Losses (B,) of what lies between predictions (B, C, h, w) and what they should be."""
+        error = self.loss(difference)
         if "mask" in batch:  # the mean over what counts, so that a small object counts as much as a large one
             mask = batch["mask"]
             error = error * (mask / mask.mean(dim=(1, 2, 3), keepdim=True).clamp(min=1e-6))

@@ -32,8 +32,9 @@ class Frozen:
     """A UNet that stays as it is, on the conditioning of a model that is trained."""
 
     def __init__(self, components: Components, unet: nn.Module):
+        self.unet = unet.requires_grad_(False).eval()
         self.denoiser = Denoiser(components, trains_text=False)
-        self.denoiser.unet = unet.requires_grad_(False).eval()
+        self.denoiser.unet = self.unet
 
     @torch.no_grad()
     def __call__(self, noisy_latents: Tensor, timesteps: Tensor, batch: Mapping[str, Any]) -> Tensor:
@@ -42,7 +43,7 @@ class Frozen:
 
 def base_as_it_was(run: RunConfig, components: Components, denoiser: Denoiser) -> BaseAlone | Frozen:
     """What the run's base predicts, of a model whose trained parts are attached or thawed and have not learned yet. `denoiser`: what is
-    trained. A copy is made only where the whole UNet is trained."""
+    trained. A copy is made only where the base's own UNet is trained: a student's teacher is there."""
     if run.trains == "adapter":
         return BaseAlone(components, denoiser)
-    return Frozen(components, copy.deepcopy(components.unet))
+    return Frozen(components, copy.deepcopy(components.unet) if components.teacher is None else components.teacher)

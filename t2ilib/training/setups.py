@@ -36,6 +36,7 @@ from t2ilib.models.denoiser import Denoiser
 from t2ilib.models.families import cut_captions
 from t2ilib.models.pipeline import save_pipeline
 from t2ilib.models.scratch import build_base
+from t2ilib.models.students import build_student
 from t2ilib.seeds import generator_for, numpy_generator_for
 from t2ilib.text import shown, write_whole
 from t2ilib.training.card import save_card
@@ -146,19 +147,22 @@ def setup_diffusion(
         HeldOutPairs(plain, setup.base, on_grid) if encoded_held_out and encoded_held_out.samples.has_pairs else None
     )
 
+    terms = METHODS[run.objective.method].terms(setup.objective)
+
     def validate(step: int) -> dict[str, float]:
         if encoded_held_out is None:
             return {}
         with accelerator.autocast():
             result = on_grid(setup.model, plain)
-            of_pairs = pairs.measure(setup.model, result.losses) if pairs else {}
+            more = pairs.measure(setup.model, result.losses) if pairs else {}
+            more |= {name: float(on_grid(setup.model, term).losses.mean()) for name, (_, term) in terms.items()}
         by_picture = [
             {"picture": shown(record.path.name), "caption": record.caption, "loss": loss}
             for record, loss in zip(held_out.records, result.by_picture(), strict=True)
         ]
         (run.output / "held_out").mkdir(exist_ok=True)
         write_whole(run.output / "held_out" / f"{step_name(step)}.json", json.dumps(by_picture, indent=1))
-        return result.metrics() | of_pairs
+        return result.metrics() | more
 
     def save(folder: Path) -> None:
         if trains == "adapter":
@@ -182,7 +186,9 @@ def setup_diffusion(
         denoise=lambda: draw_denoising(components, list(prompts), run.evaluation, resolution=run.data.resolution),
         prompts=prompts,
         proof=proof,
-        metrics=declared(plain, components) | (pairs.declared() if pairs else {}),
+        metrics=declared(plain, components)
+        | (pairs.declared() if pairs else {})
+        | {name: about for name, (about, _) in terms.items()},
     )
 
 
@@ -317,7 +323,7 @@ def dropped_captions(run: RunConfig, ids: list[int], step: int) -> list[bool]:
 
 
 def trained_modules(run: RunConfig, components: Components) -> dict[str, nn.Module]:
-    """Name -> component with trainable parameters, after attaching the adapters or thawing the UNet, as `run` says."""
+    """Name -> component with trainable parameters, after attaching the adapters, or thawing the UNet or a student of it, as `run` says."""
     if run.trains == "adapter":
         attach = attach_adapters if run.adapter.start is None else attach_started
         modules = attach(components, run.adapter, run.seed)
@@ -325,8 +331,17 @@ def trained_modules(run: RunConfig, components: Components) -> dict[str, nn.Modu
             fuse_adapters(module, run.adapter.dropout_kind, run.adapter.dropout)
         return modules
     if run.trains == "unet":
+        if run.student is not None:
+            become_student(run, components)
         return {"unet": components.unet.requires_grad_(True)}
     return {}
+
+
+def become_student(run: RunConfig, components: Components) -> None:
+    """Puts a student in the place of the base's UNet, which stays only where the objective learns from it."""
+    teacher = components.unet
+    components.unet = build_student(teacher, run.student.leave_out, run.seed)
+    components.teacher = teacher if METHODS[run.objective.method].needs_base(run) else None
 
 
 def checkpoint_gradients(components: Components, modules: Iterable[str], **options: Any) -> None:

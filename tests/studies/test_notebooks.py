@@ -61,7 +61,7 @@ def test_parameters_are_sections_and_fields_of_a_run() -> None:
         name: ast.literal_eval(value)
         for name, value in notebook_parameters(ROOT / "experiments" / "scratch.ipynb").items()
     }
-    assert list(scratch) == [name for name in RunConfig.model_fields if name not in ("adapter", "prior")]
+    assert list(scratch) == [name for name in RunConfig.model_fields if name not in ("student", "adapter", "prior")]
     scratch["output"] = "here"
     assert build_run(scratch).trains == "unet"
     drawn = notebook_parameters(ROOT / "inference" / "base.ipynb")

@@ -4,13 +4,14 @@ A method knows the model as every objective does, as a denoiser, and what it lea
 (`training.others`). So loop, planner, checkpoints and proof of training see one objective more, and ask nothing about it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from t2ilib.config import RunConfig
 from t2ilib.data.cache import EncodedDataset
+from t2ilib.evaluation.metrics import Metric
 from t2ilib.models.denoiser import Denoiser
 from t2ilib.training.objectives import Denoising, Objective
 from t2ilib.training.others import Denoise
@@ -35,6 +36,10 @@ def nothing_more(run: RunConfig, encoded: EncodedDataset, ids: Sequence[int], st
     return {}
 
 
+def one_term(objective: Objective) -> dict[str, tuple[Metric, Objective]]:
+    return {}
+
+
 def anything(encoded: EncodedDataset) -> None:
     pass
 
@@ -42,9 +47,11 @@ def anything(encoded: EncodedDataset) -> None:
 @dataclass(frozen=True)
 class Method:
     """`objective`: what is minimised. `needs_base`: whether that takes the base as it was. `more`: what a batch has beside pictures and captions,
-    of these samples at this step. `check`: raises ConfigError for samples that it cannot learn from."""
+    of these samples at this step. `check`: raises ConfigError for samples that it cannot learn from. `terms`: of what is minimised, by the name of
+    its metric, what held-out pictures are measured by on their own."""
 
     objective: Callable[[Parts], Objective]
     needs_base: Callable[[RunConfig], bool] = never
     more: Callable[[RunConfig, EncodedDataset, Sequence[int], int], dict[str, Tensor]] = nothing_more
     check: Callable[[EncodedDataset], None] = anything
+    terms: Callable[[Objective], Mapping[str, tuple[Metric, Objective]]] = one_term
