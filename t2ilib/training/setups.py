@@ -147,7 +147,7 @@ def setup_diffusion(
         HeldOutPairs(plain, setup.base, on_grid) if encoded_held_out and encoded_held_out.samples.has_pairs else None
     )
 
-    terms = METHODS[run.objective.method].terms(setup.objective)
+    terms = METHODS[run.objective.method].terms(setup.objective, plain)
 
     def validate(step: int) -> dict[str, float]:
         if encoded_held_out is None:

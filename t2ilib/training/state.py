@@ -179,11 +179,12 @@ class TrainState:
             self.model.train(bool(self.parameters))
 
     def keep_average(self) -> None:
-        """At the end: the model in memory becomes what was saved."""
+        """At the end: the model in memory becomes what was saved, and a student's teacher is given back."""
         if self.ema is not None:
             self.ema.copy_to(self.parameters)
         if self.spread:
             become_whole(*self.whole_places())
+        self.setup.components.teacher = None
 
     def whole_places(self) -> tuple[Components, nn.Module, bool]:
         """Where a plain copy of a network that is spread goes, and whether this process gets one."""

@@ -14,7 +14,7 @@ there for the time of a call, on the networks themselves: whoever wraps the stud
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ METRICS = {
         "loss",
         "lower",
         table=TABLE,
-        note="of what student and teacher predict of held-out pictures, counted as the loss",
+        note="mean squared difference of what student and teacher predict of held-out pictures",
     ),
     "imitation/features": Metric(
         "distance from the teacher's stages",
@@ -104,17 +104,11 @@ def objective(parts: Parts) -> Imitating:
     return Imitating(parts.plain, parts.run.objective.imitation, parts.denoiser, parts.base)
 
 
-def terms(imitating: Imitating) -> dict[str, tuple[Metric, Objective]]:
+def terms(imitating: Imitating, plain: Denoising) -> dict[str, tuple[Metric, Objective]]:
     """Both distances alone, whatever they count in the loss."""
-    alone = {
-        "imitation/output": {"output": 1.0, "features": 0.0},
-        "imitation/features": {"output": 0.0, "features": 1.0},
-    }
+    alone = {"imitation/output": {"features": 0.0}, "imitation/features": {"output": 0.0}}
     return {
-        name: (
-            METRICS[name],
-            Imitating(imitating.plain, ImitationConfig(task=0.0, **weights), imitating.student, imitating.teacher),
-        )
+        name: (METRICS[name], replace(imitating, plain=plain, weights=ImitationConfig(task=0.0, **weights)))
         for name, weights in alone.items()
     }
 

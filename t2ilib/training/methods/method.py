@@ -36,7 +36,7 @@ def nothing_more(run: RunConfig, encoded: EncodedDataset, ids: Sequence[int], st
     return {}
 
 
-def one_term(objective: Objective) -> dict[str, tuple[Metric, Objective]]:
+def one_term(objective: Objective, plain: Denoising) -> dict[str, tuple[Metric, Objective]]:
     return {}
 
 
@@ -48,10 +48,10 @@ def anything(encoded: EncodedDataset) -> None:
 class Method:
     """`objective`: what is minimised. `needs_base`: whether that takes the base as it was. `more`: what a batch has beside pictures and captions,
     of these samples at this step. `check`: raises ConfigError for samples that it cannot learn from. `terms`: of what is minimised, by the name of
-    its metric, what held-out pictures are measured by on their own."""
+    its metric, what held-out pictures are measured by on their own, with an error counted plainly."""
 
     objective: Callable[[Parts], Objective]
     needs_base: Callable[[RunConfig], bool] = never
     more: Callable[[RunConfig, EncodedDataset, Sequence[int], int], dict[str, Tensor]] = nothing_more
     check: Callable[[EncodedDataset], None] = anything
-    terms: Callable[[Objective], Mapping[str, tuple[Metric, Objective]]] = one_term
+    terms: Callable[[Objective, Denoising], Mapping[str, tuple[Metric, Objective]]] = one_term
