@@ -19,7 +19,7 @@ from t2ilib.data.decoding import decoded
 from t2ilib.data.known import key_of, recall, remember
 from t2ilib.data.pictures import PictureError, Seen, examine_mask, examine_picture, require_shape
 from t2ilib.data.records import Listing, Readable, Record, Told
-from t2ilib.data.sources import coco, flickr30k, folder, huggingface, webdataset
+from t2ilib.data.sources import coco, flickr30k, folder, huggingface, preferences, webdataset
 from t2ilib.pyfile import module_at
 from t2ilib.text import shown
 
@@ -31,6 +31,7 @@ SOURCES: dict[str, Callable[[DataConfig], Listing]] = {
     "flickr30k": flickr30k.load,
     "huggingface": huggingface.load,
     "webdataset": webdataset.load,
+    "preferences": preferences.load,
 }
 """`data.source` -> a function that gives what `path` and `split` of a data section say, without what lies in `validation_path`. The drawn
 world has a section of its own."""
