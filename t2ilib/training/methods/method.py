@@ -35,16 +35,12 @@ def nothing_more(run: RunConfig, encoded: EncodedDataset, ids: Sequence[int], st
     return {}
 
 
-def anything(encoded: EncodedDataset) -> None:
-    pass
-
-
 @dataclass(frozen=True)
 class Method:
     """`objective`: what is minimised. `needs_base`: whether that takes the base as it was. `more`: what a batch has beside pictures and captions,
-    of these samples at this step. `check`: raises ConfigError for samples that it cannot learn from."""
+    of these samples at this step. `of_pairs`: whether it learns from pairs, and from nothing else."""
 
     objective: Callable[[Parts], Objective]
     needs_base: Callable[[RunConfig], bool] = never
     more: Callable[[RunConfig, EncodedDataset, Sequence[int], int], dict[str, Tensor]] = nothing_more
-    check: Callable[[EncodedDataset], None] = anything
+    of_pairs: bool = False
