@@ -33,6 +33,7 @@ from t2ilib.planning.blank import BlankTokenizer, counting_flops, encode_blank, 
 from t2ilib.planning.ledger import CUDA_BLOCK, Ledger, autocast, checkpoint_options, materialize, state_tensors
 from t2ilib.planning.unloaded import begin_unloaded, build_unloaded
 from t2ilib.training.compute import activations_elsewhere, attending
+from t2ilib.training.methods import METHODS
 from t2ilib.training.setups import (
     Setup,
     checkpoint_gradients,
@@ -224,11 +225,13 @@ def trace_run(
         if run.training.gradient_checkpointing:
             checkpoint_gradients(components, modules, **checkpoint_options(device_type))
         with ledger.measuring(), as_computed(run, setup, device_type) as computed:
-            outlives, flops["sample"] = second_step(run, computed, accelerator, ledger)
+            outlives = second_step(run, computed, accelerator, ledger)
         phases["training"] = ledger.peak
     with ledger.measuring(), torch.no_grad():
-        draw_blank(run, components, setup)
+        forward = draw_blank(run, components, setup)
     phases["drawing"] = ledger.peak
+    if modules:
+        flops["sample"] = forward * passes_of_a_step(run)
     del outlives
     for name, part in (("picture", encoded.latents), ("caption", encoded.text)):
         flops[name] = getattr(part, "flops", 0.0)
@@ -265,10 +268,9 @@ def hold_weights(ledger: Ledger, modules: Iterable[nn.Module]) -> None:
         ledger.hold(state_tensors(module), "quantization state")
 
 
-def second_step(run: RunConfig, setup: Setup, accelerator: Foreseen, ledger: Ledger) -> tuple[TrainState, float]:
+def second_step(run: RunConfig, setup: Setup, accelerator: Foreseen, ledger: Ledger) -> TrainState:
     """A step as the loop takes it, on top of what the first one leaves: the optimizer's state, with EMA the average, and between
-    micro-batches the gradients. Of many micro-batches two show what all do. Returns what outlives a step, and the operations of a sample
-    in it but for encoding it."""
+    micro-batches the gradients. Of many micro-batches two show what all do. Returns what outlives a step."""
     size, parts = run.training.batch_size // run.training.accumulation, min(run.training.accumulation, 2)
     training = run.training.model_copy(update={"accumulation": parts, "batch_size": parts * size})
     run = run.model_copy(update={"training": training})
@@ -285,42 +287,45 @@ def second_step(run: RunConfig, setup: Setup, accelerator: Foreseen, ledger: Led
         for parameter in state.parameters
     ]
 
-    encoding = 0
-
     def batch(ids: list[int], step: int) -> dict[str, Any]:
-        nonlocal encoding
-        before = counter.get_total_flops()
         with ledger.counting_as("caches"):
-            found = setup.batch(ids, step)
-        encoding += counter.get_total_flops() - before
-        return found
+            return setup.batch(ids, step)
 
     pool = setup.order(0)
     ids = [pool[i % len(pool)] for i in range(parts * size)]
     average = state.ema.shadow_params if waits(run, "average", accelerator.device_type) else []
     ledger.release(average)
-    with counting_flops() as counter:
-        take_gradients(run, replace(setup, batch=batch), state.model, state.parameters, accelerator, 1, ids)
+    take_gradients(run, replace(setup, batch=batch), state.model, state.parameters, accelerator, 1, ids)
     with ledger.counting_as("optimizer"):
         ledger.hold(average, "optimizer")
         state.step()
     for hook in hooks:
         hook.remove()
-    return state, (counter.get_total_flops() - encoding) / len(ids)
+    return state
 
 
-def draw_blank(run: RunConfig, components: Components, setup: Setup) -> None:
+def passes_of_a_step(run: RunConfig) -> int:
+    """What a training step costs of each sample, in forward passes: of those that learn one, one for the gradients of what goes in, one for those of
+    weights where all are trained, and one more where activations are computed again; and those beside, without gradients."""
+    learning, beside = METHODS[run.objective.method].passes(run)
+    return learning * (2 + (run.trains == "unet") + run.training.gradient_checkpointing) + beside
+
+
+def draw_blank(run: RunConfig, components: Components, setup: Setup) -> float:
     """One pass of the UNet with and without caption, as guidance takes it, then decoding: both halves of `draw`, which like it are
-    not under autocast."""
+    not under autocast. Returns the operations of the UNet's pass for one picture."""
     at_once = pictures_at_once(run.data.resolution, len(run.evaluation.prompts) or GRID_PROMPTS)
     with components.awake():
         batch = setup.batch([0] * at_once * 2, 0)
         if "captions" in batch:
             batch |= components.encode_text(batch["captions"])
         latents = torch.zeros_like(batch["latents"])
-        Denoiser(components, False)(latents, torch.zeros(len(latents), dtype=torch.long), batch)
+        with counting_flops() as counter:
+            Denoiser(components, False)(latents, torch.zeros(len(latents), dtype=torch.long), batch)
+    flops = counter.get_total_flops() / len(latents)
     latents = latents[:at_once].clone()
     del batch
     with components.awake("unet", "vae"):
         pictures = components.decode_latents(latents, run.evaluation.vae_tiling)
         (pictures * 0.5 + 0.5).clamp(0, 1)
+    return flops

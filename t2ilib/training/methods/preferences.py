@@ -93,4 +93,8 @@ def compares(run: RunConfig) -> bool:
     return LOSSES[run.objective.preferences.loss][2]
 
 
-PREFERENCES = Method(objective, compares, of_pairs=True)
+def passes(run: RunConfig) -> tuple[int, int]:
+    return 2, 2 * compares(run)
+
+
+PREFERENCES = Method(objective, compares, passes=passes, of_pairs=True)
