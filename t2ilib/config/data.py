@@ -172,7 +172,7 @@ class PriorConfig(Section):
 
 class ShapesConfig(Section):
     """The drawn world, for `data.source: shapes`: which pictures are drawn, how many are checked, and which part of a tiny model
-    is trained on them alone."""
+    is trained on them alone. Beside `data.source: preferences` it says what the checker judges of a run on pairs of the drawn world."""
 
     scenes: tuple[Literal["base", "heart", "striped", "blueprint"], ...] = ("base",)
     """What is drawn, in equal shares: `base` and the concepts outside it."""

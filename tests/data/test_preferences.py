@@ -1,5 +1,6 @@
 """Pairs as people bring them: a table beside pictures, and Pick-a-Pic's rows."""
 
+import csv
 import io
 import json
 import logging
@@ -16,6 +17,8 @@ from t2ilib.data.manifest import examine, load_listings
 from t2ilib.data.pictures import open_picture
 from t2ilib.data.sources import preferences
 from t2ilib.runfile import build_run
+from t2ilib.shapes.checker import checked_scenes
+from t2ilib.training.loop import train
 
 
 @pytest.fixture(autouse=True)
@@ -132,6 +135,34 @@ def test_prompts_are_held_out_or_lie_apart(folder, tmp_path):
     assert (len(training), held_out.captions()) == (len(rows), ["another"])
     assert not training.rejected
     assert not any("held-out" in str(path) for path, _ in training.aside)
+
+
+def test_a_whole_run_on_pairs_of_the_drawn_world(folder, tmp_path, caplog):
+    """Under any objective that knows of no pairs the chosen pictures are trained on; the checker judges what it drew."""
+    rows = [row(one, other, f"prompt {one}") for one, other in zip("abcdef", "bcdefa", strict=True)]
+    values = {
+        "output": str(tmp_path / "run"),
+        "model": {"base": "tiny-sd15"},
+        "adapter": {"rank": 1, "alpha": 1.0},
+        "data": {"source": "preferences", "path": str(folder(*rows))},
+        "shapes": {"checked_prompts": 2},
+        "training": {"steps": 2, "batch_size": 2},
+        "evaluation": {"validate_every": 0, "validation_timesteps": 1, "sample_every": 0, "num_inference_steps": 1},
+    }
+    run = build_run(values)
+    with caplog.at_level(logging.INFO, "t2ilib"):
+        result = train(run)
+    assert "6 pictures used" in caplog.text
+    assert result.metrics["held_out_loss"] > 0
+    (held_out,) = json.loads((run.output / "held_out" / "step-000002.json").read_text())
+    assert held_out["caption"].startswith("prompt ")
+    kept = json.loads((run.output / "manifest.json").read_text())["pictures"]
+    assert (kept["training"], kept["held_out"]) == (5, 1)
+    with (run.output / "manifest.csv").open() as file:
+        assert sum(line["reason"].startswith("liked less than") for line in csv.DictReader(file)) == 6
+    assert checked_scenes(run).keys() == {"base_kept"}
+    with pytest.raises(ConfigError, match=r"the shapes section is about data\.source shapes"):
+        build_run(values | {"data": {"source": "folder", "path": "x"}})
 
 
 @pytest.fixture
