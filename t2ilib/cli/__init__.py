@@ -16,6 +16,7 @@ from t2ilib.cli import (
     inspection,
     pipeline,
     planning,
+    preferences,
     results,
     serving,
     shapes,
@@ -77,6 +78,7 @@ data_app.command("shapes")(shapes.data_shapes)
 data_app.command("captions")(captions.data_captions)
 data_app.command("download")(download.data_download)
 data_app.command("shard")(shards.data_shard)
+data_app.command("preferences")(preferences.data_preferences)
 results_app.command("pack")(results.results_pack)
 results_app.command("merge")(results.results_merge)
 tiny_app.command("build")(shapes.tiny_build)

@@ -1,6 +1,7 @@
 """`t2ilib generate`: pictures, and grids of them, with what was trained."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,7 +12,7 @@ from t2ilib.cli.options import Config
 
 if TYPE_CHECKING:
     from t2ilib.config import ModelConfig
-    from t2ilib.drawing.desk import Desk
+    from t2ilib.drawing.desk import Desk, Progress, Watch
     from t2ilib.drawing.pngtext import Restored
     from t2ilib.drawing.settings import AdapterChoice, DrawSettings
 
@@ -206,18 +207,29 @@ def all_settings(
 
 def write_pictures(desk: "Desk", settings: Sequence["DrawSettings"], beside_base: bool, out: Path) -> list[Path]:
     """Draws, and writes every picture as soon as it is whole."""
-    from tqdm import tqdm
-
     written: list[Path] = []
-    with tqdm(total=100, unit="%", bar_format="{desc} {percentage:3.0f}%|{bar}|", disable=None, leave=False) as bar:
+    with drawing_bar() as move:
 
-        def watch(progress) -> None:
+        def watch(progress: "Progress") -> None:
             written.extend(picture.save(out) for picture in progress.finished)
-            bar.set_description_str(progress.doing, refresh=False)
-            bar.update(100 * progress.share - bar.n)
+            move(progress)
 
         desk.draw(settings, beside_base=beside_base, watch=watch)
     return written
+
+
+@contextlib.contextmanager
+def drawing_bar() -> Iterator["Watch"]:
+    """A bar on a terminal, which a drawing moves."""
+    from tqdm import tqdm
+
+    with tqdm(total=100, unit="%", bar_format="{desc} {percentage:3.0f}%|{bar}|", disable=None, leave=False) as bar:
+
+        def move(progress: "Progress") -> None:
+            bar.set_description_str(progress.doing, refresh=False)
+            bar.update(100 * progress.share - bar.n)
+
+        yield move
 
 
 def write_grid(

@@ -44,6 +44,8 @@ def describe_plan(run: "RunConfig", plan: "MemoryPlan", card: float | None = Non
     from t2ilib.report import format_table
 
     adapter = f"{run.adapter.kind} of rank {run.adapter.rank}" if run.adapter else run.trains
+    if run.student:
+        adapter = f"a student without {' and '.join(run.student.leave_out)}"
     options = [
         run.model.quantization if run.model.quantization != "none" else "",
         f"accumulation {run.training.accumulation}" if run.training.accumulation > 1 else "",

@@ -38,7 +38,7 @@ def data_shard(
             raise ConfigError(f"{' '.join(paths)}: give a source and a folder for its shards")
         *given, out = paths
         run = described(given[0] if given else None, set)
-        listing, apart = source.load(run.shapes) if run.shapes else load_listings(run.data)
+        listing, apart = source.load(run.shapes) if run.data.source == "shapes" else load_listings(run.data)
         parts = {"path": (listing, Path(out))}
         if apart is not None:
             parts = {"path": (listing, Path(out) / "train"), "validation_path": (apart, Path(out) / "held-out")}

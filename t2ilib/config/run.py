@@ -76,7 +76,8 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def holds_together(self) -> "RunConfig":
         trains = self.trains
-        if self.shapes is not None and self.data.source != "shapes":
+        of_pairs = self.data.source == "preferences" and self.shapes is not None and self.shapes.trains is None
+        if self.shapes is not None and self.data.source != "shapes" and not of_pairs:
             raise ValueError(
                 f"the shapes section is about data.source shapes, and data.source is {self.data.source}: set shapes to null"
             )

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from t2ilib.adapters.load import adapter_file
-from t2ilib.drawing.desk import Desk, Progress
+from t2ilib.drawing.desk import Desk, Progress, Watch
 from t2ilib.drawing.grid import changes_of
 from t2ilib.drawing.judging import weights_digest
 from t2ilib.drawing.settings import AdapterChoice, DrawSettings
@@ -23,10 +23,14 @@ PARTS = 5
 
 
 def draw_kept(
-    desk: Desk, settings: Sequence[DrawSettings], folder: Path, say: Callable[[str], None] = lambda line: None
+    desk: Desk,
+    settings: Sequence[DrawSettings],
+    folder: Path,
+    say: Callable[[str], None] = lambda line: None,
+    watch: Watch | None = None,
 ) -> list[Path]:
     """The file of each of these single pictures, in order; those that are not in `folder` yet are drawn, so that adapters change least
-    often. `say` is told how far it is. Raises ConfigError as `Desk.draw` does."""
+    often. `say` is told how far it is in a few lines, `watch` as `Desk.draw` tells it. Raises ConfigError as that does."""
     folder.mkdir(parents=True, exist_ok=True)
     weights: dict[AdapterChoice, str] = {}
     files = [folder / f"{digest_of(one, weights)}.png" for one in settings]
@@ -34,8 +38,10 @@ def draw_kept(
     ordered = in_order(lacking)
     written, told = iter(ordered), 0
 
-    def watch(progress: Progress) -> None:
+    def look(progress: Progress) -> None:
         nonlocal told
+        if watch is not None:
+            watch(progress)
         for picture in progress.finished:
             file = next(written)
             draft = file.with_suffix(".part")
@@ -45,7 +51,7 @@ def draw_kept(
             told = part
             say(f"{shown(folder)}: {progress.done} of {progress.total} pictures drawn")
 
-    desk.draw([lacking[file] for file in ordered], watch=watch)
+    desk.draw([lacking[file] for file in ordered], watch=look)
     return files
 
 

@@ -204,6 +204,14 @@ def count(names: tuple[str, str], choices: Iterable[str]) -> Tally:
     return Tally(names, wins, found[TIE], wins[names[0]] / decided, float(interval.low), float(interval.high))
 
 
+def majority(choices: Sequence[str]) -> str:
+    """The side that most of a pair's votes are for, of those that decided; TIE where there are as many for both."""
+    counted = Counter(choice for choice in choices if choice != TIE).most_common()
+    if not counted or (len(counted) > 1 and counted[0][1] == counted[1][1]):
+        return TIE
+    return counted[0][0]
+
+
 def export_votes(votes: Votes, path: Path) -> None:
     """Writes the votes as JSON, see the module's docstring."""
     tally = votes.tally()

@@ -186,7 +186,7 @@ def untouched(run: RunConfig, components: Components) -> Iterator[Components]:
             yield components
         return
     device = components.device
-    working = [part for part in (*components.modules().values(), components.vae) if part not in components.parked]
+    working = [part for part in components.networks() if part not in components.parked]
     for part in working:
         move(part, "cpu")
     try:

@@ -72,6 +72,10 @@ class Components:
         """Pipeline name -> trainable-in-principle part: the UNet and the text encoders."""
         return {"unet": self.unet, **self.text_encoders}
 
+    def networks(self) -> list[nn.Module]:
+        """Everything that has weights in memory."""
+        return [*self.modules().values(), self.vae, *([] if self.teacher is None else [self.teacher])]
+
     def parkable(self, needed: Iterable[str]) -> list[nn.Module]:
         """The VAE and the text encoders, but for those `needed`, by name."""
         parts = {"vae": self.vae, **self.text_encoders}

@@ -15,8 +15,8 @@ SMALL_SHARE = 0.5
 """A run whose bound is under this share of what is available is not traced."""
 
 
-COPIES = 6
-"""Of every weight in float32, as if all were trained: itself, its gradient, and at most Prodigy's four."""
+COPIES = 7
+"""Of every weight in float32, as if all were trained: itself, its gradient, at most Prodigy's four, and the base as it was beside it."""
 
 
 TENSORS_A_LAYER = 8

@@ -33,6 +33,8 @@ from t2ilib.planning.blank import BlankTokenizer, counting_flops, encode_blank, 
 from t2ilib.planning.ledger import CUDA_BLOCK, Ledger, autocast, checkpoint_options, materialize, state_tensors
 from t2ilib.planning.unloaded import begin_unloaded, build_unloaded
 from t2ilib.training.compute import activations_elsewhere, attending
+from t2ilib.training.methods import METHODS
+from t2ilib.training.others import Frozen
 from t2ilib.training.setups import (
     Setup,
     checkpoint_gradients,
@@ -99,7 +101,7 @@ def plan_memory(run: RunConfig, device_type: str = "cuda") -> MemoryPlan:
                 quantize_parts(components, run.model, dtype, torch.device("meta"), hold_quantized)
             modules = trained_modules(without_init(run), components)
         with FakeTensorMode(allow_non_fake_inputs=True):
-            for module in (*components.modules().values(), components.vae):
+            for module in components.networks():
                 materialize(module)
             phases, kept, flops = trace_run(run, components, modules, device_type)
     return MemoryPlan(phases, device_type, time.perf_counter() - begun, kept, flops)
@@ -204,7 +206,7 @@ def trace_run(
     accelerator = Foreseen(planned_dtype(run.training.mixed_precision, device_type), device_type)
     phases, flops = {}, {}
 
-    hold_weights(ledger, {*components.modules().values(), components.vae})
+    hold_weights(ledger, components.networks())
     if run.trains == "adapter":
         ledger.hold(trained, "adapters")
     components.park(needed_in_steps(run, components))
@@ -220,6 +222,8 @@ def trace_run(
     outlives = None
     with unset_fake_temporarily():  # the schedule's tables are looked into
         setup = learn_to_denoise(run, components, modules, encoded, CPU)
+    if isinstance(setup.base, Frozen):
+        hold_weights(ledger, [setup.base.unet])
     if modules:
         if run.training.gradient_checkpointing:
             checkpoint_gradients(components, modules, **checkpoint_options(device_type))
@@ -230,7 +234,9 @@ def trace_run(
         forward = draw_blank(run, components, setup)
     phases["drawing"] = ledger.peak
     if modules:
-        flops["sample"] = forward * passes_of_a_step(run)
+        learning, beside = passes_of_a_step(run)
+        of_base = forward if components.teacher is None else taught(components, setup)
+        flops["sample"] = forward * learning + of_base * beside
     del outlives
     for name, part in (("picture", encoded.latents), ("caption", encoded.text)):
         flops[name] = getattr(part, "flops", 0.0)
@@ -303,10 +309,21 @@ def second_step(run: RunConfig, setup: Setup, accelerator: Foreseen, ledger: Led
     return state
 
 
-def passes_of_a_step(run: RunConfig) -> int:
-    """What a training step costs, in forward passes: one, one for the gradients of what goes in, one for those of weights where all are
-    trained, and one more where activations are computed again."""
-    return 2 + (run.trains == "unet") + run.training.gradient_checkpointing
+def passes_of_a_step(run: RunConfig) -> tuple[int, int]:
+    """What a training step costs of each sample, in forward passes of what is trained: of those that learn one, one for the gradients of what
+    goes in, one for those of weights where all are trained, and one more where activations are computed again; and in those of the base
+    beside it, without gradients."""
+    learning, beside = METHODS[run.objective.method].passes(run)
+    return learning * (2 + (run.trains == "unet") + run.training.gradient_checkpointing), beside
+
+
+def taught(components: Components, setup: Setup) -> float:
+    """The operations of the teacher's pass for one picture."""
+    with components.awake():
+        batch = setup.batch([0], 0)
+    with counting_flops() as counter:
+        setup.base(torch.zeros_like(batch["latents"]), torch.zeros(1, dtype=torch.long), batch)
+    return counter.get_total_flops()
 
 
 def draw_blank(run: RunConfig, components: Components, setup: Setup) -> float:

@@ -12,7 +12,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from t2ilib.drawing.voting import TIE, Tally, Votes, count, votes_from
+from t2ilib.drawing.voting import TIE, Tally, Votes, count, majority, votes_from
 from t2ilib.report.comparing import chosen
 from t2ilib.report.contents import StudyReport
 from t2ilib.statistics.pooled import differences
@@ -57,14 +57,6 @@ def opinion_of(votes: Votes) -> Opinion:
         len(voters),
         alike / of if of else None,
     )
-
-
-def majority(choices: list[str]) -> str:
-    """The side that most of a pair's votes are for, of those that decided; TIE where there are as many for both."""
-    counted = Counter(choice for choice in choices if choice != TIE).most_common()
-    if not counted or (len(counted) > 1 and counted[0][1] == counted[1][1]):
-        return TIE
-    return counted[0][0]
 
 
 def agreements(choices: list[str]) -> tuple[int, int] | None:

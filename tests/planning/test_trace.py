@@ -20,6 +20,7 @@ from t2ilib.config import ConfigError, ModelConfig, RunConfig
 from t2ilib.memory import GIB, MIB
 from t2ilib.models.files.locate import SHIPPED
 from t2ilib.models.load import load_base
+from t2ilib.models.students import build_student
 from t2ilib.planning import fit
 from t2ilib.planning.blank import encode_blank, kept_on_disk
 from t2ilib.planning.bound import memory_bound, surely_fits
@@ -73,6 +74,9 @@ def test_a_ledger_counts_what_is_alive_once() -> None:
         ["model.base=tiny-sd15", "model.clip_skip=1", "adapter.text_encoder_targets=many"],
         ["adapter=null", "scratch.unet=tiny", "scratch.space=pixels", "data.resolution=16", "data.stages={8: 2}"],
         ["adapter=null", "scratch.unet=tiny", "scratch.text_encoder=tiny-sdxl", "training.accumulation=2"],
+        ["objective.preferences={loss: dpo}", "adapter.kind=dora", "training.gradient_checkpointing=true"],
+        ["objective.preferences={loss: dpo}", "adapter=null", "training.trains=unet"],
+        ["objective.imitation={}", "adapter=null", "student.leave_out=[mid_block, innermost_stage]"],
     ],
     ids=lambda overrides: " ".join(overrides),
 )
@@ -113,6 +117,29 @@ def test_a_network_from_scratch_needs_no_weights_to_be_planned() -> None:
     assert training["optimizer"] == pytest.approx(2 * 4 * unet, rel=0.01)
     assert training["weights"] == pytest.approx(4 * unet, rel=0.02)
     assert memory_bound(run) is None
+
+
+def test_the_base_beside_a_whole_unet_is_counted() -> None:
+    """A copy of it where it is trained itself; a student's teacher, which is no copy; and the pass of either."""
+    model = {"model": {"base": "tiny-sd15"}, "training": {"trains": "unet", "batch_size": 1}}
+    student = model | {"student": {"leave_out": ["mid_block", "innermost_stage"]}}
+    runs = {
+        "dpo": build_run(model | {"objective": {"preferences": {}}}),
+        "taught": build_run(student | {"objective": {"imitation": {}}}),
+        "alone": build_run(student),
+    }
+    plans = {name: plan_memory(run) for name, run in runs.items()}
+    training = {name: plan.phases["training"] for name, plan in plans.items()}
+    unet = load_base(runs["dpo"].model, CPU).unet
+    small = build_student(unet, runs["alone"].student.leave_out)
+    size, less = (4 * sum(p.numel() for p in network.parameters()) for network in (unet, small))
+    assert training["dpo"]["weights"] == pytest.approx(2 * size, rel=0.03)
+    assert training["taught"]["weights"] == pytest.approx(size + less, rel=0.03)
+    assert training["alone"]["weights"] == pytest.approx(less, rel=0.05)
+    assert training["taught"]["optimizer"] == pytest.approx(2 * less, rel=0.05)
+    forward = plans["dpo"].flops["sample"] / 8  # of both pictures three passes that learn, and one of the base
+    assert plans["taught"].flops["sample"] == pytest.approx(forward + plans["alone"].flops["sample"], rel=0.01)
+    assert "a student without mid_block and innermost_stage" in next(describe_plan(runs["alone"], plans["alone"]))
 
 
 def test_what_stages_keep_on_disk_is_told_of_all() -> None:

@@ -5,9 +5,9 @@ import itertools
 import pytest
 
 from t2ilib.drawing.settings import build_settings
-from t2ilib.drawing.voting import Votes, build_ballot, count, export_votes
+from t2ilib.drawing.voting import Votes, build_ballot, count, export_votes, majority
 from t2ilib.report.balloting import listing
-from t2ilib.report.votes import agreements, majority, opinion_of, votes_markdown
+from t2ilib.report.votes import agreements, opinion_of, votes_markdown
 
 LORA, DORA = (build_settings({"adapters": [{"path": f"results/{name}"}]}) for name in ("lora", "dora"))
 TITLES = {"lora": "LoRA", "dora": "Do|RA"}

@@ -117,4 +117,8 @@ def always(run: RunConfig) -> bool:
     return True
 
 
-IMITATION = Method(objective, always, terms=terms)
+def passes(run: RunConfig) -> tuple[int, int]:
+    return 1, 1
+
+
+IMITATION = Method(objective, always, passes=passes, terms=terms)
