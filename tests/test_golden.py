@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests" / "golden"
 CASES = yaml.safe_load((GOLDEN / "cases.yaml").read_text())
 MODE = os.environ.get("T2ILIB_GOLDEN", "close")
-OTHERWISE = ("memory/", "peak_", "steps_per_second", "data_wait_share", "adapter_mib")
+OTHERWISE = ("memory/", "drawing/", "peak_", "steps_per_second", "data_wait_share", "adapter_mib")
 """What the machine and the moment decide, and the size of a file, whose header may be written otherwise."""
 LOSSES, TENSORS, SHARES = 2e-3, 2e-2, 0.34
 """How far another CPU may be off: relative, relative in norm, and two pictures of six that are read otherwise."""

@@ -28,6 +28,8 @@ from t2ilib.evaluation.metrics import ENTRY_POINTS, Metric, check_measures, decl
 from t2ilib.evaluation.references import keep_base_pictures
 from t2ilib.evaluation.rows import Row, Value, split, write_rows
 from t2ilib.evaluation.sampling import draw, save_pictures
+from t2ilib.evaluation.speed import METRICS as COSTS
+from t2ilib.evaluation.speed import drawing_costs
 from t2ilib.memory import Peaks
 from t2ilib.models.components import Components
 from t2ilib.models.load import name_of_device
@@ -176,8 +178,8 @@ def measure(
     metrics: Mapping[str, float] | None = None,
     prompts: Sequence[str] = (),
 ) -> dict[str, float]:
-    """Draws test prompts, measures the pictures, and writes all of a run's final numbers to `metrics.json` in its output, and
-    what single pictures measured to `rows.jsonl`.
+    """Draws test prompts, measures the pictures and what drawing costs, and writes all of a run's final numbers to `metrics.json` in its
+    output, and what single pictures measured to `rows.jsonl`.
 
     `metrics`: what training gave (`TrainResult.metrics`), written along. `prompts` (`TrainResult.prompts`): what is drawn where
     `evaluation.prompts` names nothing; the drawn world has test prompts of its own. Also keeps some pictures for the report.
@@ -192,7 +194,10 @@ def measure(
             "%s: %.3g, and at most %.3g is usual: %s", metric.title, found[name], found[metric.ceiling], metric.flag
         )
     write_rows(run.output, judged.rows)
-    declare(run.output, judged.declared)
+    if judged.shown:
+        with peaks.during("measuring"):
+            found |= drawing_costs(run, components)
+    declare(run.output, judged.declared | (COSTS if judged.shown else {}))
     note_environment(run.output, name_of_device(components.device))
     shutil.rmtree(run.output / "pictures", ignore_errors=True)  # of other prompts, perhaps
     if judged.shown:

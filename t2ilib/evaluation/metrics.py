@@ -15,7 +15,7 @@ from typing import Any
 from t2ilib.config import ConfigError, check_choice
 from t2ilib.text import write_whole
 
-UNITS = ("share", "loss", "score", "count", "mib", "rate")
+UNITS = ("share", "loss", "score", "count", "mib", "rate", "seconds")
 ROLES = ("learned", "kept", "loss", "followed", "memory", "host", "size", "speed")
 PHASES = ("loading", "encoding", "training", "validating", "drawing", "measuring")
 """Of a run, each with its own peak of memory: `memory.Peaks`."""
@@ -27,7 +27,7 @@ DECLARATIONS = "metrics.about.json"
 class Metric:
     """How a measured number is named, written and judged.
 
-    `unit`: share (0 to 1, written in percent), loss, score, count, mib, or rate (1/s). `better`: higher, lower, or None where
+    `unit`: share (0 to 1, written in percent), loss, score, count, mib, rate (1/s), or seconds. `better`: higher, lower, or None where
     neither is.
     `exact`: decided by the settings, not by the seed: two values differ or they do not, and there is nothing to test.
     `table`: the report's table that shows it; None keeps it out of the report. `role`: what it says about a variant (`followed` its

@@ -43,6 +43,10 @@ def write_card(run: RunConfig, components: Components, training: Dataset, prompt
     side, count = run.data.resolution, sum(parameter.numel() for parameter in components.unet.parameters())
     base, seen = known_as(run.model.base), "pixels" if not components.family.has_vae else "latents"
     origin = "trained from scratch" if run.scratch else f"trained on from that of {base}"
+    if run.student:
+        origin = (
+            f"which began with weights of that of {base}, without {' and '.join(map(spelled, run.student.leave_out))}"
+        )
     rows = "\n".join(f"| {what} | {value} |" for what, value in facts(run, components, training).items())
     return f"""---
 {yaml.safe_dump(front_matter(run), sort_keys=False).strip()}
@@ -69,6 +73,8 @@ def front_matter(run: RunConfig) -> dict[str, object]:
     """What the Hub reads of a card, of a UNet or an adapter."""
     of_adapter = {"lora": ["lora"], "dora": ["lora", "dora"]}  # a DoRA is loaded, and shown, as a LoRA is
     method = of_adapter[run.adapter.kind] if run.adapter else ["from-scratch" if run.scratch else "full-fine-tuning"]
+    if run.student:
+        method = ["distillation"] if run.objective.imitation else ["pruning"]
     tags = ["text-to-image", "diffusers", "t2ilib", *method]
     told: dict[str, object] = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": tags}
     if run.scratch is None and is_id(run.model.base):
@@ -103,6 +109,7 @@ def facts(run: RunConfig, components: Components, training: Dataset) -> dict[str
         if objective.timesteps == "uniform"
         else [f"{objective.timesteps} of {objective.timestep_mean:g}, {objective.timestep_std:g}"]
     )
+    imitated = objective.imitation
     drawn += (
         []
         if objective.timestep_range == (0.0, 1.0)
@@ -121,6 +128,9 @@ def facts(run: RunConfig, components: Components, training: Dataset) -> dict[str
         "timesteps": ", ".join(drawn) or None,
         "noise offset": objective.noise_offset or None,
         "loss": loss,
+        "learned from its teacher": f"{imitated.task:g} task, {imitated.output:g} output, {imitated.features:g} features"
+        if imitated
+        else None,
         "captions dropped": f"{objective.caption_dropout:g}" if objective.caption_dropout else None,
         "steps": f"{steps.steps:,} of {steps.batch_size} pictures",
         "optimizer": f"{optimizer.name}, learning rate {optimizer.learning_rate:g}, {optimizer.schedule},"
@@ -130,6 +140,11 @@ def facts(run: RunConfig, components: Components, training: Dataset) -> dict[str
         "trained by": f"t2ilib {__version__}",
     }
     return {what: value for what, value in found.items() if value is not None}
+
+
+def spelled(part: str) -> str:
+    """What a student leaves out, in words."""
+    return f"the {part.replace('_', ' ')}"
 
 
 def is_id(name: str) -> bool:

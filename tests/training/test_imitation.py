@@ -259,6 +259,18 @@ def test_what_is_saved_is_a_pipeline_of_diffusers_and_a_base_to_train_an_adapter
     assert train(further).metrics["trainable_parameters"] > 0
 
 
+def test_its_card_says_what_it_is(trained):
+    run, result = trained
+    card = (run.output / "model" / "README.md").read_text()
+    count = sum(p.numel() for p in result.components.unet.parameters())
+    for words in (
+        f"A UNet of {count:,} parameters, which began with weights of that of tiny-sd15, without the mid block and the innermost stage",
+        "| learned from its teacher | 1 task, 1 output, 1 features |",
+        "- distillation",
+    ):
+        assert words in card
+
+
 def test_its_control_is_trained_without_a_teacher(tmp_path):
     run = run_of(tmp_path, objective={"snr_gamma": None}, training={"steps": 1, "batch_size": 2})
     components = build_parts("sd15")
