@@ -23,6 +23,7 @@ from t2ilib.adapters.load import (
     read_metadata,
     recorded_run,
 )
+from t2ilib.adapters.placing import about_student
 from t2ilib.adapters.tokens import WORDS, fold_words, save_words, stored_words
 from t2ilib.adapters.weights import AdapterLayer, WeightDifference, read_layers
 from t2ilib.config import ConfigError, ModelConfig, RunConfig, check_choice
@@ -197,5 +198,6 @@ def describe(
         "t2ilib.data_digest": data_digest,
         "t2ilib.training_digest": run.training_digest(),
         "t2ilib.quantization": run.model.quantization,
+        **about_student(components.unet),
     }
     return {key: value for key, value in values.items() if value}

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from t2ilib.adapters.formats import is_kohya, read_kohya, read_metadata, refuse_others, write_diffusers
+from t2ilib.adapters.placing import DIFFUSERS, few, missing_layers, place_diffusers, place_kohya
 from t2ilib.adapters.tokens import add_words, read_words
 from t2ilib.config import ConfigError, check_choice
 from t2ilib.memory import align
@@ -23,10 +24,6 @@ FILE_NAME = "pytorch_lora_weights.safetensors"
 log = logging.getLogger(__name__)
 UNPROVEN = "UNPROVEN.txt"
 """Beside an adapter whose training could not be proven: why."""
-DIFFUSERS = re.compile(
-    r"\.(lora_[AB]|lora\.(down|up)|lora_linear_layer\.(down|up)|processor\.\w+_lora\.(down|up))\.weight$|\.lora_magnitude_vector(\.weight)?$|\.alpha$"
-)
-"""The tensors of an adapter under diffusers' and peft's names."""
 ALPHA = re.compile(r"(\.lora(_A|_B|_linear_layer)?)?\.alpha$")
 UP = re.compile(r"(\.lora_B|\.lora\.up|\.lora_linear_layer\.up|(?<=_lora)\.up)\.weight$")
 """What stands behind a module's name in that of its alpha, and in that of the second of its two matrices."""
@@ -67,17 +64,18 @@ def holds_dora(file: Path) -> bool:
         return any(re.search(r"\.lora_magnitude_vector|\.dora_scale$", key) for key in list(stored.keys()))
 
 
-def load_adapter(components: Components, path: Path, name: str = "default") -> None:
+def load_adapter(components: Components, path: Path, name: str = "default", partial: bool = False) -> None:
     """Attaches a saved adapter, frozen, to `components`, with the words that were learned beside it. `path`: the file, or a run's or
     adapter's folder.
 
-    Several may be attached under different names; `weigh_adapters` says how strongly each acts. Raises ConfigError where there
-    is no adapter file, or its layers are not this model's.
+    Several may be attached under different names; `weigh_adapters` says how strongly each acts. On a student an adapter of its teacher goes to
+    the layers that came from those it adapts (`placing`). `partial`: layers that this model does not have are left out, which is said.
+    Raises ConfigError where there is no adapter file, or its layers are not this model's.
     """
     file = adapter_file(path)
     if (note := file.parent / UNPROVEN).exists():
         log.warning("%s is marked as unproven: %s", file, note.read_text().strip())
-    attach_layers(components, file, name)
+    attach_layers(components, file, name, partial)
     add_words(components, read_words(components, file))
     metadata = read_metadata(file)
     take_up_noise(components, metadata, file)
@@ -86,17 +84,23 @@ def load_adapter(components: Components, path: Path, name: str = "default") -> N
         align(module.requires_grad_(False))
 
 
-def attach_layers(components: Components, file: Path, name: str) -> None:
-    """Attaches the layers of a file, in whatever layout, as the adapter `name`; nothing else of `components` changes."""
+def attach_layers(components: Components, file: Path, name: str, partial: bool = False) -> None:
+    """Attaches the layers of a file, in whatever layout, as the adapter `name`; nothing else of `components` changes. `partial`: as in
+    `load_adapter`."""
     metadata, tensors = read_metadata(file), load_file(file)
     with tempfile.TemporaryDirectory(prefix="t2ilib-") as folder:
         if is_kohya(tensors) and not any(key.startswith(PARTS) for key in tensors):
             converted = Path(folder) / FILE_NAME
-            there = without_skipped_layers(components, tensors)
+            there = place_kohya(components, without_skipped_layers(components, tensors), metadata, file, partial)
             write_diffusers(read_kohya(components, there, file, metadata), components, converted, metadata)
         else:
             refuse_others([key for key in tensors if not DIFFUSERS.search(key)], file)
-            converted = readable(file, tensors, metadata, Path(folder))
+            placed, told = place_diffusers(components, tensors, metadata, file, partial)
+            source = file
+            if placed is not tensors:
+                source = Path(folder) / "placed.safetensors"
+                save_file(dict(placed), source, dict(told))
+            converted = readable(source, placed, told, Path(folder))
         attach_file(components, converted, name, file)
 
 
@@ -184,11 +188,18 @@ def attach_file(components: Components, file: Path, name: str, told: Path) -> No
 def require_all_placed(components: Components, file: Path, name: str, told: Path) -> None:
     """Raises ConfigError where the file has adapted layers that `components` has not: diffusers leaves those out."""
     with safe_open(file, "pt") as stored:
-        count = sum(bool(re.search(r"lora[._](A|down)\.weight$", key)) for key in list(stored.keys()))
+        keys = list(stored.keys())
+    count = sum(bool(re.search(r"lora[._](A|down)\.weight$", key)) for key in keys)
     placed = sum(name in getattr(m, "lora_A", {}) for part in components.modules().values() for m in part.modules())
     if placed < count:
+        missing = missing_layers(components, keys)
         raise ConfigError(
             f"{told} adapts {count} layers, and {components.path} has {placed} of them: it was trained on another base"
+            + (
+                f". Not there are {few(missing)}; load it with partial (--partial) to leave these out"
+                if missing
+                else ""
+            )
         )
 
 

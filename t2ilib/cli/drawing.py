@@ -49,6 +49,13 @@ def generate(
     scale: Annotated[
         list[float], typer.Option(help="Strength of each adapter, in their order: 0 switches it off, 1 is as trained.")
     ] = [],
+    partial: Annotated[
+        bool,
+        typer.Option(
+            "--partial",
+            help="Leave out layers of an adapter that the base does not have, as a student has not all of its teacher's.",
+        ),
+    ] = False,
     beside_base: Annotated[
         bool, typer.Option("--beside-base", help="Draw the same noise by the base alone too (00-base.png).")
     ] = False,
@@ -102,7 +109,7 @@ def generate(
         restored = read_like(like) if like else None
         if restored and not (x or y):
             x, y = restored.grid.get("x"), restored.grid.get("y")
-        choices = chosen_adapters(adapter, scale, checkpoint, restored)
+        choices = chosen_adapters(adapter, scale, checkpoint, restored, partial)
         changes = {"base": model, "config": config, "quantization": quantization, "clip_skip": clip_skip}
         asked = {
             "model": chosen_base(choices, restored, changes, results).model_dump(),
@@ -156,7 +163,11 @@ def parse_seed(text: str) -> int | str:
 
 
 def chosen_adapters(
-    adapters: Sequence[str], scales: Sequence[float], checkpoint: int | None, restored: "Restored | None"
+    adapters: Sequence[str],
+    scales: Sequence[float],
+    checkpoint: int | None,
+    restored: "Restored | None",
+    partial: bool = False,
 ) -> list["AdapterChoice"]:
     """The adapters that are named, or else the picture's, with the strengths and the checkpoint that are given."""
     from t2ilib.config import ConfigError
@@ -164,8 +175,8 @@ def chosen_adapters(
 
     kept = [choice.model_dump() for choice in restored.settings.adapters] if restored else []
     values: list[dict[str, Any]] = [{"path": path} for path in adapters] or kept
-    if not values and (checkpoint is not None or scales):
-        raise ConfigError("--checkpoint and --scale are about an adapter: give one with --adapter")
+    if not values and (checkpoint is not None or scales or partial):
+        raise ConfigError("--checkpoint, --scale and --partial are about an adapter: give one with --adapter")
     if checkpoint is not None and len(values) > 1:
         raise ConfigError("--checkpoint goes with one --adapter")
     if scales and len(scales) != len(values):
@@ -174,6 +185,8 @@ def chosen_adapters(
         )
     for value, strength in zip(values, scales, strict=False):
         value["strength"] = strength
+    for value in values if partial else ():
+        value["partial"] = True
     if checkpoint is not None:
         values[0] |= {"step": checkpoint, "digest": None}
     return list(build_settings({"adapters": values}, "the command").adapters)

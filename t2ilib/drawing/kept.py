@@ -72,7 +72,9 @@ def digest_of(settings: DrawSettings, weights: dict[AdapterChoice, str]) -> str:
         if choice not in weights:
             weights[choice] = choice_digest(choice)
     told = settings.model_dump(mode="json", exclude={"adapters"})
-    told["adapters"] = [[weights[choice], choice.strength] for choice in settings.adapters]
+    told["adapters"] = [
+        [weights[choice], choice.strength, *(["partial"] if choice.partial else [])] for choice in settings.adapters
+    ]
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:20]
 
 

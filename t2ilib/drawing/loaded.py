@@ -56,7 +56,10 @@ class Loaded:
         if self.components is None or settings.model != self.model:
             self.load(settings.model)
         wanted = (
-            tuple(identity(place, choice.step) for place, choice in zip(places, settings.adapters, strict=True)),
+            tuple(
+                (*identity(place, choice.step), choice.partial)
+                for place, choice in zip(places, settings.adapters, strict=True)
+            ),
             tuple(identity(Path(file), None) for file in settings.embeddings),
         )
         if wanted != self.attached:
@@ -100,8 +103,8 @@ class Loaded:
         ]
         self.words = {file: load_embeddings(self.components, Path(file)) for file in settings.embeddings}
         self.plain = remember(self.components)
-        for number, file in enumerate(files):
-            load_adapter(self.components, file, adapter_name(number))
+        for number, (file, choice) in enumerate(zip(files, settings.adapters, strict=True)):
+            load_adapter(self.components, file, adapter_name(number), choice.partial)
 
     def written(self, run: Path, step: int, known: tuple) -> Path:
         """The adapter of a checkpoint as a file, which is written once."""

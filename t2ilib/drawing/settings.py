@@ -29,6 +29,8 @@ class AdapterChoice(Section):
     """1 as trained, 0 switched off."""
     step: Annotated[int, Field(ge=0)] | None = None
     """Of a run's folder: as the adapter was at this step. None: as it is at the end."""
+    partial: bool = False
+    """Whether layers that the base does not have are left out, as those of a teacher's adapter that a student has not."""
     digest: str | None = None
     """The first 12 hex digits of its file's SHA-256, which saved pictures have; drawing warns where the file is another now."""
 

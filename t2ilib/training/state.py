@@ -241,8 +241,16 @@ def load_checkpoint_adapter(components: Components, folder: Path, step: int) -> 
     components.noise_as(run.objective.name, run.objective.beta_schedule, run.objective.zero_terminal_snr)
     tensors = load_checkpoint(paths[step]).tensors
     weights = tensors.get("ema", tensors["weights"])
-    start = {}
-    for name, module in attach_adapters(components, run.adapter, run.seed).items():
+    start, adapted = {}, attach_adapters(components, run.adapter, run.seed)
+    named = {
+        f"{name}.{key}" for name, module in adapted.items() for key, p in module.named_parameters() if p.requires_grad
+    }
+    if named != weights.keys():
+        raise ConfigError(
+            f"{folder} adapts other layers of {run.model.base} than {components.path} has: a checkpoint of it goes with that base alone;"
+            " without --checkpoint its finished adapter goes with others"
+        )
+    for name, module in adapted.items():
         with torch.no_grad():
             for key, parameter in module.named_parameters():
                 if f"{name}.{key}" in weights:

@@ -138,7 +138,7 @@ def test_a_grid_and_the_registrys_adapter_go_to_mlflow(results, tmp_path, monkey
     ("words", "told"),
     [
         ((), "there is nothing to draw: give --prompt, or --like with a picture"),
-        (("--prompt", "x", "--scale", "1"), "--checkpoint and --scale are about an adapter"),
+        (("--prompt", "x", "--scale", "1"), "--checkpoint, --scale and --partial are about an adapter"),
         (
             ("--prompt", "x", "--adapter", "a", "--adapter", "b", "--checkpoint", "1"),
             "--checkpoint goes with one --adapter",

@@ -62,7 +62,7 @@ def original_unet_names(unet: nn.Module) -> dict[str, str]:
         if block.downsamplers:
             index += 1
             homes[f"down_blocks.{number}.downsamplers.0.conv"] = f"input_blocks.{index}.0.op"
-    for layer in range(len(unet.mid_block.resnets)):
+    for layer in range(len(unet.mid_block.resnets) if unet.mid_block is not None else 0):
         homes[f"mid_block.resnets.{layer}"] = f"middle_block.{2 * layer}"
         homes[f"mid_block.attentions.{layer}"] = f"middle_block.{2 * layer + 1}"
     index = -1
