@@ -18,8 +18,12 @@ from t2ilib.adapters.placing import STUDENT, about_student
 from t2ilib.adapters.weights import read_layers
 from t2ilib.cli import app
 from t2ilib.config import AdapterSpec, ConfigError
+from t2ilib.models.load import load_base
 from t2ilib.models.pipeline import save_pipeline
 from t2ilib.models.students import build_student, fresh_layers, origins
+from t2ilib.runfile import build_run
+from t2ilib.training.loop import train
+from t2ilib.training.state import load_checkpoint_adapter
 
 BASE, TINY = ("second_layers",), ("second_layers", "mid_block", "innermost_stage")
 FIELDS = {
@@ -167,6 +171,27 @@ def test_an_adapter_of_which_nothing_fits_is_refused_all_the_same(tmp_path):
     save_file({key: tensors[key] for key in gone}, tmp_path / "mid.safetensors")
     with pytest.raises(ConfigError, match=r"trained on another base$"):
         load_adapter(student, tmp_path / "mid.safetensors", partial=True)
+
+
+def test_a_checkpoint_goes_with_its_own_base_alone(tmp_path):
+    run = build_run(
+        {
+            "output": str(tmp_path / "run"),
+            "model": {"base": "tiny-sd15"},
+            "adapter": {"rank": 2, "targets": "many"},
+            "data": {"source": "shapes"},
+            "shapes": {"scenes": ["heart"], "num_pictures": 4},
+            "training": {"steps": 1, "batch_size": 2},
+            "evaluation": {"validation_timesteps": 1, "num_inference_steps": 1, "prompts": ["a heart"]},
+        }
+    )
+    train(run)
+    base = load_base(run.model)
+    student = student_of(base, ("mid_block",))
+    with pytest.raises(ConfigError, match="a checkpoint of it goes with that base alone"):
+        load_checkpoint_adapter(student, run.output, 1)
+    load_checkpoint_adapter(base, run.output, 1)
+    load_adapter(student_of(load_base(run.model), ("mid_block",)), run.output, partial=True)
 
 
 def test_generate_leaves_out_by_partial(tmp_path):
