@@ -83,9 +83,9 @@ def test_decoding_is_waited_for_and_encoding_is_not(monkeypatch) -> None:
 
     class Slow:
         config = type("Config", (), {"workers": 1})
-        has_masks = False
+        has_masks = has_pairs = False
 
-        def load(self, i: int, number: int) -> int:
+        def load(self, i: int, number: int, rejected: bool) -> int:
             time.sleep(0.03)
             return i
 
@@ -93,7 +93,7 @@ def test_decoding_is_waited_for_and_encoding_is_not(monkeypatch) -> None:
     encoded = EncodedDataset(Slow(), Fresh(None, Slow()), lambda captions: {})
     encoded.latents([(0, 0)])
     assert 0.03 <= encoded.waited() < 0.15
-    encoded.latents.pictures.announce([(1, 0)])
+    encoded.latents.announce([(1, 0)])
     time.sleep(0.1)
     encoded.latents([(1, 0)])
     assert encoded.waited() < 0.02  # it was decoded meanwhile
