@@ -7,7 +7,7 @@ from pydantic import Field, field_validator, model_validator
 from t2ilib.config.mistakes import did_you_mean
 from t2ilib.config.section import Location, Place, Positive, Section, Share
 
-SOURCES = ("folder", "coco", "flickr30k", "huggingface", "webdataset", "shapes")
+SOURCES = ("folder", "coco", "flickr30k", "huggingface", "webdataset", "preferences", "shapes")
 CaptionEdit = str | dict[str, Any]
 """`name`, or `{name: argument}`."""
 
@@ -16,22 +16,23 @@ class DataConfig(Section):
     """Which captioned pictures, and how they become samples."""
 
     source: str = "folder"
-    """folder, coco, flickr30k, huggingface, webdataset, shapes, or a function in a Python file: `my_source.py:load`, which takes this
-    section and gives a `data.records.Listing`."""
+    """folder, coco, flickr30k, huggingface, webdataset, preferences, shapes, or a function in a Python file: `my_source.py:load`, which
+    takes this section and gives a `data.records.Listing`."""
     path: Location | None = None
     """folder: an image folder with metadata.jsonl, .csv or .parquet, a .txt caption beside each picture, or no captions and a
     `prompt`. coco, flickr30k: the folder of the data set. huggingface: an id or a folder. webdataset: shards, as a folder, pattern or
-    URL."""
+    URL. preferences: a folder with preferences.jsonl or that file, or Pick-a-Pic's rows, as Parquet, a folder or an id."""
     split: str | None = None
-    """Which part, where a source has several: `train` (coco, flickr30k, huggingface) without it."""
+    """Which part, where a source has several: `train` (coco, flickr30k, huggingface, preferences as rows) without it."""
     subset: str | None = None
-    """huggingface: which of a data set's configurations."""
+    """huggingface, preferences: which of a data set's configurations."""
     revision: str | None = None
-    """huggingface: a branch, tag or commit of the Hub's data set."""
+    """huggingface, preferences: a branch, tag or commit of the Hub's data set."""
     validation_path: Location | None = None
     """Held-out pictures; without it and `validation_split` `validation_share` of the pictures is held out."""
     validation_split: str | None = None
     validation_share: Share = 0.125
+    """Chosen by the names of pictures, or of preference pairs by their captions: all pairs of a prompt are on one side."""
     sample: Positive | None = None
     """So many of the training pictures, drawn by the run's seed. Seeds of a study then differ in their pictures too, and its intervals say
     what other pictures of the kind would give. None: all of them."""
@@ -117,7 +118,7 @@ class DataConfig(Section):
     @model_validator(mode="after")
     def holds_together(self) -> "DataConfig":
         for name in ("subset", "revision"):
-            if getattr(self, name) is not None and self.source != "huggingface":
+            if getattr(self, name) is not None and self.source not in ("huggingface", "preferences"):
                 raise ValueError(f"{name} is about data.source huggingface, and source is {self.source}: leave it out")
         if self.streaming and self.sample is not None:
             raise ValueError(

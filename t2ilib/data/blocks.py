@@ -195,7 +195,8 @@ def look(part: tuple[Listing, Cursor]) -> Found:
     for record in listing.records:
         try:
             record = held(record)
-            seen, mask, wrong, _ = look_at((record, None, None))
+            looked = look_at((record, None, None, None))
+            wrong = looked.reason
         except Unanswered:
             raise
         except FileNotFoundError:
@@ -205,7 +206,7 @@ def look(part: tuple[Listing, Cursor]) -> Found:
         if wrong:
             rejected.append((shown(record.path), wrong))
         else:
-            pair = (record, seen if mask is None else replace(seen, mask=mask.sha256))
+            pair = (record, looked.whole)
     return Found(pair, tuple(rejected), tuple(named(listing.aside)), tuple(map(shown, listing.hidden)), cursor)
 
 

@@ -43,7 +43,8 @@ View = tuple[int, int]
 
 
 class Latents(Protocol):
-    """`latents` (B, C, h, w), scaled, and where samples have one `mask` (B, 1, h, w), of views of one size."""
+    """`latents` (B, C, h, w), scaled, and where samples have one `mask` (B, 1, h, w), of views of one size; of pairs `rejected`, of the shape
+    of `latents`, too."""
 
     def __call__(self, views: Sequence[View]) -> dict[str, Tensor]: ...
 
@@ -76,11 +77,14 @@ class EncodedDataset:
 
     def batch(self, ids: Sequence[int], step: int, dropped: Sequence[bool], device: torch.device) -> dict[str, Any]:
         """`latents`, `time_ids`, and either `captions` or their conditioning; a dropped caption becomes "". Where samples have them,
-        `mask` and `weights`."""
+        `mask` and `weights`; of pairs also `rejected`, the latents of what was liked less, and its `rejected_time_ids`."""
         samples, views = self.samples, self.views(ids, step)
         captions = ["" if drop else samples.caption(*view, step) for view, drop in zip(views, dropped, strict=True)]
         batch = dict(self.latents(views))
         batch["time_ids"] = torch.stack([time_ids(*samples.micro_conditioning(*view)) for view in views])
+        if "rejected" in batch:
+            less = [time_ids(*samples.micro_conditioning(*view, rejected=True)) for view in views]
+            batch["rejected_time_ids"] = torch.stack(less)
         weights = samples.weights(ids, self.weights)
         if any(weight != 1.0 for weight in weights):
             batch["weights"] = torch.tensor(weights)
@@ -90,7 +94,7 @@ class EncodedDataset:
     def announce(self, ids: Sequence[int], step: int) -> None:
         """Has what can be prepared of a batch begun, in threads."""
         if isinstance(self.latents, Fresh):
-            self.latents.pictures.announce(self.views(ids, step))
+            self.latents.announce(self.views(ids, step))
 
     def waited(self) -> float:
         """Seconds since this was last asked in which a step waited for pictures to be read and decoded, or for what is on disk. Encoding is work
@@ -110,11 +114,20 @@ class Fresh:
         self.pictures = Ahead(lambda view: samples.load(*view), samples.config.workers)
         self.waiting = Waiting()
 
+    def announce(self, views: Sequence[View]) -> None:
+        self.pictures.announce(self.jobs(views))
+
+    def jobs(self, views: Sequence[View]) -> list[tuple[int, int, bool]]:
+        """What is loaded of views: pictures of pairs stand behind those of which they were liked less."""
+        return [(*view, side) for side in ((False, True) if self.samples.has_pairs else (False,)) for view in views]
+
     def __call__(self, views: Sequence[View]) -> dict[str, Tensor]:
         distinct = list(dict.fromkeys(views))
         with self.waiting:
-            pictures = self.pictures.results(distinct)
-        found = encode_views(self.components, pictures, self.samples.has_masks)
+            pictures = self.pictures.results(self.jobs(distinct))
+        found = encode_views(self.components, pictures[: len(distinct)], self.samples.has_masks)
+        if self.samples.has_pairs:
+            found["rejected"] = encode_views(self.components, pictures[len(distinct) :], False)["latents"]
         rows = [distinct.index(view) for view in views]
         return {name: tensor[rows] for name, tensor in found.items()}
 
@@ -124,11 +137,16 @@ class Kept:
 
     def __init__(self, store: TensorStore, samples: Samples, keys: np.ndarray):
         self.num_views, self.located = samples.config.views, store.locate(keys)
+        self.behind = len(keys) // 2 if samples.has_pairs else None
         self.waiting = Waiting()
 
     def __call__(self, views: Sequence[View]) -> dict[str, Tensor]:
+        places = [i * self.num_views + number for i, number in views]
         with self.waiting:
-            return self.located.read([i * self.num_views + number for i, number in views])
+            found = self.located.read(places)
+            if self.behind is not None:
+                found["rejected"] = self.located.read([place + self.behind for place in places])["latents"]
+            return found
 
 
 class FreshText:
@@ -198,13 +216,14 @@ def keep_latents(components: Components, parts: Sequence[Samples], folder: Path,
     keys_of = [part.keys() for part in parts]
     keys, ends = np.concatenate(keys_of), np.cumsum([len(keys) for keys in keys_of])
 
-    def view(place: int) -> tuple[Samples, int, int]:
+    def view(place: int) -> tuple[Samples, int, int, bool]:
         part = int(np.searchsorted(ends, place, "right"))
-        return parts[part], *divmod(place - int(ends[part]) + len(keys_of[part]), parts[part].config.views)
+        i, number = divmod(place - int(ends[part]) + len(keys_of[part]), parts[part].config.views)
+        return parts[part], i % len(parts[part]), number, i >= len(parts[part])
 
     def load(place: int) -> tuple[Samples, bytes, Picture]:
-        part, i, number = view(place)
-        return part, part.key(i, number), part.load(i, number)
+        part, *side = view(place)
+        return part, part.key(*side), part.load(*side)
 
     if share.count > 1 or store.missing(keys):
         with store.writing(share) as writer, components.awake("vae"), Progress("views") as progress:

@@ -29,6 +29,7 @@ from t2ilib.data.manifest import (
     write_manifest,
 )
 from t2ilib.data.opening import Column, open_streamed
+from t2ilib.data.pairs import check_pairs
 from t2ilib.data.pictures import Seen, examine_picture
 from t2ilib.data.records import Listing, Readable, Record, Told
 from t2ilib.data.sources import folder
@@ -193,6 +194,7 @@ def divide(run: RunConfig) -> tuple[Examined, Examined | None, tuple[list[Record
     examined = examine(listing, run.data)
     of_their_own = None if apart is None else examine(apart, run.data)
     training, held_out = hold_out(run.data, examined, of_their_own)
+    check_pairs(run, training, held_out)
     if run.data.sample is not None:
         everything, training = training, draw_sample(training, run.data.sample, run.seed)
         drawn, why = {*training}, f"not among the {len(training)} that seed {run.seed} draws"

@@ -27,10 +27,13 @@ def edit_captions(
 
 
 def digest_of(pairs: Iterable[tuple[Record, Seen]]) -> str:
-    """SHA-256 of the bytes of pictures, captions and masks, and of weights and repeats where they are given, in order."""
+    """SHA-256 of the bytes of pictures, captions and masks, of weights and repeats where they are given, and of pictures that were liked
+    less, in order."""
     digest = hashlib.sha256()
     for record, seen in pairs:
         digest.update(b"".join((seen.sha256, *(caption.encode() + b"\0" for caption in record.captions))))
         if seen.mask or (record.weight, record.repeats) != (1.0, 1):
             digest.update(f"{record.weight!r} {record.repeats} ".encode() + seen.mask)
+        if seen.rejected:
+            digest.update(b"rejected " + seen.rejected.sha256)
     return digest.hexdigest()

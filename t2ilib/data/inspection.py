@@ -23,6 +23,7 @@ from t2ilib.data.dataset import (
 )
 from t2ilib.data.likeness import THUMBNAIL, Likeness, equal, groups, likeness, near
 from t2ilib.data.manifest import Examined, Job, Look, look_at, look_through, too_many
+from t2ilib.data.pairs import check_pairs
 from t2ilib.data.pictures import Seen
 from t2ilib.data.prior import build_order, given_pictures, num_class
 from t2ilib.data.records import Listing, Readable, Record, Told
@@ -139,6 +140,7 @@ def inspect(
     split = ([*examined.pictures], [*of_their_own.pictures] if of_their_own else [])
     try:
         split = hold_out(run.data, examined, of_their_own) if examined.pictures else split
+        check_pairs(run, *split)
     except ConfigError as error:
         stops.append(str(error))
     try:
@@ -252,10 +254,11 @@ def share_enlarged(sizes: np.ndarray, side: int) -> float:
 def find_alike(
     pairs: Sequence[tuple[Record, Seen]], parts: Sequence[str], looks: dict[Readable, Likeness]
 ) -> list[Alike]:
-    """Equal pictures, then near ones; of equal ones the first stands for all among the near."""
-    same = equal([seen.sha256 for _, seen in pairs])
+    """Equal pictures, then near ones; of equal ones the first stands for all among the near. Of preference pairs equal ones alone: pictures
+    of one prompt are to be like each other, and one may be in many pairs."""
+    same = equal([seen.sha256 + (seen.rejected.sha256 if seen.rejected else b"") for _, seen in pairs])
     again = {number for numbers in same for number in numbers[1:]}
-    single = [number for number in range(len(pairs)) if number not in again]
+    single = [number for number, (record, _) in enumerate(pairs) if number not in again and record.rejected is None]
     like = groups(near([looks[pairs[number][0].path] for number in single]))
     found = [(numbers, True) for numbers in same] + [([single[i] for i in group], False) for group in like]
     return [Alike(tuple(numbers), exact, frozenset(parts[i] for i in numbers)) for numbers, exact in found]

@@ -19,7 +19,7 @@ from t2ilib.data.decoding import decoded
 from t2ilib.data.known import key_of, recall, remember
 from t2ilib.data.pictures import PictureError, Seen, examine_mask, examine_picture, require_shape
 from t2ilib.data.records import Listing, Readable, Record, Told
-from t2ilib.data.sources import coco, flickr30k, folder, huggingface, webdataset
+from t2ilib.data.sources import coco, flickr30k, folder, huggingface, preferences, webdataset
 from t2ilib.pyfile import module_at
 from t2ilib.text import shown
 
@@ -31,6 +31,7 @@ SOURCES: dict[str, Callable[[DataConfig], Listing]] = {
     "flickr30k": flickr30k.load,
     "huggingface": huggingface.load,
     "webdataset": webdataset.load,
+    "preferences": preferences.load,
 }
 """`data.source` -> a function that gives what `path` and `split` of a data section say, without what lies in `validation_path`. The drawn
 world has a section of its own."""
@@ -54,7 +55,7 @@ class Examined:
 
 
 def examine(listing: Listing, config: DataConfig) -> Examined:
-    """Decodes every picture, and mask, that nobody has looked at since it was written, and logs what became of each file. Raises
+    """Decodes every picture, mask, and picture that was liked less, that nobody has looked at since it was written, and logs what became of each file. Raises
     ConfigError as `require_enough` does."""
     examined = look_through(listing, config)
     pictures, rejected, where = examined.pictures, examined.rejected, shown(listing.folder)
@@ -70,17 +71,24 @@ def examine(listing: Listing, config: DataConfig) -> Examined:
     return examined
 
 
-Job = tuple[Record, Seen | None, Seen | None]
-"""A record, and what was seen of its picture and its mask before."""
+Job = tuple[Record, Seen | None, Seen | None, Seen | None]
+"""A record, and what was seen before of its picture, its mask and the picture that was liked less."""
 
 
 class Look(NamedTuple):
-    """What was seen of a picture and of its mask, why they cannot be used, and whether anything of it is new."""
+    """What was seen of a picture, of its mask and of the picture that was liked less, why they cannot be used, and whether anything of it
+    is new."""
 
     seen: Seen | None
     mask: Seen | None
+    rejected: Seen | None
     reason: str
     new: bool
+
+    @property
+    def whole(self) -> Seen:
+        """All that is to be known of a record's pictures."""
+        return replace(self.seen, mask=self.mask.sha256 if self.mask else b"", rejected=self.rejected)
 
 
 def look_through(listing: Listing, config: DataConfig, look: Callable[[Job], Look] | None = None) -> Examined:
@@ -88,26 +96,28 @@ def look_through(listing: Listing, config: DataConfig, look: Callable[[Job], Loo
     pictures, rejected = {}, list(listing.rejected)
     keys = [key_of(record.path) for record in listing]
     mask_keys = [record.mask and key_of(record.mask, "mask") for record in listing]
-    known = zip(recall(keys), recall(mask_keys), strict=True)
+    rejected_keys = [record.rejected and key_of(record.rejected) for record in listing]
+    known = zip(recall(keys), recall(mask_keys), recall(rejected_keys), strict=True)
     jobs = ((record, *before) for record, before in zip(listing, known, strict=True))
     looked: dict[bytes | None, Seen] = {}
-    for record, key, mask_key, found in zip(
-        listing, keys, mask_keys, decoded(jobs, look or look_at, config.workers), strict=True
+    for record, key, mask_key, rejected_key, found in zip(
+        listing, keys, mask_keys, rejected_keys, decoded(jobs, look or look_at, config.workers), strict=True
     ):
         if found.reason:
             rejected.append((record.path, found.reason))
             continue
-        pictures[record] = replace(found.seen, mask=found.mask.sha256) if found.mask else found.seen
+        pictures[record] = found.whole
         if found.new:
-            looked |= {key: found.seen} | ({mask_key: found.mask} if found.mask else {})
+            parts = {key: found.seen, mask_key: found.mask, rejected_key: found.rejected}
+            looked |= {own: seen for own, seen in parts.items() if seen is not None}
     remember(looked.items())
     return Examined(pictures, tuple(rejected), listing.aside, listing.hidden)
 
 
 def look_at(job: Job, thumbnail: int | None = None) -> Look:
-    """What is seen of a picture and its mask, where that is not known. `thumbnail`: as `examine_picture` has it; it is looked at again for one."""
-    record, seen, mask = job
-    new = seen is None or (mask is None and record.mask is not None)
+    """What is seen of a record's pictures, where that is not known. `thumbnail`: as `examine_picture` has it; it is looked at again for one."""
+    record, seen, mask, less = job
+    new = seen is None or (mask is None and record.mask is not None) or (less is None and record.rejected is not None)
     try:
         seen = examine_picture(record.path, thumbnail=thumbnail) if thumbnail or seen is None else seen
         size = (seen.height, seen.width)
@@ -115,12 +125,25 @@ def look_at(job: Job, thumbnail: int | None = None) -> Look:
             require_shape(record.mask, (mask.height, mask.width), record.path, size)
         elif record.mask is not None:
             mask = examine_mask(record.mask, record.path, size)
-        return Look(seen, mask, "", new)
+        if less is None and record.rejected is not None:
+            less = examine_picture(record.rejected)
+        if less is not None and less.sha256 == seen.sha256:
+            return unusable(
+                f"is the same picture as {shown(record.rejected)}, of which it was chosen: take the pair out", new
+            )
+        return Look(seen, mask, less, "", new)
     except PictureError as error:
-        whose = "" if error.path == record.path else f"its mask {shown(error.path)} "
-        return Look(None, None, f"{whose}{error.reason}", new)
+        whose = {
+            record.rejected: f"its rejected picture {shown(error.path)}: ",
+            record.mask: f"its mask {shown(error.path)} ",
+        }
+        return unusable(f"{(whose | {record.path: ''})[error.path]}{error.reason}", new)
     except OSError as error:
-        return Look(None, None, f"cannot be read: {error.strerror or error}", new)
+        return unusable(f"cannot be read: {error.strerror or error}", new)
+
+
+def unusable(reason: str, new: bool) -> Look:
+    return Look(None, None, None, reason, new)
 
 
 def too_many(used: Sized, rejected: Sized, config: DataConfig) -> bool:
@@ -234,7 +257,7 @@ def write_manifest(path: Path, rows: Iterable[tuple]) -> None:
 
 
 def used_rows(part: str, records: Iterable[Record], seen: Iterable[Seen]) -> Iterator[tuple]:
-    """A row a picture; one that is shown several times lies there as often, together."""
+    """A row a picture, and of a pair a second one; one that is shown several times lies there as often, together."""
     before = None
     for record, picture in zip(records, seen, strict=True):
         if record is before:
@@ -243,6 +266,9 @@ def used_rows(part: str, records: Iterable[Record], seen: Iterable[Seen]) -> Ite
         size = (picture.height, picture.width)
         what = (len(record.captions), record.caption, record.weight, record.repeats)
         yield (part, shown(record.path), "; ".join(picture.notes), *size, *what, picture.sha256.hex())
+        if (less := picture.rejected) is not None:
+            notes = "; ".join((f"liked less than {shown(record.path)}", *less.notes))
+            yield (part, shown(record.rejected), notes, less.height, less.width, *what, less.sha256.hex())
 
 
 def other_rows(rejected: Iterable[Told], aside: Iterable[Told], hidden: Iterable[Readable]) -> Iterator[tuple]:

@@ -101,7 +101,8 @@ class Decoded:
 @dataclass(frozen=True, slots=True)
 class Seen:
     """What is known of a picture that can be decoded. `sha256`: of the file's bytes. `height`, `width`: upright. `notes`: what was done
-    that people may not expect. `thumbnail`: RGB, where one was asked for. `mask`: SHA-256 of the bytes of its mask, where it has one."""
+    that people may not expect. `thumbnail`: RGB, where one was asked for. `mask`: SHA-256 of the bytes of its mask, where it has one.
+    `rejected`: what is known of the picture that was liked less, of a pair."""
 
     sha256: bytes
     height: int
@@ -109,6 +110,7 @@ class Seen:
     notes: tuple[str, ...] = ()
     thumbnail: Image.Image | None = None
     mask: bytes = b""
+    rejected: "Seen | None" = None
 
 
 @functools.cache

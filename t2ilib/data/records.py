@@ -70,10 +70,11 @@ Told = tuple[Readable, str]
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One captioned picture.
+    """One captioned picture, or two of one caption of which people, or a measure, preferred one.
 
     `more`: its other captions. `mask`: a picture of where the loss counts (white) and where it does not (black). `weight`: of its
-    loss. `repeats`: how often an epoch shows it. `scene`: what it truly shows, for drawn pictures.
+    loss. `repeats`: how often an epoch shows it. `scene`: what it truly shows, for drawn pictures. `rejected`: a second picture of the same
+    caption that was liked less than `path` (Diffusion-DPO, arXiv 2311.12908); a data set has such pairs alone, or none (`data.pairs`).
     """
 
     path: Readable
@@ -83,6 +84,7 @@ class Record:
     mask: Readable | None = None
     weight: float = 1.0
     repeats: int = 1
+    rejected: Readable | None = None
 
     @property
     def captions(self) -> tuple[str, ...]:

@@ -13,7 +13,9 @@ import numpy as np
 
 from t2ilib.config import DataConfig
 from t2ilib.data.dataset import Dataset
-from t2ilib.data.pictures import Picture, load_view
+from t2ilib.data.pairs import have_pairs
+from t2ilib.data.pictures import Picture, Seen, load_view
+from t2ilib.data.records import Readable
 from t2ilib.data.store import content_key
 from t2ilib.data.store.tensorfile import KEY_BYTES
 from t2ilib.data.views import Size, View, assign, view_of
@@ -25,7 +27,9 @@ log = logging.getLogger(__name__)
 class Samples:
     """The samples of a data set. `targets`: (N, 2), height and width of each. `multiple`: what both are multiples of.
 
-    `held_out`: pictures that are measured, always in the same way: the middle of each, unmirrored, with its first caption.
+    `held_out`: pictures that are measured, always in the same way: the middle of each, unmirrored, with its first caption. Where they are pairs
+    (`has_pairs`), `rejected` means the picture that was liked less: it has the size, the flip and, as a share of what there is to choose,
+    the place of the other's crop.
     """
 
     def __init__(
@@ -48,6 +52,7 @@ class Samples:
         self.targets = np.concatenate([part.targets for part in assigned])
         self.num_moved = sum(int(part.moved.sum()) for part in assigned)
         self.has_masks = config.alpha == "mask" or any(record.mask is not None for record in dataset.records)
+        self.has_pairs = have_pairs(dataset.records)
         self.by_chance = self.config.crop == "random" or 0 < self.config.flip < 1
 
     def __len__(self) -> int:
@@ -90,38 +95,41 @@ class Samples:
     def size(self, i: int) -> Size:
         return tuple(self.targets[i].tolist())
 
-    def view(self, i: int, number: int) -> View:
-        seen, config = self.dataset.looked_at()[i], self.config
+    def picture(self, i: int, rejected: bool = False) -> tuple[Readable, Seen]:
+        record, seen = self.dataset.records[i], self.dataset.looked_at()[i]
+        return (record.rejected, seen.rejected) if rejected else (record.path, seen)
+
+    def view(self, i: int, number: int, rejected: bool = False) -> View:
+        (_, seen), config = self.picture(i, rejected), self.config
         size, target = (seen.height, seen.width), self.size(i)
-        address = ("view of a picture", seen.sha256.hex(), number)
+        address = ("view of a picture", self.dataset.looked_at()[i].sha256.hex(), number)
         return view_of(
             size, target, config.crop, config.flip, numpy_generator_for(0, *address) if self.by_chance else None
         )
 
-    def load(self, i: int, number: int) -> Picture:
+    def load(self, i: int, number: int, rejected: bool = False) -> Picture:
         """Decodes the picture, and cuts the view out of it. Raises PictureError, also for a file that is not what it was."""
-        record, seen = self.dataset.records[i], self.dataset.looked_at()[i]
-        return load_view(
-            record.path, self.view(i, number), self.config.ground, self.config.alpha, record.mask, seen.sha256
-        )
+        (path, seen), mask = self.picture(i, rejected), self.dataset.records[i].mask
+        view = self.view(i, number, rejected)
+        return load_view(path, view, self.config.ground, self.config.alpha, mask, seen.sha256)
 
-    def micro_conditioning(self, i: int, number: int) -> tuple[Size, Size, Size]:
+    def micro_conditioning(self, i: int, number: int, rejected: bool = False) -> tuple[Size, Size, Size]:
         """SDXL's original size, crop and target size of a view."""
-        seen, view = self.dataset.looked_at()[i], self.view(i, number)
+        (_, seen), view = self.picture(i, rejected), self.view(i, number, rejected)
         return (seen.height, seen.width), view.crop, view.size
 
-    def key(self, i: int, number: int) -> bytes:
-        """What a view is known by on disk: the same for the same pixels and mask, whatever file or run they belong to."""
-        seen, view = self.dataset.looked_at()[i], self.view(i, number)
+    def key(self, i: int, number: int, rejected: bool = False) -> bytes:
+        """What a view is known by on disk: the same for the same pixels and mask, whatever file, run or side of a pair they belong to."""
+        (_, seen), view = self.picture(i, rejected), self.view(i, number, rejected)
         shape = (*view.scaled, view.top, view.left, *view.size, int(view.flipped))
         mask = (seen.mask, self.config.alpha) if self.has_masks else ()
         return content_key("view", seen.sha256, shape, self.config.ground, mask)
 
     def keys(self) -> np.ndarray:
-        """Those of every view of every sample (N * views,), S16, in order."""
-        views = range(self.config.views)
-        keys = (self.key(i, number) for i in range(len(self)) for number in views)
-        return np.fromiter(keys, f"S{KEY_BYTES}", len(self) * len(views))
+        """Those of every view of every sample (N * views,), S16, in order; of pairs behind them those of what was liked less, as many."""
+        views, sides = range(self.config.views), (False, True) if self.has_pairs else (False,)
+        keys = (self.key(i, number, side) for side in sides for i in range(len(self)) for number in views)
+        return np.fromiter(keys, f"S{KEY_BYTES}", len(sides) * len(self) * len(views))
 
     def caption(self, i: int, number: int, step: int) -> str:
         """The caption of sample `i` that a step sees with view `number`."""

@@ -24,6 +24,7 @@ from PIL import Image
 
 from t2ilib.config import ConfigError, DataConfig
 from t2ilib.data.manifest import examine
+from t2ilib.data.pairs import have_pairs
 from t2ilib.data.pictures import picture_suffixes, readable_formats
 from t2ilib.data.records import Listing, Readable, Record
 from t2ilib.data.sources.sample import JSON, plain_text
@@ -95,6 +96,10 @@ def write_shards(
     """The records of `listing` that can be used as shards in `out`, each of at most `most_bytes` unless one sample is larger. In the
     order of the listing, or with `shuffle` in one that this seed decides. Raises ConfigError as `examine`, and for a folder that
     holds other shards or has no space."""
+    if have_pairs(listing):
+        raise ConfigError(
+            f"{shown(listing.folder)} has pairs of a chosen and a rejected picture, and a sample of a shard is one picture: train on it as it is"
+        )
     records = list(examine(listing, config).pictures)
     if shuffle is not None:
         records = [records[i] for i in numpy_generator_for(shuffle, "order of shards").permutation(len(records))]

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from t2ilib.config import RunConfig
 from t2ilib.data.cache import CAPTIONS_AT_ONCE, EncodedDataset, FreshText, View
 from t2ilib.models.components import Components
+from t2ilib.training.methods import METHODS
 from t2ilib.training.setups import trains_text
 
 
@@ -55,7 +56,7 @@ class BlankSamples:
     count = 4096
 
     def __init__(self, run: RunConfig):
-        self.run = run
+        self.run, self.has_pairs = run, METHODS[run.objective.method].of_pairs
 
     def __len__(self) -> int:
         return self.count
@@ -66,7 +67,9 @@ class BlankSamples:
     def caption(self, i: int, number: int, step: int) -> str:
         return "a caption"
 
-    def micro_conditioning(self, i: int, number: int) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
+    def micro_conditioning(
+        self, i: int, number: int, rejected: bool = False
+    ) -> tuple[tuple[int, int], tuple[int, int], tuple[int, int]]:
         side = (self.run.data.resolution,) * 2
         return side, (0, 0), side
 
@@ -79,18 +82,21 @@ class BlankLatents:
 
     def __init__(self, run: RunConfig, components: Components):
         self.components, side = components, run.data.resolution
+        self.sides = ("latents", "rejected") if METHODS[run.objective.method].of_pairs else ("latents",)
         self.pixels = torch.zeros(1, 3, side, side, dtype=torch.uint8)
         self.held, self.flops = dict[str, Tensor](), 0.0
         if run.data.cache != "off":
             with components.awake("vae"), counting_flops() as counter:
-                self.held = {"latents": components.encode_pictures(self.pixels)}
+                self.held = {name: components.encode_pictures(self.pixels) for name in self.sides}
             self.flops = counter.get_total_flops()
 
     def __call__(self, views: Sequence[View]) -> dict[str, Tensor]:
         if self.held:
             return {name: torch.cat([tensor] * len(views)) for name, tensor in self.held.items()}
         with torch.no_grad():
-            return {"latents": torch.cat([self.components.encode_pictures(self.pixels) for _ in views])}
+            return {
+                name: torch.cat([self.components.encode_pictures(self.pixels) for _ in views]) for name in self.sides
+            }
 
 
 class BlankText:

@@ -240,4 +240,5 @@ def count_samples(run: RunConfig) -> dict[str, int] | None:
     else:
         listing = load_listings(data)[0]
     captions = {caption for record in listing for caption in record.captions}
-    return {"picture": len(listing) * data.views, "caption": len(captions) + 1}
+    pictures = len(listing) + sum(record.rejected is not None for record in listing)
+    return {"picture": pictures * data.views, "caption": len(captions) + 1}

@@ -33,6 +33,7 @@ from t2ilib.planning.blank import BlankTokenizer, counting_flops, encode_blank, 
 from t2ilib.planning.ledger import CUDA_BLOCK, Ledger, autocast, checkpoint_options, materialize, state_tensors
 from t2ilib.planning.unloaded import begin_unloaded, build_unloaded
 from t2ilib.training.compute import activations_elsewhere, attending
+from t2ilib.training.methods import METHODS
 from t2ilib.training.setups import (
     Setup,
     checkpoint_gradients,
@@ -304,9 +305,10 @@ def second_step(run: RunConfig, setup: Setup, accelerator: Foreseen, ledger: Led
 
 
 def passes_of_a_step(run: RunConfig) -> int:
-    """What a training step costs, in forward passes: one, one for the gradients of what goes in, one for those of weights where all are
-    trained, and one more where activations are computed again."""
-    return 2 + (run.trains == "unet") + run.training.gradient_checkpointing
+    """What a training step costs of each sample, in forward passes: of those that learn one, one for the gradients of what goes in, one for those of
+    weights where all are trained, and one more where activations are computed again; and those beside, without gradients."""
+    learning, beside = METHODS[run.objective.method].passes(run)
+    return learning * (2 + (run.trains == "unet") + run.training.gradient_checkpointing) + beside
 
 
 def draw_blank(run: RunConfig, components: Components, setup: Setup) -> float:

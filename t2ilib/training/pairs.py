@@ -54,10 +54,18 @@ AGAINST_THE_BASE = {
 def of_both(batch: Mapping[str, Any], noise: Tensor, timesteps: Tensor) -> tuple[dict[str, Any], Tensor, Tensor]:
     """The batch of 2B of a batch of B pairs: the chosen pictures, then the rejected ones, under the same noise at the same timesteps. Weights are
     left out: they are of pairs."""
-    left_out = ("latents", "rejected", "weights")
-    twice = {name: torch.cat([value] * 2) if isinstance(value, Tensor) else [*value, *value] for name, value in batch.items() if name not in left_out}  # fmt: skip
-    latents = torch.cat([batch["latents"], batch["rejected"]])
-    return {"latents": latents, **twice}, torch.cat([noise] * 2), torch.cat([timesteps] * 2)
+    both = {}
+    for name, value in rejected_of(batch).items():
+        own = batch[name]
+        both[name] = torch.cat([own, value]) if isinstance(value, Tensor) else [*own, *value]
+    both.pop("weights", None)
+    return both, torch.cat([noise] * 2), torch.cat([timesteps] * 2)
+
+
+def rejected_of(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The batch of the rejected pictures of a batch of pairs, with all that is theirs."""
+    theirs = {"latents": "rejected", "time_ids": "rejected_time_ids"}
+    return {name: batch[theirs.get(name, name)] for name in batch if name not in theirs.values()}
 
 
 class HeldOutPairs:
@@ -73,7 +81,7 @@ class HeldOutPairs:
         return RANKED if self.base is None else RANKED | AGAINST_THE_BASE
 
     def rejected(self, denoiser: Denoise, batch: Mapping[str, Any], noise: Tensor, timesteps: Tensor) -> Tensor:
-        return self.plain(denoiser, {**batch, "latents": batch["rejected"]}, noise, timesteps)
+        return self.plain(denoiser, rejected_of(batch), noise, timesteps)
 
     def apart(self, denoiser: Denoise, batch: Mapping[str, Any], noise: Tensor, timesteps: Tensor) -> Tensor:
         noisy = self.plain.schedule.add_noise(batch["latents"], noise, timesteps)

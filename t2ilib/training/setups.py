@@ -22,7 +22,7 @@ from t2ilib.adapters.fused import fuse_adapters
 from t2ilib.adapters.start import attach_started
 from t2ilib.adapters.tokens import drop_gradients, last_step, require_in_captions
 from t2ilib.adapters.weights import read_layers
-from t2ilib.config import ModelConfig, ObjectiveConfig, RunConfig
+from t2ilib.config import ConfigError, ModelConfig, ObjectiveConfig, RunConfig
 from t2ilib.data.cache import EncodedDataset, Fresh, FreshText, encoded_folder, keep_latents, keep_text
 from t2ilib.data.dataset import Dataset, some_captions
 from t2ilib.data.prior import build_order, loss_terms, loss_weights
@@ -195,7 +195,11 @@ def learn_to_denoise(
 ) -> Setup:
     """What `modules` learn of encoded pictures: the run's objective over its noise schedule. Neither measures nor saves."""
     schedule, samples, method = noise_schedule(components), encoded.samples, METHODS[run.objective.method]
-    method.check(encoded)
+    if method.of_pairs and not samples.has_pairs:
+        raise ConfigError(
+            f"objective.{run.objective.method} learns from pairs, and these pictures are none: give a preferences.jsonl or the like by"
+            " data.source preferences"
+        )
     trained_part(run.objective, schedule.config.num_train_timesteps)  # told now, not in the first step
     num_class = samples.dataset.num_class
     num_own = len(encoded) - num_class

@@ -88,7 +88,8 @@ def dataset_of(*records, ground="white"):
     for record in records:
         found = examine_picture(record.path)
         mask = record.mask and examine_mask(record.mask, record.path, (found.height, found.width)).sha256
-        seen.append(replace(found, mask=mask or b""))
+        rejected = record.rejected and examine_picture(record.rejected)
+        seen.append(replace(found, mask=mask or b"", rejected=rejected))
     return Dataset("x", records, "digest", ground=ground, seen=tuple(seen))
 
 
@@ -384,3 +385,53 @@ def test_what_a_run_holds_a_picture_is_no_more_than_its_names_and_captions(tmp_p
         if growth[-1] < 2000:
             break
     assert min(growth) < 2000, growth
+
+
+@pytest.fixture
+def pairs(tmp_path, picture):
+    """Two pairs, whose rejected pictures have other sizes than the chosen ones."""
+    sizes = {"a": (24, 16), "b": (16, 40), "c": (30, 30), "d": (50, 20)}
+    for number, (name, size) in enumerate(sizes.items()):
+        picture(number, size).save(tmp_path / f"{name}.png")
+    path = {name: tmp_path / f"{name}.png" for name in sizes}
+    return [Record(path["a"], "a bee", rejected=path["b"]), Record(path["c"], "an ant", rejected=path["d"])]
+
+
+def test_both_pictures_of_a_pair_are_encoded_whatever_is_kept(pairs, tmp_path):
+    """The middle of each, under keys that pictures have by themselves: what is known of one is known of it in any pair."""
+    components, part = ToyComponents(), samples_of(*pairs)
+    (alone,) = keep_latents(components, [samples_of(Record(pairs[1].rejected, "d"))], tmp_path / "kept")
+    kept = keep_latents(components, [part, samples_of(*pairs[1:], held_out=True)], tmp_path / "kept")
+    assert components.vae.encoded == 4
+    expected = [means(load_picture(path, 16).pixels) for record in pairs for path in (record.path, record.rejected)]
+    found = kept[0]([(1, 0), (0, 0)])
+    assert torch.allclose(found["latents"], torch.stack([expected[2], expected[0]]), atol=1e-6)
+    assert torch.allclose(found["rejected"], torch.stack([expected[3], expected[1]]), atol=1e-6)
+    assert torch.equal(kept[1]([(0, 0)])["rejected"], alone([(0, 0)])["latents"])
+    fresh = Fresh(ToyComponents(), part)
+    fresh.announce([(1, 0), (0, 0)])
+    assert fresh.pictures.begun.keys() == {(1, 0, False), (0, 0, False), (1, 0, True), (0, 0, True)}
+    for name, tensor in fresh([(1, 0), (0, 0)]).items():
+        assert torch.equal(tensor, found[name]), name
+
+    batch = EncodedDataset(part, kept[0], None).batch([0], 0, [False], CPU)
+    assert set(batch) == {"latents", "rejected", "time_ids", "rejected_time_ids", "captions"}
+    assert batch["time_ids"].flatten().tolist() == [16, 24, 0, 4, 16, 16]
+    assert batch["rejected_time_ids"].flatten().tolist() == [40, 16, 12, 0, 16, 16]
+
+
+def test_views_of_a_pair_have_one_target_one_flip_and_each_its_own_scale(pairs):
+    part = samples_of(*pairs, crop="random", flip=0.5, views=20)
+    views = [(part.view(0, number), part.view(0, number, rejected=True)) for number in range(20)]
+    assert all(one.flipped == other.flipped for one, other in views)
+    assert {one.flipped for one, _ in views} == {True, False}
+    assert {(one.scaled, other.scaled) for one, other in views} == {((16, 24), (40, 16))}
+    assert all(one.size == other.size == (16, 16) for one, other in views)
+    assert len({other.top for _, other in views}) > 5
+    assert len(part.keys()) == 2 * 2 * 20
+    assert (
+        part.keys()[: 2 * 20].tolist()
+        == samples_of(*(replace(record, rejected=None) for record in pairs), crop="random", flip=0.5, views=20)
+        .keys()
+        .tolist()
+    ), "what was kept of pictures before they were in pairs"

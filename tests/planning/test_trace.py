@@ -73,6 +73,7 @@ def test_a_ledger_counts_what_is_alive_once() -> None:
         ["model.base=tiny-sd15", "model.clip_skip=1", "adapter.text_encoder_targets=many"],
         ["adapter=null", "scratch.unet=tiny", "scratch.space=pixels", "data.resolution=16", "data.stages={8: 2}"],
         ["adapter=null", "scratch.unet=tiny", "scratch.text_encoder=tiny-sdxl", "training.accumulation=2"],
+        ["objective.preferences={loss: dpo}", "adapter.kind=dora", "training.gradient_checkpointing=true"],
     ],
     ids=lambda overrides: " ".join(overrides),
 )

@@ -43,7 +43,7 @@ def pairs_of(components, trains_text: bool) -> tuple[dict, torch.Tensor]:
     latents, rejected, noise = (torch.randn(2, 4, 8, 8, generator=generator) for _ in range(3))
     batch = batch_of(components)
     batch = {name: batch[name] for name in ("captions", "time_ids")} if trains_text else batch
-    return {"latents": latents, "rejected": rejected, **batch}, noise
+    return {"latents": latents, "rejected": rejected, "rejected_time_ids": 2 * batch["time_ids"], **batch}, noise
 
 
 class Case:
@@ -99,7 +99,8 @@ class Case:
     def errors(self, denoiser) -> list[torch.Tensor]:
         """Squared errors (B,) of chosen and rejected pictures, stated again: DDPM's noise in closed form, one picture at a time."""
         schedule, found = noise_schedule(self.components), []
-        for latents in (self.batch["latents"], self.batch["rejected"]):
+        for latents, ids in (("latents", "time_ids"), ("rejected", "rejected_time_ids")):
+            latents, batch = self.batch[latents], {**self.batch, "time_ids": self.batch[ids]}
             a = schedule.alphas_cumprod[TIMESTEPS].view(-1, 1, 1, 1)
             noisy = a.sqrt() * latents + (1 - a).sqrt() * self.noise
             target = a.sqrt() * self.noise - (1 - a).sqrt() * latents
@@ -108,7 +109,7 @@ class Case:
                 denoiser(
                     noisy[i : i + 1],
                     TIMESTEPS[i : i + 1],
-                    {name: value[i : i + 1] for name, value in self.batch.items()},
+                    {name: value[i : i + 1] for name, value in batch.items()},
                 )
                 for i in range(2)
             ]

@@ -18,7 +18,7 @@ from t2ilib.data.records import Listing, Record, Told
 from t2ilib.data.sources.emphasis import emphasised
 from t2ilib.data.sources.files import LookUp, composed, is_picture, walk
 from t2ilib.data.sources.table import FILE_NAME, SCENE, TABLES, TEXT, read_table
-from t2ilib.data.sources.wording import unfit
+from t2ilib.data.sources.wording import one_line, unfit
 from t2ilib.seeds import seed_for
 from t2ilib.text import read_text, shown
 
@@ -34,12 +34,15 @@ def load(config: DataConfig) -> Listing:
 
 def hold_out(records: Sequence[Record], share: float, purpose: str = "held out") -> tuple[list[Record], list[Record]]:
     """Training and held-out records; held out by their names' hashes, so adding a picture moves no other (unless the share
-    holds out none, and the one with the smallest hash stands in). `purpose`: another one holds out others. Raises ConfigError where
-    none is left to train on."""
-    place = {record: seed_for(0, purpose, address(record.path.name)) / 2**63 for record in records}
+    holds out none, and the one with the smallest hash stands in), and of pairs by their prompts' hashes, all pairs of a prompt together.
+    `purpose`: another one holds out others. Raises ConfigError where none is left to train on."""
+    place = {record: seed_for(0, purpose, known_by(record)) / 2**63 for record in records}
     held_out = {record for record in records if place[record] < share}
     if share and not held_out:
-        held_out = {min(records, key=place.__getitem__)}
+        first = min(records, key=place.__getitem__)
+        held_out = {first} | {
+            record for record in records if record.rejected is not None and place[record] == place[first]
+        }
     training = [record for record in records if record not in held_out]
     if not training:
         raise ConfigError(
@@ -48,6 +51,11 @@ def hold_out(records: Sequence[Record], share: float, purpose: str = "held out")
             " or give held-out pictures of their own by data.validation_path"
         )
     return training, [record for record in records if record in held_out]
+
+
+def known_by(record: Record) -> str:
+    """What decides whether a record is held out: of a pair its prompt, whatever the white space."""
+    return address(record.path.name if record.rejected is None else f"prompt {one_line(record.caption)}")
 
 
 def address(name: str) -> str:

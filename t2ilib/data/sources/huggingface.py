@@ -210,8 +210,7 @@ def choose_part(parts: list[str], config: DataConfig) -> str:
 
 
 def read_rows(dataset: "Dataset", columns: Columns, split: str, config: DataConfig) -> Listing:
-    place = Path(config.path)
-    root = place if place.is_dir() else place.parent if place.is_file() else None
+    place, root = Path(config.path), root_of(config)
     pictures = Rows(dataset, columns.image, split, root)
     masks = Rows(dataset, columns.mask, split, root) if columns.mask else None
     has_mask = filled(dataset, columns.mask) if columns.mask else []
@@ -239,6 +238,12 @@ def read_rows(dataset: "Dataset", columns: Columns, split: str, config: DataConf
     if prompted:
         log.info("%s: %d rows take data.prompt as their caption: %s", shown(config.path), prompted, config.prompt)
     return Listing(place, tuple(records), rejected=tuple(rejected))
+
+
+def root_of(config: DataConfig) -> Path | None:
+    """The local folder that relative paths in a data set count from, where there is one."""
+    place = Path(config.path)
+    return place if place.is_dir() else place.parent if place.is_file() else None
 
 
 def captions_of(value: Any, config: DataConfig) -> tuple[tuple[str, ...], bool]:

@@ -7,7 +7,7 @@ a mistake would be trained on. Of Parquet only the columns that count are read, 
 import csv
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +36,16 @@ def read_table(path: Path, config: DataConfig) -> list[tuple[int, dict[str, Any]
             mistakes.setdefault(wrong, []).append(number)
         else:
             rows.append((number, row))
+    raise_mistakes(path, mistakes)
+    return rows
+
+
+def raise_mistakes(path: Path, mistakes: Mapping[str, Sequence[int]]) -> None:
+    """Raises ConfigError that lists what is wrong, each with the numbers of the rows that have it; nothing where nothing is."""
     if mistakes:
         lines = [f"row {told[0]} {wrong}{and_others(len(told) - 1)}" for wrong, told in mistakes.items()]
         more = [f"... and {len(lines) - LISTED} more"] if len(lines) > LISTED else []
         raise ConfigError(f"{shown(path)}, " + "\n  ".join(lines[:LISTED] + more))
-    return rows
 
 
 def and_others(count: int) -> str:

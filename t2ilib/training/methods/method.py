@@ -31,20 +31,21 @@ def never(run: RunConfig) -> bool:
     return False
 
 
+def one_pass(run: RunConfig) -> tuple[int, int]:
+    return 1, 0
+
+
 def nothing_more(run: RunConfig, encoded: EncodedDataset, ids: Sequence[int], step: int) -> dict[str, Tensor]:
     return {}
-
-
-def anything(encoded: EncodedDataset) -> None:
-    pass
 
 
 @dataclass(frozen=True)
 class Method:
     """`objective`: what is minimised. `needs_base`: whether that takes the base as it was. `more`: what a batch has beside pictures and captions,
-    of these samples at this step. `check`: raises ConfigError for samples that it cannot learn from."""
+    of these samples at this step. `passes`: of the UNet for each sample, those that learn and those without gradients. `of_pairs`: whether it learns from pairs, and from nothing else."""
 
     objective: Callable[[Parts], Objective]
     needs_base: Callable[[RunConfig], bool] = never
     more: Callable[[RunConfig, EncodedDataset, Sequence[int], int], dict[str, Tensor]] = nothing_more
-    check: Callable[[EncodedDataset], None] = anything
+    passes: Callable[[RunConfig], tuple[int, int]] = one_pass
+    of_pairs: bool = False

@@ -24,8 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from t2ilib.config import ConfigError, RunConfig
-from t2ilib.data.cache import EncodedDataset
+from t2ilib.config import RunConfig
 from t2ilib.training.methods.method import Method, Parts
 from t2ilib.training.objectives import Denoising
 from t2ilib.training.others import Denoise
@@ -94,12 +93,8 @@ def compares(run: RunConfig) -> bool:
     return LOSSES[run.objective.preferences.loss][2]
 
 
-def check(encoded: EncodedDataset) -> None:
-    if not encoded.samples.has_pairs:
-        raise ConfigError(
-            "objective.preferences learns from pairs, and these pictures are none: give a preferences.jsonl or the like by data.source"
-            " preferences"
-        )
+def passes(run: RunConfig) -> tuple[int, int]:
+    return 2, 2 * compares(run)
 
 
-PREFERENCES = Method(objective, compares, check=check)
+PREFERENCES = Method(objective, compares, passes=passes, of_pairs=True)
