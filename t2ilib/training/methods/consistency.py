@@ -143,4 +143,12 @@ def more(run: RunConfig, encoded: EncodedDataset, ids: Sequence[int], step: int)
     return found
 
 
-CONSISTENCY = Method(objective, lambda run: True, more)
+def always(run: RunConfig) -> bool:
+    return True
+
+
+def passes(run: RunConfig) -> tuple[int, int]:
+    return 1, 3
+
+
+CONSISTENCY = Method(objective, always, more, passes)
