@@ -67,6 +67,12 @@ class RunConfig(Section):
         said = {"num_inference_steps": asked.num_inference_steps, "guidance_scale": asked.guidance_scale}
         return drawn and drawn.model_copy(update=said)
 
+    @property
+    def evaluation_of_base(self) -> EvaluationConfig:
+        """How the base alone is drawn, to be held against: as the run is, or where that is drawn in a way of its own, as any base."""
+        usual = EvaluationConfig().model_dump(include={"num_inference_steps", "guidance_scale"})
+        return self.evaluation.model_copy(update=usual) if self.drawn_by else self.evaluation
+
     @model_validator(mode="before")
     @classmethod
     def what_follows(cls, values: Any) -> Any:

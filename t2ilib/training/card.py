@@ -120,6 +120,7 @@ def facts(run: RunConfig, components: Components, training: Dataset) -> dict[str
         + (", zero terminal SNR" if noise.get("rescale_betas_zero_snr") else ""),
         "timesteps": ", ".join(drawn) or None,
         "noise offset": objective.noise_offset or None,
+        "objective": objective.method,
         "loss": loss,
         "captions dropped": f"{objective.caption_dropout:g}" if objective.caption_dropout else None,
         "steps": f"{steps.steps:,} of {steps.batch_size} pictures",
