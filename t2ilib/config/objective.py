@@ -83,11 +83,15 @@ class ConsistencyConfig(Section):
                 "objective.consistency learns from the base, which draws by its own prediction and noise alone: leave name, beta_schedule and"
                 " zero_terminal_snr out"
             )
-        if run.evaluation.num_inference_steps > self.solver_steps:
-            raise ValueError(
-                f"evaluation.num_inference_steps {run.evaluation.num_inference_steps} is more than objective.consistency.solver_steps"
-                f" {self.solver_steps}, of whose timesteps LCM draws at some: lower the one, or raise the other"
-            )
+        for field, most in (
+            ("num_inference_steps", run.evaluation.num_inference_steps),
+            ("step_counts", max(run.evaluation.step_counts, default=0)),
+        ):
+            if most > self.solver_steps:
+                raise ValueError(
+                    f"evaluation.{field} {most} is more than objective.consistency.solver_steps {self.solver_steps}, of whose timesteps LCM"
+                    " draws at some: lower the one, or raise the other"
+                )
 
 
 def require_trained_base(run: Any, method: str) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from t2ilib.config import ConfigError, check_choice
 from t2ilib.text import write_whole
 
-UNITS = ("share", "loss", "score", "count", "mib", "rate")
+UNITS = ("share", "loss", "score", "count", "mib", "rate", "seconds")
 ROLES = ("learned", "kept", "loss", "followed", "memory", "host", "size", "speed")
 PHASES = ("loading", "encoding", "training", "validating", "drawing", "measuring")
 """Of a run, each with its own peak of memory: `memory.Peaks`."""
@@ -27,7 +27,7 @@ DECLARATIONS = "metrics.about.json"
 class Metric:
     """How a measured number is named, written and judged.
 
-    `unit`: share (0 to 1, written in percent), loss, score, count, mib, or rate (1/s). `better`: higher, lower, or None where
+    `unit`: share (0 to 1, written in percent), loss, score, count, mib, rate (1/s), or seconds. `better`: higher, lower, or None where
     neither is.
     `exact`: decided by the settings, not by the seed: two values differ or they do not, and there is nothing to test.
     `table`: the report's table that shows it; None keeps it out of the report. `role`: what it says about a variant (`followed` its
@@ -82,7 +82,7 @@ def declare(folder: Path, metrics: Mapping[str, Metric]) -> None:
     write_whole(path, json.dumps(new | {name: about for name, about in known.items() if name not in new}, indent=1))
 
 
-BUILT_IN = ("checker", "clip", "likeness", "drift", "diversity", "memorising", "copies")
+BUILT_IN = ("checker", "clip", "likeness", "drift", "diversity", "memorising", "copies", "step_counts")
 """The names in `measures.MEASURES`, for those who must not import torch to know them."""
 ENTRY_POINTS = "t2ilib.measures"
 """The group under which an installed package offers measures by name."""

@@ -38,6 +38,7 @@ def write_number(value: float, metric: Metric, signed: bool = False, beside: flo
         "count": (value, ",.0f"),
         "mib": (value, ",.0f" if abs(value if beside is None else beside) >= 100 else ".2f"),
         "rate": (value, ".2f"),
+        "seconds": (value, ".3f"),
     }[metric.unit]
     text = format(scaled, ("+" if signed else "") + pattern)
     if not signed and float(text.replace(",", "")) == 0:
