@@ -118,7 +118,8 @@ def test_searches_on_the_pages_are_those_of_a_study(block: str, tmp_path: Path) 
 @pytest.mark.parametrize("block", runs_on_pages())
 def test_sections_on_the_pages_make_runs(block: str) -> None:
     run = build_run({"adapter": {}, "training": {"batch_size": 4}, **yaml.safe_load(block)})
-    said = build_captions(run.data.captions).specs or run.prior or run.adapter.tokens or run.evaluation.prompt_groups
+    said = build_captions(run.data.captions).specs or run.prior or run.adapter.tokens
+    said = said or run.evaluation.prompt_groups or run.drawn_by
     assert said or run.output.name == "cat"
 
 
