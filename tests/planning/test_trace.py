@@ -74,6 +74,7 @@ def test_a_ledger_counts_what_is_alive_once() -> None:
         ["adapter=null", "scratch.unet=tiny", "scratch.space=pixels", "data.resolution=16", "data.stages={8: 2}"],
         ["adapter=null", "scratch.unet=tiny", "scratch.text_encoder=tiny-sdxl", "training.accumulation=2"],
         ["objective.preferences={loss: dpo}", "adapter.kind=dora", "training.gradient_checkpointing=true"],
+        ["objective.consistency={}", "adapter.text_encoder_targets=attention"],
     ],
     ids=lambda overrides: " ".join(overrides),
 )
