@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from t2ilib.adapters.tokens import embedding_of
+from t2ilib.config import DrawnBy
 from t2ilib.models.components import Components
 from t2ilib.models.pipeline import build_pipeline, quiet_libraries
 
@@ -20,6 +21,7 @@ class Remembered:
     """What words and adapters change of a model beside its layers, as it was."""
 
     scheduler: Any
+    drawn_by: DrawnBy | None
     tokenizers: dict[str, Any]
     words: dict[str, tuple[str, ...]]
     embeddings: dict[str, nn.Module]
@@ -31,6 +33,7 @@ def remember(components: Components) -> Remembered:
     encoders = components.text_encoders
     return Remembered(
         components.scheduler,
+        components.drawn_by,
         components.tokenizers,
         dict(components.words),
         {name: embedding_of(encoder) for name, encoder in encoders.items()},
@@ -45,7 +48,7 @@ def remember(components: Components) -> Remembered:
 
 def restore(components: Components, remembered: Remembered) -> None:
     """Puts back what was remembered of these components; layers of adapters stay as they are."""
-    components.scheduler = remembered.scheduler
+    components.scheduler, components.drawn_by = remembered.scheduler, remembered.drawn_by
     components.tokenizers, components.words = remembered.tokenizers, dict(remembered.words)
     for name, embedding in remembered.embeddings.items():
         components.text_encoders[name].set_input_embeddings(embedding)

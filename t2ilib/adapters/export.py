@@ -15,6 +15,7 @@ from t2ilib.adapters.dora import SAID, check_options, for_program
 from t2ilib.adapters.formats import by_component, write_diffusers, write_kohya, write_peft
 from t2ilib.adapters.load import (
     BETA_SCHEDULE,
+    DRAWN_BY,
     FILE_NAME,
     ZERO_TERMINAL_SNR,
     adapter_file,
@@ -173,7 +174,7 @@ def describe(
     run: RunConfig, components: Components, data_digest: str, layers: Sequence[AdapterLayer]
 ) -> dict[str, str]:
     """modelspec (github.com/Stability-AI/ModelSpec) and `ss_` metadata of a run's adapter; what is not known is not there."""
-    spec, side, noise = run.adapter, run.data.resolution, components.scheduler.config
+    spec, side, noise, drawn = run.adapter, run.data.resolution, components.scheduler.config, run.drawn_by
     values = {
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.architecture": f"{components.family.architecture}/{spec.kind}",
@@ -195,6 +196,10 @@ def describe(
         "ss_clip_skip": str(run.model.clip_skip + 1) if run.model.clip_skip else "",  # where 1 leaves nothing out
         ZERO_TERMINAL_SNR: "True" if noise.get("rescale_betas_zero_snr") else "",
         BETA_SCHEDULE: noise.beta_schedule if run.objective.beta_schedule != "auto" else "",
+        DRAWN_BY: drawn.model_dump_json() if drawn else "",
+        "modelspec.usage_hint": f"{drawn.scheduler}, {drawn.num_inference_steps} steps, guidance_scale {drawn.guidance_scale:g}"
+        if drawn
+        else "",
         "t2ilib.data_digest": data_digest,
         "t2ilib.training_digest": run.training_digest(),
         "t2ilib.quantization": run.model.quantization,

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+from pydantic import ValidationError
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -13,12 +14,13 @@ from torch import Tensor
 from t2ilib.adapters.formats import is_kohya, read_kohya, read_metadata, refuse_others, write_diffusers
 from t2ilib.adapters.placing import DIFFUSERS, few, missing_layers, place_diffusers, place_kohya
 from t2ilib.adapters.tokens import add_words, read_words
-from t2ilib.config import ConfigError, check_choice
+from t2ilib.config import ConfigError, DrawnBy, check_choice
 from t2ilib.memory import align
 from t2ilib.models.components import Components
 from t2ilib.models.files.locate import in_small_letters
 from t2ilib.models.noise import BETAS
 from t2ilib.models.pipeline import build_pipeline, quiet_libraries
+from t2ilib.text import shown
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
 log = logging.getLogger(__name__)
@@ -34,6 +36,8 @@ PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction", "v_prediction": "v_pre
 ZERO_TERMINAL_SNR, BETA_SCHEDULE = "ss_zero_terminal_snr", "t2ilib.beta_schedule"
 """What an adapter's file says of the noise that it was trained by: "True", as kohya's scripts write it; and the betas, where they
 are not its base's."""
+DRAWN_BY = "t2ilib.drawn_by"
+"""Likewise how it is drawn, where its base is drawn otherwise: `DrawnBy` as JSON."""
 
 
 def adapter_file(path: Path) -> Path:
@@ -79,6 +83,7 @@ def load_adapter(components: Components, path: Path, name: str = "default", part
     add_words(components, read_words(components, file))
     metadata = read_metadata(file)
     take_up_noise(components, metadata, file)
+    take_up_drawing(components, metadata, file)
     tell_clip_skip(components, metadata, file)
     for module in components.modules().values():
         align(module.requires_grad_(False))
@@ -134,6 +139,30 @@ def take_up_noise(components: Components, metadata: Mapping[str, str], file: Pat
         now = components.scheduler.config
         told = f"{now.prediction_type}, betas {now.beta_schedule}{', zero terminal SNR' if zero else ''}"
         log.info("%s was trained for another noise than its base: pictures are drawn so (%s)", file, told)
+
+
+def take_up_drawing(components: Components, metadata: Mapping[str, str], file: Path) -> None:
+    """Has the model be drawn as an adapter says that it was trained to be; of several that say so as the last does."""
+    if DRAWN_BY not in metadata:
+        return
+    drawn = read_drawn(metadata[DRAWN_BY], file)
+    components.draw_as(drawn)
+    log.info(
+        "%s is drawn by %s: in %d steps, with guidance %g, where nothing else is asked for",
+        file,
+        drawn.scheduler,
+        drawn.num_inference_steps,
+        drawn.guidance_scale,
+    )
+
+
+def read_drawn(text: str, file: Path) -> DrawnBy:
+    try:
+        return DrawnBy.model_validate_json(text)
+    except ValidationError:
+        raise ConfigError(
+            f"{file} says that it is drawn by {shown(text)}, which is not known here: take a t2ilib as new as the one that wrote it"
+        ) from None
 
 
 def tell_clip_skip(components: Components, metadata: Mapping[str, str], file: Path) -> None:

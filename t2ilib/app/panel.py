@@ -30,7 +30,7 @@ from t2ilib.config import ConfigError
 from t2ilib.drawing.finding import base_of
 from t2ilib.drawing.pngtext import Restored, read_picture
 from t2ilib.drawing.samplers import AUTO, SAMPLERS
-from t2ilib.drawing.settings import AdapterChoice, DrawSettings
+from t2ilib.drawing.settings import USUAL_GUIDANCE, USUAL_STEPS, AdapterChoice, DrawSettings
 
 WEAKEST, STRONGEST = -1.0, 2.0
 """Ends of a strength's slider; a picture that was drawn with another makes it longer."""
@@ -105,8 +105,12 @@ class Panel:
 
     def build_details(self) -> None:
         with gr.Row():
-            self.field("num_inference_steps", gr.Number, "Steps", precision=0, min_width=80)
-            self.field("guidance_scale", gr.Number, "Guidance", step=0.5, min_width=80)
+            self.field(
+                "num_inference_steps", gr.Number, "Steps", precision=0, min_width=80, placeholder=str(USUAL_STEPS)
+            )
+            self.field(
+                "guidance_scale", gr.Number, "Guidance", step=0.5, min_width=80, placeholder=f"{USUAL_GUIDANCE:g}"
+            )
             self.field(
                 "sampler",
                 gr.Dropdown,

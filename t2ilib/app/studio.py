@@ -20,7 +20,7 @@ from t2ilib.app.visitors import Visitor, Visitors
 from t2ilib.config import ConfigError, ModelConfig
 from t2ilib.drawing.desk import Desk, Drawing, Picture, Progress
 from t2ilib.drawing.finding import Found, base_of, change_base, list_adapters
-from t2ilib.drawing.settings import AdapterChoice, DrawSettings
+from t2ilib.drawing.settings import USUAL_STEPS, AdapterChoice, DrawSettings
 from t2ilib.evaluation.sampling import save_png
 from t2ilib.tracking.models import registered
 from t2ilib.tracking.store import database_file, tracking_uri
@@ -79,7 +79,7 @@ class Studio:
         self, visitor: Visitor, settings: Sequence[DrawSettings], beside_base: bool = False, previews: bool = True
     ) -> Iterator[Progress | Drawing]:
         """`Desk.stream` of settings for a visitor, who can stop it, without the messages that nobody could read so fast."""
-        steps = settings[0].num_inference_steps
+        steps = settings[0].num_inference_steps or USUAL_STEPS
         every = max(2, -(-steps // (PREVIEWS + 1))) if previews else 0
         with visitor.at_work() as stop:
             stream = self.desk.stream(settings, beside_base=beside_base, stop=stop, preview_every=every)

@@ -74,10 +74,16 @@ def generate(
     seed: Annotated[str | None, typer.Option(help="Starting noise (0); random takes any, and says which.")] = None,
     sampler: Annotated[
         str | None,
-        typer.Option(help="auto, the base's own, or by name: Euler, Euler a, DPM++ 2M Karras, DDIM, UniPC, ..."),
+        typer.Option(
+            help="auto, the base's own or the adapter's, or by name: Euler, Euler a, DPM++ 2M Karras, DDIM, UniPC, ..."
+        ),
     ] = None,
-    guidance: Annotated[float | None, typer.Option(help="Classifier-free guidance scale (5).")] = None,
-    steps: Annotated[int | None, typer.Option(help="Sampling steps (20).")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="Classifier-free guidance scale; without it as the adapter's file says, or 5.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Sampling steps; without it as the adapter's file says, or 20.")
+    ] = None,
     width: Annotated[int | None, typer.Option(help="Of a picture, in pixels; without it the base's own.")] = None,
     height: Annotated[int | None, typer.Option(help="Of a picture, in pixels; without it the base's own.")] = None,
     like: Annotated[

@@ -6,9 +6,10 @@ What a method asks of the other sections stands here too (`require`, of a RunCon
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-from t2ilib.config.section import PositiveFloat, Section, Share
+from t2ilib.config.drawn import DrawnBy
+from t2ilib.config.section import Positive, PositiveFloat, Section, Share
 
 Weight = Annotated[float, Field(ge=0)]
 
@@ -58,6 +59,67 @@ class ImitationConfig(Section):
             raise ValueError(
                 "objective.imitation is about a student that learns from its teacher: add a section student that says what it leaves out"
             )
+
+
+Guidance = Annotated[float, Field(ge=1)]
+
+
+class ConsistencyConfig(Section):
+    """Fewer sampling steps: latent consistency distillation (arXiv 2310.04378), of an adapter LCM-LoRA (arXiv 2311.05556). The base with
+    guidance is the teacher; what is trained is drawn by LCM, in few steps and without guidance."""
+
+    solver_steps: Positive = 50
+    """DDIM steps in which the teacher would draw. What is trained knows the timesteps between them, and is drawn at some of them."""
+    guidance_scale: tuple[Guidance, Guidance] = (3.0, 15.0)
+    """The teacher's, as diffusers counts it: of every sample another, between these two. None is asked for in drawing: it is learned. The
+    authors' range, which they count from 2 to 14."""
+    huber_c: PositiveFloat = 0.001
+    """Of the pseudo-Huber loss: far below this an error counts as its square, far above as itself."""
+
+    @model_validator(mode="after")
+    def a_range(self) -> "ConsistencyConfig":
+        if self.guidance_scale[0] > self.guidance_scale[1]:
+            raise ValueError(f"guidance_scale {self.guidance_scale} is empty: give the least, then the most")
+        return self
+
+    @property
+    def drawn_by(self) -> DrawnBy:
+        """In four steps, where a run does not say otherwise."""
+        return DrawnBy(
+            scheduler="LCMScheduler",
+            num_inference_steps=min(4, self.solver_steps),
+            guidance_scale=1.0,
+            original_inference_steps=self.solver_steps,
+        )
+
+    def require(self, run: Any) -> None:
+        """Raises ValueError for a run that cannot be trained so."""
+        require_trained_base(run, "consistency")
+        require_reference(run, "objective.consistency learns from the base")
+        objective = run.objective
+        if run.prior is not None:
+            raise ValueError(
+                "objective.consistency learns nothing but what the base draws, so there is nothing to keep of it: set prior to null"
+            )
+        if objective.snr_gamma is not None or objective.loss != "squared":
+            raise ValueError(
+                "objective.snr_gamma and objective.loss are about the error of denoising, and consistency has a loss of its own (huber_c): leave"
+                " them out"
+            )
+        if (objective.name, objective.beta_schedule, objective.zero_terminal_snr) != ("auto", "auto", None):
+            raise ValueError(
+                "objective.consistency learns from the base, which draws by its own prediction and noise alone: leave name, beta_schedule and"
+                " zero_terminal_snr out"
+            )
+        for field, most in (
+            ("num_inference_steps", run.evaluation.num_inference_steps),
+            ("step_counts", max(run.evaluation.step_counts, default=0)),
+        ):
+            if most > self.solver_steps:
+                raise ValueError(
+                    f"evaluation.{field} {most} is more than objective.consistency.solver_steps {self.solver_steps}, of whose timesteps LCM"
+                    " draws at some: lower the one, or raise the other"
+                )
 
 
 def require_trained_base(run: Any, method: str) -> None:
@@ -121,11 +183,17 @@ class ObjectiveConfig(Section):
 
     preferences: PreferencesConfig | None = None
     imitation: ImitationConfig | None = None
+    consistency: ConsistencyConfig | None = None
 
     @property
     def method(self) -> str:
         """Its name among METHODS, or `denoising`."""
         return next((name for name in METHODS if getattr(self, name) is not None), "denoising")
+
+    @property
+    def drawn_by(self) -> DrawnBy | None:
+        """How what is trained so is drawn; None: as its base is."""
+        return getattr(getattr(self, self.method, None), "drawn_by", None)
 
     def require(self, run: Any) -> None:
         """Raises ValueError for a run to which the method does not fit."""
@@ -164,5 +232,13 @@ class ObjectiveConfig(Section):
         return self
 
 
-METHODS = ("preferences", "imitation")
+METHODS = ("preferences", "consistency", "imitation")
 """Fields of `objective` that each are an objective of its own (`training.methods`)."""
+
+
+def drawn_so(objective: Any) -> DrawnBy | None:
+    """`ObjectiveConfig.drawn_by` of a section as it is written; None too where it is wrong, which is told when it is read."""
+    try:
+        return ObjectiveConfig.model_validate(objective).drawn_by
+    except ValidationError:
+        return None

@@ -9,7 +9,8 @@ from typing import Annotated, Any
 from pydantic import Field, model_validator
 
 from t2ilib.config.data import DataConfig, PriorConfig, ShapesConfig
-from t2ilib.config.objective import METHODS, ObjectiveConfig
+from t2ilib.config.drawn import DrawnBy
+from t2ilib.config.objective import METHODS, ObjectiveConfig, drawn_so
 from t2ilib.config.section import Place, Section
 from t2ilib.config.sections import (
     AdapterSpec,
@@ -61,12 +62,31 @@ class RunConfig(Section):
             or "adapter"
         )
 
+    @property
+    def drawn_by(self) -> DrawnBy | None:
+        """How what it trains is drawn; None: as its base is."""
+        drawn, asked = self.objective.drawn_by, self.evaluation
+        said = {"num_inference_steps": asked.num_inference_steps, "guidance_scale": asked.guidance_scale}
+        return drawn and drawn.model_copy(update=said)
+
+    @property
+    def evaluation_of_base(self) -> EvaluationConfig:
+        """How the base alone is drawn, to be held against: as the run is, or where that is drawn in a way of its own, as any base."""
+        usual = EvaluationConfig().model_dump(include={"num_inference_steps", "guidance_scale"})
+        return self.evaluation.model_copy(update=usual) if self.drawn_by else self.evaluation
+
     @model_validator(mode="before")
     @classmethod
     def what_follows(cls, values: Any) -> Any:
-        """`data.source: shapes` brings its section along, with its defaults; a run without a name has that of its folder."""
+        """`data.source: shapes` brings its section along, with its defaults; a run without a name has that of its folder; what is trained to
+        be drawn in a way of its own is drawn so, where `evaluation` does not say otherwise."""
         if not isinstance(values, Mapping):
             return values
+        if drawn := drawn_so(values.get("objective") or {}):
+            usual = drawn.model_dump(include={"num_inference_steps", "guidance_scale"})
+            told = values.get("evaluation") or {}
+            told = told if isinstance(told, Mapping) else told.model_dump(exclude_unset=True)
+            values = {**values, "evaluation": {**usual, **told}}
         if values.get("output") and "name" not in values:
             values = {**values, "name": Path(values["output"]).name or "run"}
         data = values.get("data")

@@ -290,6 +290,8 @@ class EvaluationConfig(Section):
     """What guidance leads away from, in everything that a run draws."""
     num_inference_steps: Positive = 20
     guidance_scale: Annotated[float, Field(ge=1)] = 3.0
+    step_counts: tuple[Positive, ...] = ()
+    """The measure `step_counts` draws the test prompts in each of these numbers of steps too, by the same sampler and guidance."""
     vae_tiling: bool = False
     """Pictures are decoded in overlapping tiles of half the side that the VAE was made for (32 latents at least): a fraction of the
     memory, more time, and tones that may differ from tile to tile. What is trained on is always encoded whole."""
@@ -322,6 +324,12 @@ class EvaluationConfig(Section):
         if self.negative_prompt and self.guidance_scale == 1:
             raise ValueError(
                 "negative_prompt is what guidance leads away from, and at guidance_scale 1 there is none: raise it, or leave it out"
+            )
+        if len(set(self.step_counts)) < len(self.step_counts):
+            raise ValueError(f"step_counts names a number twice: {', '.join(map(str, self.step_counts))}")
+        if self.step_counts and self.measures is not None and "step_counts" not in self.measures:
+            raise ValueError(
+                "step_counts is what the measure of this name draws, and measures does not name it: add it, or leave one out"
             )
         return self
 

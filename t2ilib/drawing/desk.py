@@ -49,7 +49,7 @@ Stop = threading.Event | Callable[[], bool]
 @dataclass(frozen=True)
 class Picture:
     """A picture that was drawn. `settings`: of it alone, so that drawing them gives it again; `sampler`, `size` (width, height): what "auto"
-    and None were; `base`: where it was asked for, what the base alone draws from the same noise, by `base_sampler`."""
+    and None were; `base`: where it was asked for, what the base alone draws from the same noise, by `base_sampler` and `base_settings`."""
 
     image: Image.Image
     settings: DrawSettings
@@ -57,6 +57,7 @@ class Picture:
     size: tuple[int, int]
     base: Image.Image | None = None
     base_sampler: str = ""
+    base_settings: DrawSettings | None = None
 
     def texts(self) -> dict[str, str]:
         """What its file says of it (`pngtext`)."""
@@ -67,7 +68,7 @@ class Picture:
         (`00.png`, `00-base.png`); returns its path."""
         path = free_path(Path(folder))
         if self.base is not None:
-            told = texts_of(self.settings.without_adapters(), self.base_sampler, self.size)
+            told = texts_of(self.base_settings, self.base_sampler, self.size)
             save_png(self.base, path.with_stem(f"{path.stem}-base"), told)
         save_png(self.image, path, self.texts())
         return path
@@ -220,29 +221,39 @@ class Desk:
         require_size(
             *size, components.vae_scale if components.family.has_vae else components.side_multiple, components.path
         )
-        sampler, name = self.sampler(settings)
-        told = self.loaded.told(settings)
+        asked, told = pictures, self.loaded.told(settings)
+        pictures = [one.settled(components.drawn_by) for one in asked]
+        sampler, name = self.sampler(pictures[0])
         for start in range(0, len(pictures), at_once):
             part = pictures[start : start + at_once]
             with memory_told(settings, size, len(part), self.device):
                 images = draw_part(components, part, size, sampler, course, "drawing")
-                bases, base_name = [None] * len(part), ""
+                bases, base_name, of_base = [None] * len(part), "", [None] * len(part)
                 if beside_base and not settings.adapters:
-                    bases, base_name = images, name
+                    bases, base_name, of_base = images, name, part
                     course.worked += len(part)
                 elif beside_base:
                     with self.loaded.without_adapters(settings.adapters):
-                        own, base_name = self.sampler(settings)
-                        bases = draw_part(components, part, size, own, course, "drawing the base alone")
+                        alone = asked[start : start + at_once]
+                        of_base = [one.without_adapters().settled(components.drawn_by) for one in alone]
+                        own, base_name = self.sampler(of_base[0])
+                        bases = draw_part(components, of_base, size, own, course, "drawing the base alone")
             finished = [
-                Picture(image, one.model_copy(update={"adapters": told}), name, size, base, base_name)
-                for image, base, one in zip(images, bases, part, strict=True)
+                Picture(image, one.model_copy(update={"adapters": told}), name, size, base, base_name, so)
+                for image, base, one, so in zip(images, bases, part, of_base, strict=True)
             ]
             course.finish(finished)
 
     def sampler(self, settings: DrawSettings) -> tuple[Any, str]:
-        """What draws for the components as they are now, and its name."""
+        """What draws for the components as they are now, and its name. Raises ConfigError for more steps than it can take."""
         sampler = build_sampler(self.loaded.components.scheduler, settings.sampler)
+        try:
+            sampler.set_timesteps(settings.num_inference_steps)
+        except ValueError as error:
+            name, reason = name_of(sampler), " ".join(str(error).split())
+            raise ConfigError(
+                f"sampler {name} cannot draw in {settings.num_inference_steps} steps: take fewer, or another sampler ({reason})"
+            ) from None
         return sampler, name_of(sampler)
 
     def require_room(self, settings: DrawSettings, size: tuple[int, int], at_once: int, course: "Course") -> None:

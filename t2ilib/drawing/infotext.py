@@ -52,6 +52,7 @@ def write_infotext(
     settings: DrawSettings, sampler: str, size: tuple[int, int], more: Mapping[str, Any] | None = None
 ) -> str:
     """The text of one picture. `sampler`, `size`: what "auto" and None were in the end; `more`: further fields."""
+    settings = settings.settled(None)
     loras = "".join(f" <lora:{shown_name(choice)}:{choice.strength:g}>" for choice in settings.adapters)
     plain = sampler.partition(KARRAS)[0]
     skipped = settings.model.clip_skip

@@ -129,6 +129,7 @@ def judged_step(
     if step != BASE:
         return judge(run, take_step(run, loaded, step), prompts, step, memo)
     if how not in shared.bases:
+        run = run.model_copy(update={"evaluation": run.evaluation_of_base})
         shared.bases[how] = judge(run, take_step(run, loaded, step), prompts, step, memo)
     return shared.bases[how]
 

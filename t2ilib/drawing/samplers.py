@@ -5,7 +5,7 @@ SNR) and how timesteps are spaced live on; so does what pixel models need, that 
 every network: `samplers_for` gives those that can. Which names are which of diffusers' classes follows the table in diffusers'
 documentation of schedulers ("A1111/k-diffusion").
 
-Importing this imports no torch. Leaves out: samplers of distilled models (LCM, TCD), and those that need other packages (DPM++ SDE).
+Importing this imports no torch. Leaves out: TCD, of distilled models, and samplers that need other packages (DPM++ SDE).
 """
 
 import inspect
@@ -14,27 +14,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from t2ilib.config import ConfigError, check_choice
-from t2ilib.models.noise import NO_SAMPLES
+from t2ilib.models.noise import NO_SAMPLES, of_class
 
 AUTO = "auto"
-"""The base's own sampler, as it came."""
-NOISE = (
-    "num_train_timesteps",
-    "beta_start",
-    "beta_end",
-    "beta_schedule",
-    "trained_betas",
-    "prediction_type",
-    "timestep_spacing",
-    "steps_offset",
-    "rescale_betas_zero_snr",
-    "thresholding",
-    "dynamic_thresholding_ratio",
-    "sample_max_value",
-    "set_alpha_to_one",
-)
-"""Fields of a scheduler's config that are said to another class by name: diffusers hands on no field that its file leaves to a default,
-and the defaults of classes differ."""
+"""The base's own sampler, as it came, or what an adapter's file says that it is drawn by."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +57,7 @@ SAMPLERS: dict[str, Sampler] = {
     "DDIM": Sampler("DDIMScheduler"),
     "DDPM": Sampler("DDPMScheduler"),
     "PNDM": Sampler("PNDMScheduler", {"skip_prk_steps": True}, ("PLMS",)),
+    "LCM": Sampler("LCMScheduler"),
 }
 """Name -> sampler."""
 
@@ -95,12 +79,7 @@ def build_sampler(scheduler: Any, name: str) -> Any:
         raise ConfigError(
             f"sampler {name!r} cannot draw for this base, {reason}: choose from {', '.join([AUTO, *samplers_for(scheduler)])}"
         )
-    kind, config = class_of(sampler), scheduler.config
-    taken = inspect.signature(kind.__init__).parameters
-    told = {field: config[field] for field in NOISE if field in taken and field in config}
-    if "clip_sample" in taken:  # whose default, of some classes, would cut latents off
-        told["clip_sample"] = config.get("clip_sample", False)
-    return kind.from_config(config, **told, **sampler.changes)
+    return of_class(class_of(sampler), scheduler, **sampler.changes)
 
 
 def unfit(scheduler: Any, name: str) -> str:

@@ -10,13 +10,15 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from t2ilib.config import ConfigError, ModelConfig, RunConfig, Section, did_you_mean
+from t2ilib.config import ConfigError, DrawnBy, ModelConfig, RunConfig, Section, did_you_mean
 from t2ilib.config.section import Location
 from t2ilib.drawing.samplers import AUTO, SAMPLERS, known_sampler
 from t2ilib.runfile import describe_errors
 
 MOST_STEPS, MOST_SIDE, MOST_PICTURES, MOST_GUIDANCE, MOST_STRENGTH = 1000, 4096, 1000, 100, 100
 """What no one means: beyond these settings are refused, wherever they come from."""
+USUAL_STEPS, USUAL_GUIDANCE = 20, 5.0
+"""Where neither settings nor adapters say anything."""
 Side = Annotated[int, Field(ge=8, le=MOST_SIDE)]
 
 
@@ -52,14 +54,15 @@ class DrawSettings(Section):
     first: Annotated[int, Field(ge=0)] = 0
     """The number, under this seed, of the first picture's noise."""
     num_pictures: Annotated[int, Field(ge=1, le=MOST_PICTURES)] = 1
-    num_inference_steps: Annotated[int, Field(ge=1, le=MOST_STEPS)] = 20
-    guidance_scale: Annotated[float, Field(ge=1, le=MOST_GUIDANCE)] = 5.0
-    """Of classifier-free guidance (arXiv 2207.12598), as diffusers counts: at 1 there is none."""
+    num_inference_steps: Annotated[int, Field(ge=1, le=MOST_STEPS)] | None = None
+    """None: as an adapter's file says that it is drawn, or else 20."""
+    guidance_scale: Annotated[float, Field(ge=1, le=MOST_GUIDANCE)] | None = None
+    """Of classifier-free guidance (arXiv 2207.12598), as diffusers counts: at 1 there is none. None: as an adapter's file says, or else 5."""
     width: Side | None = None
     """In pixels; None: the side that the base was made for. Likewise the height."""
     height: Side | None = None
     sampler: str = AUTO
-    """A name of `drawing.samplers.SAMPLERS`, or "auto", the base's own."""
+    """A name of `drawing.samplers.SAMPLERS`, or "auto": what an adapter's file says, or else the base's own."""
     vae_tiling: bool = False
     """Decoded in tiles: see `evaluation.vae_tiling`."""
     model: ModelConfig = ModelConfig()
@@ -96,6 +99,14 @@ class DrawSettings(Section):
     def changed(self, **values: Any) -> "DrawSettings":
         """The same with other values of some fields, checked; raises ConfigError as `build_settings`."""
         return build_settings(self.model_dump() | values)
+
+    def settled(self, drawn: DrawnBy | None) -> "DrawSettings":
+        """The same with steps and guidance as numbers; `drawn`: how what is loaded is drawn, where it says so. Raises ConfigError as
+        `build_settings`."""
+        usual = {"num_inference_steps": USUAL_STEPS, "guidance_scale": USUAL_GUIDANCE}
+        usual |= drawn.model_dump(include=set(usual)) if drawn else {}
+        lacking = {name: value for name, value in usual.items() if getattr(self, name) is None}
+        return self.changed(**lacking) if lacking else self
 
     def pictures(self) -> list["DrawSettings"]:
         """The settings of each of its pictures alone."""

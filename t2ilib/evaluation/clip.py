@@ -10,6 +10,7 @@ from PIL import Image
 from torch.nn import functional as F
 
 from t2ilib.config import RunConfig
+from t2ilib.evaluation.context import Context
 from t2ilib.evaluation.metrics import Metric
 from t2ilib.memory import align
 from t2ilib.models.families import tokenize
@@ -43,6 +44,13 @@ def load_clip(run: RunConfig, device: torch.device):
         clip, tokenizer = CLIPModel.from_pretrained(name, dtype=torch.float32), AutoTokenizer.from_pretrained(name)
     align(clip)
     return clip.to(device).eval(), tokenizer
+
+
+def shared_clip(context: Context):
+    """The same for the run of a context, loaded once."""
+    if "clip" not in context.shared:
+        context.shared["clip"] = load_clip(context.run, context.components.device)
+    return context.shared["clip"]
 
 
 @torch.no_grad()

@@ -30,6 +30,7 @@ from t2ilib.evaluation.rows import Row, Value, split, write_rows
 from t2ilib.evaluation.sampling import draw, save_pictures
 from t2ilib.evaluation.speed import METRICS as COSTS
 from t2ilib.evaluation.speed import drawing_costs
+from t2ilib.evaluation.step_counts import STEP_COUNTS
 from t2ilib.memory import Peaks
 from t2ilib.models.components import Components
 from t2ilib.models.load import name_of_device
@@ -52,10 +53,7 @@ def check_pictures(pictures: Sequence[Image.Image], prompts: Sequence[str], cont
 
 def score_by_clip(pictures: Sequence[Image.Image], prompts: Sequence[str], context: Context) -> dict[str, Value]:
     """The CLIP score of the run's CLIP, or of the one that lies beside its base."""
-    if "clip" not in context.shared:
-        context.shared["clip"] = clip.load_clip(context.run, context.components.device)
-    model, tokenizer = context.shared["clip"]
-    return {f"clip_score/{context.group}": clip.clip_scores(model, tokenizer, pictures, prompts)}
+    return {f"clip_score/{context.group}": clip.clip_scores(*clip.shared_clip(context), pictures, prompts)}
 
 
 MEASURES: dict[str, Measure] = {
@@ -66,6 +64,7 @@ MEASURES: dict[str, Measure] = {
     "diversity": DIVERSITY_OF_GROUPS,
     "memorising": MEMORISING,
     "copies": COPIED,
+    "step_counts": STEP_COUNTS,
 }
 
 

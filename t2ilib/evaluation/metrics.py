@@ -82,7 +82,7 @@ def declare(folder: Path, metrics: Mapping[str, Metric]) -> None:
     write_whole(path, json.dumps(new | {name: about for name, about in known.items() if name not in new}, indent=1))
 
 
-BUILT_IN = ("checker", "clip", "likeness", "drift", "diversity", "memorising", "copies")
+BUILT_IN = ("checker", "clip", "likeness", "drift", "diversity", "memorising", "copies", "step_counts")
 """The names in `measures.MEASURES`, for those who must not import torch to know them."""
 ENTRY_POINTS = "t2ilib.measures"
 """The group under which an installed package offers measures by name."""

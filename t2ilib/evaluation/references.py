@@ -105,7 +105,7 @@ def base_pictures(
         folder, told = kept_in(run, components, prompts)
         if not folder.is_dir():
             with untouched(run, components) as base:
-                put(draw(base, prompts, run.evaluation, resolution=run.data.resolution), told, folder)
+                put(draw(base, prompts, run.evaluation_of_base, resolution=run.data.resolution), told, folder)
         known[prompts] = load_pictures(folder)
     return known[prompts]
 
@@ -151,7 +151,7 @@ def identity(run: RunConfig, components: Components, prompts: Sequence[str]) -> 
             for name in ("base", "vae")
             if (place := getattr(model, name)) is not None
         },
-        "settings": {name: getattr(run.evaluation, name) for name in DECIDING},
+        "settings": {name: getattr(run.evaluation_of_base, name) for name in DECIDING},
         "resolution": run.data.resolution,
         "device": components.device.type,
         "versions": {name: metadata.version(name) for name in ("torch", "diffusers")},
@@ -171,11 +171,11 @@ def stamps(place: str, revision: str | None) -> list[tuple[str, int, int]]:
 
 
 def stands_still(run: RunConfig) -> bool:
-    """Whether the base is as it was loaded once the adapter is off: its weights, its vocabulary and its noise."""
+    """Whether the base is as it was loaded once the adapter is off: its weights, its vocabulary, its noise and how it is drawn."""
     adapter, objective = run.adapter, run.objective
     changed = adapter is not None and (adapter.init in ("pissa", "olora") or bool(adapter.tokens))
     other_noise = (objective.name, objective.beta_schedule, objective.zero_terminal_snr) != ("auto", "auto", None)
-    return run.trains in ("adapter", "nothing") and not changed and not other_noise
+    return run.trains in ("adapter", "nothing") and not changed and not other_noise and run.drawn_by is None
 
 
 @contextlib.contextmanager

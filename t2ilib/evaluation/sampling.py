@@ -43,11 +43,13 @@ def draw(
     look: Look | None = None,
 ) -> list[Image.Image]:
     """One picture a prompt, in order, from noise by number, `first` and on. Modules are put in eval mode for drawing and back afterwards.
+    What the settings leave to their defaults, a model that is drawn in a way of its own says (`Components.drawn_by`).
 
     `size`: (width, height) in pixels, in place of `resolution`. `noise`: of each picture seed and number, in place of `seed` and `first`.
     `scheduler`: draws in place of the base's own. `look`: is called at every call of the network (see `watching`); what it raises ends
     the drawing.
     """
+    settings = drawn_as(components, settings)
     noise = noise or [(seed, first + i) for i in range(len(prompts))]
     sides = size or (resolution or components.native_side,) * 2
     at_once = pictures_at_once(math.ceil(math.sqrt(math.prod(sides))), batch_size)
@@ -65,6 +67,12 @@ def draw(
                     options["negative_prompt"] = [settings.negative_prompt] * len(part)
                 latents.append(pipeline(part, generator=generators, output_type="latent", **options).images.cpu())
     return decode(components, latents, settings.vae_tiling)
+
+
+def drawn_as(components: Components, settings: EvaluationConfig) -> EvaluationConfig:
+    """The settings with steps and guidance of how the model is drawn, where none were given."""
+    drawn, names = components.drawn_by, {"num_inference_steps", "guidance_scale"} - settings.model_fields_set
+    return settings.model_copy(update=drawn.model_dump(include=names)) if drawn else settings
 
 
 @contextlib.contextmanager

@@ -19,9 +19,9 @@ from t2ilib.training.card import front_matter, is_id, known_as
 
 KINDS = {"lora": "LoRA (arXiv 2106.09685)", "dora": "DoRA (arXiv 2402.09353)"}
 DRAWING = """```python
-from diffusers import DiffusionPipeline
+from diffusers import {classes}
 
-pipeline = DiffusionPipeline.from_pretrained({base})
+pipeline = DiffusionPipeline.from_pretrained({base}){scheduler}
 pipeline.load_lora_weights({repository}, weight_name={file})
 pipeline({prompt}, num_inference_steps={steps}, guidance_scale={guidance}).images[0].save("picture.png")
 ```"""
@@ -57,7 +57,13 @@ def adapter_card(
     """The text about an adapter. `metadata`: what its file says of itself; `prompts`: of its pictures."""
     base, spec = known_as(run.model.base), run.adapter
     words = ", ".join(f"`{word}`" for word in spec.trigger_words)
+    drawn = run.drawn_by
+    own = f", original_inference_steps={drawn.original_inference_steps}" if drawn else ""
     code = DRAWING.format(
+        classes=f"DiffusionPipeline, {drawn.scheduler}" if drawn else "DiffusionPipeline",
+        scheduler=f"\npipeline.scheduler = {drawn.scheduler}.from_config(pipeline.scheduler.config{own})"
+        if drawn
+        else "",
         base=json.dumps(base),
         repository=json.dumps(repository),
         file=json.dumps(file.name),
@@ -113,6 +119,7 @@ def facts(run: RunConfig, metadata: Mapping[str, str]) -> dict[str, object]:
         "predicts": metadata.get("modelspec.prediction_type"),
         "resolution": run.data.resolution,
         "digest of pictures and captions": f"`{digest}`" if (digest := metadata.get("t2ilib.data_digest")) else None,
+        "objective": objective.method,
         "loss": objective.loss + (f", min-SNR weights at {objective.snr_gamma:g}" if objective.snr_gamma else ""),
         "captions dropped": f"{objective.caption_dropout:g}" if objective.caption_dropout else None,
         "steps": f"{steps.steps:,} of {steps.batch_size} pictures",

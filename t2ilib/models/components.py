@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from t2ilib.config import ModelConfig
+from t2ilib.config import DrawnBy, ModelConfig
 from t2ilib.memory import pictures_at_once
 from t2ilib.models.families import Family
-from t2ilib.models.noise import scheduler_for
+from t2ilib.models.noise import drawing_as, scheduler_for
 from t2ilib.models.quantize import QuantizationReport, move
 from t2ilib.models.students import stages_of
 
@@ -30,7 +30,7 @@ class Components:
     `zero_empty`: the pipeline conditions its unconditional half on zeros, not on the encoded "" (SDXL's
     `force_zeros_for_empty_prompt`); a dropped caption must then be zeros in training too. `words`: those that were added to the
     vocabulary (`adapters.tokens`), each with the tokens that it is. `teacher`: where the UNet is a student that learns from it, the base's own,
-    frozen.
+    frozen. `drawn_by`: how the model is drawn where what it learned wants it another way than its base.
     """
 
     family: Family
@@ -45,6 +45,7 @@ class Components:
     teacher: nn.Module | None = None
     quantization: dict[str, QuantizationReport] = field(default_factory=dict)
     words: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    drawn_by: DrawnBy | None = None
     parked: list[nn.Module] = field(default_factory=list)
     home: torch.device | None = None
 
@@ -145,6 +146,11 @@ class Components:
         """Has the model be trained, draw and be saved as one of this prediction and noise schedule (see `noise.scheduler_for`),
         whatever it came with."""
         self.scheduler = scheduler_for(self.scheduler, prediction, beta_schedule, zero_terminal_snr)
+
+    def draw_as(self, drawn: DrawnBy | None) -> None:
+        """Has the model be drawn, and saved, as what was trained to be drawn so; None leaves it as it is."""
+        if drawn is not None:
+            self.scheduler, self.drawn_by = drawing_as(self.scheduler, drawn), drawn
 
     def spelled(self, captions: Sequence[str]) -> list[str]:
         """Captions with the tokens of every added word in its place, as diffusers' pipelines spell prompts (`maybe_convert_prompt`)."""

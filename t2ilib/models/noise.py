@@ -8,7 +8,7 @@ import inspect
 import logging
 from typing import Any
 
-from t2ilib.config import ConfigError
+from t2ilib.config import ConfigError, DrawnBy
 
 log = logging.getLogger(__name__)
 
@@ -19,6 +19,23 @@ BETAS = {
 }
 """First and last beta where a schedule replaces one of another kind: DDPM's (arXiv 2006.11239, sec. 4), Stable Diffusion's
 (`linear_start` and `linear_end` in the configs of CompVis' first release, over square roots); the cosine schedule has none."""
+NOISE = (
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "prediction_type",
+    "timestep_spacing",
+    "steps_offset",
+    "rescale_betas_zero_snr",
+    "thresholding",
+    "dynamic_thresholding_ratio",
+    "sample_max_value",
+    "set_alpha_to_one",
+)
+"""Fields of a scheduler's config that are said to another class by name: diffusers hands on no field that its file leaves to a default,
+and the defaults of classes differ."""
 NO_SAMPLES = (
     "PNDMScheduler",
     "EulerAncestralDiscreteScheduler",
@@ -69,3 +86,21 @@ def scheduler_for(
         kind = DDIMScheduler
         changes.setdefault("clip_sample", config.get("clip_sample", False))  # DDIM's own default would cut latents off
     return kind.from_config(config, **changes) if changes or kind is not type(scheduler) else scheduler
+
+
+def drawing_as(scheduler: Any, drawn: DrawnBy) -> Any:
+    """`scheduler`'s like for what is drawn in a way of its own, of the same network and noise."""
+    import diffusers
+
+    return of_class(
+        getattr(diffusers, drawn.scheduler), scheduler, original_inference_steps=drawn.original_inference_steps
+    )
+
+
+def of_class(kind: type, scheduler: Any, **changes: Any) -> Any:
+    """A scheduler of another class of diffusers, like `scheduler` in all but how it samples, and what is to be otherwise."""
+    taken, config = inspect.signature(kind.__init__).parameters, scheduler.config
+    told = {field: config[field] for field in NOISE if field in taken and field in config}
+    if "clip_sample" in taken:  # whose default, of some classes, would cut latents off
+        told["clip_sample"] = config.get("clip_sample", False)
+    return kind.from_config(config, **told | changes)

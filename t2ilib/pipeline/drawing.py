@@ -65,7 +65,8 @@ def do(job: Job) -> Any:
     for name in by_whom(job):
         run = job.runs.get(name, job.run)
         components = load_base(run.model) if name == BASE else load_trained(run, checkpoint(job))
-        rows[name] = draw(components, prompts, run.evaluation, told.seed, resolution=run.data.resolution)
+        settings = run.evaluation_of_base if name == BASE else run.evaluation
+        rows[name] = draw(components, prompts, settings, told.seed, resolution=run.data.resolution)
         del components
         release()
     draft = output / f".{FOLDER}.part"

@@ -52,6 +52,7 @@ def why_unloadable(run: RunConfig, base: str) -> str:
         and adapter.text_encoder_targets,
         "it knows nothing of model.clip_skip": run.model.clip_skip,
         "it would take the base's own VAE, not model.vae": run.model.vae,
+        "it draws by the base's own scheduler, and the adapter is drawn by another": run.drawn_by,
         f"the base is of other noise than the run's ({', '.join(other)})": other,
     }
     return "; ".join(reason for reason, holds in reasons.items() if holds)

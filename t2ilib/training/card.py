@@ -127,6 +127,7 @@ def facts(run: RunConfig, components: Components, training: Dataset) -> dict[str
         + (", zero terminal SNR" if noise.get("rescale_betas_zero_snr") else ""),
         "timesteps": ", ".join(drawn) or None,
         "noise offset": objective.noise_offset or None,
+        "objective": objective.method,
         "loss": loss,
         "learned from its teacher": f"{imitated.task:g} task, {imitated.output:g} output, {imitated.features:g} features"
         if imitated

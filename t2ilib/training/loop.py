@@ -203,6 +203,7 @@ def begin(run: RunConfig, device: torch.device) -> Components:
     """The base, or parts of it with a network that begins with fresh weights, with the noise that the run trains by."""
     components = begin_base(run, device) if run.scratch else load_base(trained_precision(run), device)
     components.noise_as(run.objective.name, run.objective.beta_schedule, run.objective.zero_terminal_snr)
+    components.draw_as(run.drawn_by)
     return components
 
 

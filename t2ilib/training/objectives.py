@@ -75,12 +75,17 @@ class Denoising:
 
     def count(self, difference: Tensor, batch: Mapping[str, Any], timesteps: Tensor) -> Tensor:
         """Losses (B,) of what lies between predictions (B, C, h, w) and what they should be."""
-        error = self.loss(difference)
-        if "mask" in batch:  # the mean over what counts, so that a small object counts as much as a large one
-            mask = batch["mask"]
-            error = error * (mask / mask.mean(dim=(1, 2, 3), keepdim=True).clamp(min=1e-6))
-        losses = self.weights[timesteps] * error.mean(dim=(1, 2, 3))
+        losses = self.weights[timesteps] * mean_error(self.loss(difference), batch)
         return losses * batch["weights"] if "weights" in batch else losses
+
+
+def mean_error(error: Tensor, batch: Mapping[str, Any]) -> Tensor:
+    """Of each sample (B,) the mean of `error` (B, C, h, w): where there is a mask over what counts, so that a small object counts as much as a
+    large one."""
+    if "mask" in batch:
+        mask = batch["mask"]
+        error = error * (mask / mask.mean(dim=(1, 2, 3), keepdim=True).clamp(min=1e-6))
+    return error.mean(dim=(1, 2, 3))
 
 
 def build_objective(config: ObjectiveConfig, schedule) -> Denoising:

@@ -43,7 +43,7 @@ class StagedDataset:
     `samples` stand for all where their sizes do not matter."""
 
     def __init__(self, run: RunConfig, stages: Sequence[EncodedDataset]):
-        self.stages, self.samples = list(stages), stages[-1].samples
+        self.stages, self.samples, self.text = list(stages), stages[-1].samples, stages[-1].text
         self.ends = list(accumulate(run.data.stages.values()))
         num_class = self.samples.dataset.num_class
         self.order = StagedOrder(

@@ -239,6 +239,7 @@ def load_checkpoint_adapter(components: Components, folder: Path, step: int) -> 
             " without --checkpoint its finished adapter goes with others"
         )
     components.noise_as(run.objective.name, run.objective.beta_schedule, run.objective.zero_terminal_snr)
+    components.draw_as(run.drawn_by)
     tensors = load_checkpoint(paths[step]).tensors
     weights = tensors.get("ema", tensors["weights"])
     start, adapted = {}, attach_adapters(components, run.adapter, run.seed)

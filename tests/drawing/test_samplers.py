@@ -47,6 +47,7 @@ THEIRS = {
     "DDIM": ("DDIMScheduler", {}),
     "DDPM": ("DDPMScheduler", {}),
     "PNDM": ("PNDMScheduler", {"skip_prk_steps": True}),
+    "LCM": ("LCMScheduler", {}),
 }
 """A1111's names as diffusers' documentation has them ("A1111/k-diffusion"), each with its class's defaults."""
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}

@@ -77,6 +77,7 @@ def test_a_ledger_counts_what_is_alive_once() -> None:
         ["objective.preferences={loss: dpo}", "adapter.kind=dora", "training.gradient_checkpointing=true"],
         ["objective.preferences={loss: dpo}", "adapter=null", "training.trains=unet"],
         ["objective.imitation={}", "adapter=null", "student.leave_out=[mid_block, innermost_stage]"],
+        ["objective.consistency={}", "adapter.text_encoder_targets=attention"],
     ],
     ids=lambda overrides: " ".join(overrides),
 )
