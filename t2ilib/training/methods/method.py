@@ -47,8 +47,8 @@ def one_term(objective: Objective, plain: Denoising) -> dict[str, tuple[Metric, 
 @dataclass(frozen=True)
 class Method:
     """`objective`: what is minimised. `needs_base`: whether that takes the base as it was. `more`: what a batch has beside pictures and captions,
-    of these samples at this step. `passes`: of the UNet for each sample, those that learn and those without gradients. `of_pairs`: whether it learns from pairs, and from nothing else.
-    `terms`: of what is minimised, by the name of its metric, what held-out pictures are measured by on their own, with an error counted
+    of these samples at this step. `passes`: of the UNet for each sample, those that learn and those without gradients. `of_pairs`: whether it
+    learns from pairs, and from nothing else. `terms`: of what is minimised, by the name of its metric, what held-out pictures are measured by on their own, with an error counted
     plainly."""
 
     objective: Callable[[Parts], Objective]
