@@ -57,7 +57,8 @@ def test_everything_comes_back_exactly(tmp_path):
 
 
 def test_without_our_own_text_a1111s_is_taken(tmp_path):
-    settings = build_settings({"prompt": "a cat", "seed": 9, "sampler": "UniPC"})
+    asked = {"prompt": "a cat", "seed": 9, "sampler": "UniPC", "num_inference_steps": 20, "guidance_scale": 5.0}
+    settings = build_settings(asked)
     texts = texts_of(settings, "UniPC", (64, 96))
     assert texts[A1111].endswith("Model: tiny-sdxl, Version: t2ilib 0.1.0")
     alone = read_picture(saved(tmp_path / "a.png", {A1111: texts[A1111]}))

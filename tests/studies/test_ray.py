@@ -112,7 +112,7 @@ RUN = {
         "measures": [],
     },
 }
-OTHERWISE = ("memory/", "peak_", "steps_per_second", "data_wait_share", "adapter_mib")
+OTHERWISE = ("memory/", "peak_", "steps_per_second", "data_wait_share", "adapter_mib", "drawing/")
 """What the machine and the moment decide."""
 
 

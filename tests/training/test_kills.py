@@ -63,7 +63,7 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(tmp_path: 
 
 def measured(output: Path) -> list[tuple[int, str, float]]:
     """Everything that the steps and the pictures gave, without how long it took; the last evaluation may stand there twice."""
-    cost = ("memory/", "peak_", "steps_per_second", "data_wait_share")
+    cost = ("memory/", "peak_", "steps_per_second", "data_wait_share", "drawing/")
     rows = read_rows(output / "metrics.jsonl")
     steps = [row["step"] for row in rows if "grad_norm" in row]
     assert steps == [*range(1, STEPS + 1)]
