@@ -148,7 +148,7 @@ def require_reference(run: Any, why: str) -> None:
         )
     if run.adapter.tokens:
         raise ValueError(
-            f"{why}, which does not know new words: learn adapter.tokens in a run of their own, then go on with adapter.start"
+            f"{why}, which does not know new words: leave adapter.tokens out, or learn them in a run of their own"
         )
 
 

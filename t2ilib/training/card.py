@@ -11,7 +11,7 @@ from pathlib import Path
 import yaml
 
 from t2ilib import __version__
-from t2ilib.config import RunConfig
+from t2ilib.config import ObjectiveConfig, RunConfig
 from t2ilib.data.dataset import Dataset
 from t2ilib.models.components import Components
 from t2ilib.models.files.locate import SHIPPED
@@ -74,7 +74,8 @@ def front_matter(run: RunConfig) -> dict[str, object]:
     of_adapter = {"lora": ["lora"], "dora": ["lora", "dora"]}  # a DoRA is loaded, and shown, as a LoRA is
     method = of_adapter[run.adapter.kind] if run.adapter else ["from-scratch" if run.scratch else "full-fine-tuning"]
     if run.student:
-        method = ["distillation"] if run.objective.imitation else ["pruning"]
+        method = ["pruning"]
+    method += [] if run.objective.method == "denoising" else [run.objective.method]
     tags = ["text-to-image", "diffusers", "t2ilib", *method]
     told: dict[str, object] = {"library_name": "diffusers", "pipeline_tag": "text-to-image", "tags": tags}
     if run.scratch is None and is_id(run.model.base):
@@ -109,7 +110,6 @@ def facts(run: RunConfig, components: Components, training: Dataset) -> dict[str
         if objective.timesteps == "uniform"
         else [f"{objective.timesteps} of {objective.timestep_mean:g}, {objective.timestep_std:g}"]
     )
-    imitated = objective.imitation
     drawn += (
         []
         if objective.timestep_range == (0.0, 1.0)
@@ -127,11 +127,8 @@ def facts(run: RunConfig, components: Components, training: Dataset) -> dict[str
         + (", zero terminal SNR" if noise.get("rescale_betas_zero_snr") else ""),
         "timesteps": ", ".join(drawn) or None,
         "noise offset": objective.noise_offset or None,
-        "objective": objective.method,
+        "objective": told_method(objective),
         "loss": loss,
-        "learned from its teacher": f"{imitated.task:g} task, {imitated.output:g} output, {imitated.features:g} features"
-        if imitated
-        else None,
         "captions dropped": f"{objective.caption_dropout:g}" if objective.caption_dropout else None,
         "steps": f"{steps.steps:,} of {steps.batch_size} pictures",
         "optimizer": f"{optimizer.name}, learning rate {optimizer.learning_rate:g}, {optimizer.schedule},"
@@ -141,6 +138,14 @@ def facts(run: RunConfig, components: Components, training: Dataset) -> dict[str
         "trained by": f"t2ilib {__version__}",
     }
     return {what: value for what, value in found.items() if value is not None}
+
+
+def told_method(objective: ObjectiveConfig) -> str:
+    """The method by its name, with its own settings."""
+    section = getattr(objective, objective.method, None)
+    settings = section.model_dump(exclude_none=True) if section else {}
+    told = ", ".join(f"{name} {value}" for name, value in settings.items())
+    return f"{objective.method} ({told})" if told else objective.method
 
 
 def spelled(part: str) -> str:

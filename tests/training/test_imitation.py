@@ -265,8 +265,9 @@ def test_its_card_says_what_it_is(trained):
     count = sum(p.numel() for p in result.components.unet.parameters())
     for words in (
         f"A UNet of {count:,} parameters, which began with weights of that of tiny-sd15, without the mid block and the innermost stage",
-        "| learned from its teacher | 1 task, 1 output, 1 features |",
-        "- distillation",
+        "| objective | imitation (task 1.0, output 1.0, features 1.0) |",
+        "- pruning",
+        "- imitation",
     ):
         assert words in card
 
