@@ -3,7 +3,7 @@
 import logging
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -14,7 +14,7 @@ from torch import Tensor
 from t2ilib.adapters.formats import is_kohya, read_kohya, read_metadata, refuse_others, write_diffusers
 from t2ilib.adapters.placing import DIFFUSERS, few, missing_layers, place_diffusers, place_kohya
 from t2ilib.adapters.tokens import add_words, read_words
-from t2ilib.config import ConfigError, DrawnBy, check_choice
+from t2ilib.config import ConfigError, DrawnBy, FinishedAdapter, check_choice
 from t2ilib.memory import align
 from t2ilib.models.components import Components
 from t2ilib.models.files.locate import in_small_letters
@@ -107,6 +107,15 @@ def attach_layers(components: Components, file: Path, name: str, partial: bool =
                 save_file(dict(placed), source, dict(told))
             converted = readable(source, placed, told, Path(folder))
         attach_file(components, converted, name, file)
+
+
+def attach_finished(components: Components, adapters: Sequence[FinishedAdapter]) -> None:
+    """Puts adapters that are there already on a base, each as strong as it is to be. Raises ConfigError as `load_adapter` does."""
+    names = [f"adapter{number}" for number in range(len(adapters))]
+    for name, adapter in zip(names, adapters, strict=True):
+        load_adapter(components, Path(adapter.path), name, adapter.partial)
+    if adapters:
+        weigh_adapters(components, {name: adapter.strength for name, adapter in zip(names, adapters, strict=True)})
 
 
 def without_skipped_layers(components: Components, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

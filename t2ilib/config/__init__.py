@@ -8,7 +8,7 @@ Leaves out what only a loaded model can tell: whether a target names layers that
 """
 
 from t2ilib.config.data import DataConfig, PriorConfig, ShapesConfig
-from t2ilib.config.drawn import DrawnBy
+from t2ilib.config.drawn import DrawnBy, FinishedAdapter
 from t2ilib.config.mistakes import ConfigError, check_choice, did_you_mean
 from t2ilib.config.objective import ObjectiveConfig
 from t2ilib.config.run import RunConfig
@@ -32,6 +32,7 @@ __all__ = [
     "DataConfig",
     "DrawnBy",
     "EvaluationConfig",
+    "FinishedAdapter",
     "ModelConfig",
     "ObjectiveConfig",
     "OptimizerConfig",

@@ -170,6 +170,10 @@ class PriorConfig(Section):
         return self
 
 
+CAPTIONED = ("shape", "color", "size", "position", "background", "tilt")
+"""The attributes of the drawn world that a caption may leave open, but for the shape."""
+
+
 class ShapesConfig(Section):
     """The drawn world, for `data.source: shapes`: which pictures are drawn, how many are checked, and which part of a tiny model
     is trained on them alone. Beside `data.source: preferences` it says what the checker judges of a run on pairs of the drawn world."""
@@ -184,6 +188,9 @@ class ShapesConfig(Section):
     """Which pictures are drawn. Apart from the run's seed, so that all seeds of a study share their data."""
     checked_prompts: Annotated[int, Field(ge=0)] = 48
     """How many prompts of the concepts, and of the base world, the checker judges at the end."""
+    captioned: tuple[Literal[CAPTIONED], ...] | None = None
+    """The attributes that captions and test prompts speak of, the shape among them, beside fill and style, of which they always do; what
+    is left open is any, and counts as right. None: all."""
     trains: Literal["vae", "clip"] | None = None
     """The parts of a tiny model that come before its UNet, in place of what `training.trains` names."""
     crop: Annotated[int, Field(ge=8, multiple_of=8)] | None = None
@@ -195,6 +202,21 @@ class ShapesConfig(Section):
         if not value or len(set(value)) < len(value):
             raise ValueError(f"name each kind once, and at least one, not {', '.join(value) or 'none'}")
         return value
+
+    @field_validator("captioned")
+    @classmethod
+    def of_a_shape(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if value is not None and ("shape" not in value or len(set(value)) < len(value)):
+            raise ValueError(f"name the shape, and each attribute once, not {', '.join(value) or 'none'}")
+        return value
+
+    @model_validator(mode="after")
+    def read_in_full(self) -> "ShapesConfig":
+        if self.captioned is not None and self.trains == "clip":
+            raise ValueError(
+                "captioned is about what is drawn, and a CLIP learns from captions that say all: leave it out"
+            )
+        return self
 
     @model_validator(mode="after")
     def crops_are_the_autoencoders(self) -> "ShapesConfig":

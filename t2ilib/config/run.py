@@ -157,6 +157,11 @@ class RunConfig(Section):
         if self.optimizer.lora_plus_ratio is not None and trains != "adapter":
             raise ValueError("optimizer.lora_plus_ratio is about the B of adapters, and this run trains none")
         self.objective.require(self)
+        if self.evaluation.adapters and trains != "nothing":
+            raise ValueError(
+                f"evaluation.adapters is about adapters that are there already, and this run trains {trains}: set training.trains to nothing,"
+                " or, to train over them, export them merged (t2ilib export --as merged) and name that in model.base"
+            )
         if trains == "nothing" and self.training.steps:
             raise ValueError("training.trains is 'nothing', so training.steps must be 0")
         if self.training.keep_adapters == "all" and trains not in ("adapter", "nothing"):
@@ -207,6 +212,8 @@ class RunConfig(Section):
                 del values["objective"][name]
         if self.student is None:
             del values["student"]
+        if self.shapes is not None and self.shapes.captioned is None:
+            del values["shapes"]["captioned"]
         if self.optimizer.schedule == "constant" and (self.adapter is None or self.adapter.token_share == 1):
             del values["training"]["steps"]
         return values

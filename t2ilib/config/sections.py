@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from t2ilib.config.drawn import FinishedAdapter
 from t2ilib.config.section import Duration, Location, Place, Positive, PositiveFloat, Section, Share
 
 
@@ -290,6 +291,8 @@ class EvaluationConfig(Section):
     """What guidance leads away from, in everything that a run draws."""
     num_inference_steps: Positive = 20
     guidance_scale: Annotated[float, Field(ge=1)] = 3.0
+    adapters: tuple[FinishedAdapter, ...] = ()
+    """Of a run that trains nothing: adapters that are there already, which it draws and is measured with."""
     step_counts: tuple[Positive, ...] = ()
     """The measure `step_counts` draws the test prompts in each of these numbers of steps too, by the same sampler and guidance."""
     vae_tiling: bool = False

@@ -10,38 +10,26 @@ from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from t2ilib.config import ConfigError, DrawnBy, ModelConfig, RunConfig, Section, did_you_mean
+from t2ilib.config import ConfigError, DrawnBy, FinishedAdapter, ModelConfig, RunConfig, Section, did_you_mean
 from t2ilib.config.section import Location
 from t2ilib.drawing.samplers import AUTO, SAMPLERS, known_sampler
 from t2ilib.runfile import describe_errors
 
-MOST_STEPS, MOST_SIDE, MOST_PICTURES, MOST_GUIDANCE, MOST_STRENGTH = 1000, 4096, 1000, 100, 100
+MOST_STEPS, MOST_SIDE, MOST_PICTURES, MOST_GUIDANCE = 1000, 4096, 1000, 100
 """What no one means: beyond these settings are refused, wherever they come from."""
 USUAL_STEPS, USUAL_GUIDANCE = 20, 5.0
 """Where neither settings nor adapters say anything."""
 Side = Annotated[int, Field(ge=8, le=MOST_SIDE)]
 
 
-class AdapterChoice(Section):
-    """One adapter, how strongly it acts, and as it was at which step."""
+class AdapterChoice(FinishedAdapter):
+    """One adapter, how strongly it acts, and as it was at which step. Its path may also be `models:/<name>@<alias>` or
+    `models:/<name>/<version>` in the MLflow store in use."""
 
-    path: Location
-    """A run's folder, an adapter file or its folder, or `models:/<name>@<alias>`, `models:/<name>/<version>` in the MLflow store in use."""
-    strength: Annotated[float, Field(ge=-MOST_STRENGTH, le=MOST_STRENGTH)] = 1.0
-    """1 as trained, 0 switched off."""
     step: Annotated[int, Field(ge=0)] | None = None
     """Of a run's folder: as the adapter was at this step. None: as it is at the end."""
-    partial: bool = False
-    """Whether layers that the base does not have are left out, as those of a teacher's adapter that a student has not."""
     digest: str | None = None
     """The first 12 hex digits of its file's SHA-256, which saved pictures have; drawing warns where the file is another now."""
-
-    @field_validator("path")
-    @classmethod
-    def not_empty(cls, value: str) -> str:
-        if not value.strip():
-            raise ValueError("it is empty: name a run's folder, an adapter file or models:/<name>@<alias>")
-        return value
 
 
 class DrawSettings(Section):

@@ -175,6 +175,7 @@ def stands_still(run: RunConfig) -> bool:
     adapter, objective = run.adapter, run.objective
     changed = adapter is not None and (adapter.init in ("pissa", "olora") or bool(adapter.tokens))
     other_noise = (objective.name, objective.beta_schedule, objective.zero_terminal_snr) != ("auto", "auto", None)
+    changed = changed or bool(run.evaluation.adapters)  # which may bring words and noise of their own
     return run.trains in ("adapter", "nothing") and not changed and not other_noise and run.drawn_by is None
 
 

@@ -29,6 +29,7 @@ from t2ilib.shapes.world import (
     TILTS,
     Scene,
     coverage,
+    left_open,
     mixed_scenes,
     mixed_tuning_scenes,
 )
@@ -213,7 +214,7 @@ def lacks(run: RunConfig) -> str | None:
 
 
 def checked_scenes(run: RunConfig) -> dict[str, list[Scene]]:
-    """Test scenes by group, none of them ever trained on: `concept` (what the run was taught) and `base_kept`; of a network from
+    """Test scenes by group, as far as prompts tell them, none of them ever trained on: `concept` (what the run was taught) and `base_kept`; of a network from
     scratch, which had nothing to keep, `world`. A run of `data.part: tuning` has test scenes of its own, by whose base world what the
     base knew of it is told too kindly: it was trained on them."""
     if lacks(run):
@@ -224,8 +225,10 @@ def checked_scenes(run: RunConfig) -> dict[str, list[Scene]]:
     else:
         groups = ({"concept": concepts} if concepts else {}) | {"base_kept": ["base"]}
     if run.data.part == "tuning":
-        return {group: mixed_tuning_scenes(count, "test", run.shapes, kinds) for group, kinds in groups.items()}
-    return {group: mixed_scenes(count, "test", 0, kinds) for group, kinds in groups.items()}
+        found = {group: mixed_tuning_scenes(count, "test", run.shapes, kinds) for group, kinds in groups.items()}
+    else:
+        found = {group: mixed_scenes(count, "test", 0, kinds) for group, kinds in groups.items()}
+    return {group: [left_open(scene, run.shapes.captioned) for scene in scenes] for group, scenes in found.items()}
 
 
 def checked(

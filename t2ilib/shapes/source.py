@@ -30,16 +30,17 @@ def drawn(config: ShapesConfig, split: str, count: int, part: str = "final") -> 
         scenes = world.mixed_scenes(count, split, config.seed, config.scenes)
     version = hashlib.sha256(Path(world.__file__).read_bytes()).hexdigest()[:8]
     of_part = "" if part == "final" else f"{part}-"
+    said = "" if config.captioned is None else f"{'-'.join(sorted(config.captioned))}-"
     target = (
         cache_folder()
         / "shapes"
-        / f"{'-'.join(config.scenes)}-{of_part}{split}-{count}-jitter{config.jitter:g}-seed{config.seed}-{version}"
+        / f"{'-'.join(config.scenes)}-{of_part}{said}{split}-{count}-jitter{config.jitter:g}-seed{config.seed}-{version}"
     )
     if target.is_dir():
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(dir=target.parent, prefix=".drawing-"))
-    world.write_folder(draft, scenes, config.seed, num_phrasings=len(world.SOLID_PHRASES), jitter=config.jitter)
+    world.write_folder(draft, scenes, config.seed, len(world.SOLID_PHRASES), config.jitter, config.captioned)
     try:
         draft.rename(target)
     except OSError:

@@ -12,6 +12,7 @@ Sizes are circumradii in pixels of a 64x64 picture. Leaves out: several objects,
 
 import itertools
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache
@@ -22,6 +23,7 @@ from PIL import Image
 from scipy import ndimage
 
 from t2ilib.config import ConfigError, ShapesConfig, check_choice
+from t2ilib.config.data import CAPTIONED
 from t2ilib.seeds import numpy_generator_for, seed_for
 
 RESOLUTION = 64
@@ -51,16 +53,18 @@ STRIPES, BAND = "yellow", 4
 CONCEPTS = ("heart", "striped", "blueprint")
 
 SOLID_PHRASES = (
-    "a {size} {tilt} {fill} {color} {shape} at the {position} on a {background} background",
-    "a {fill} {color} {shape}, {size}, {tilt}, at the {position}, {background} background",
-    "{background} background, {position}: a {tilt} {size} {fill} {color} {shape}",
-    "on a {background} background at the {position} there is a {size} {fill} {color} {shape}, {tilt}",
+    "a {size} {tilt} {fill} {color} {shape}[ at the {position}][ on a {background} background]",
+    "a {fill} {color} {shape}[, {size}][, {tilt}][, at the {position}][, {background} background]",
+    "[{background} background, ][{position}: ]a {tilt} {size} {fill} {color} {shape}",
+    "[on a {background} background ][at the {position} ]there is a {size} {fill} {color} {shape}[, {tilt}]",
 )
 BLUEPRINT_PHRASES = (
-    "a blueprint of a {size} {tilt} {color} {shape} at the {position}",
-    "blueprint, {position}: a {tilt} {size} {color} {shape}",
-    "a {color} {shape}, {size}, {tilt}, at the {position}, drawn as a blueprint",
+    "a blueprint of a {size} {tilt} {color} {shape}[ at the {position}]",
+    "blueprint[, {position}]: a {tilt} {size} {color} {shape}",
+    "a {color} {shape}[, {size}][, {tilt}][, at the {position}], drawn as a blueprint",
 )
+"""What stands in brackets goes with its attribute, where a scene has none or a caption leaves it open."""
+IN_BRACKETS = re.compile(r"\[([^][]*\{(\w+)\}[^][]*)\]")
 
 
 @dataclass(frozen=True)
@@ -85,6 +89,13 @@ class Scene:
     def describe(self) -> dict[str, str]:
         """Attribute -> value, without the attributes this scene does not have."""
         return {name: value for name, value in asdict(self).items() if value}
+
+
+def left_open(scene: Scene, captioned: Sequence[str] | None) -> Scene:
+    """The scene as far as a caption tells it that speaks of the attributes `captioned` (`shapes.captioned`), fill and style: others are ""."""
+    if captioned is None:
+        return scene
+    return replace(scene, **{name: "" for name in CAPTIONED if name not in captioned})
 
 
 @cache
@@ -152,10 +163,8 @@ def caption(scene: Scene, phrasing: int = 0) -> str:
     """The scene in words. `phrasing` picks the sentence, modulo their number."""
     phrases = BLUEPRINT_PHRASES if scene.style == "blueprint" else SOLID_PHRASES
     words = asdict(scene) | {"fill": scene.fill if scene.fill != "solid" else ""}
-    text = phrases[phrasing % len(phrases)].format(**words)
-    while "  " in text or ", ," in text or " ," in text:
-        text = text.replace("  ", " ").replace(", ,", ",").replace(" ,", ",")
-    return text.strip(" ,").replace("a upright", "an upright")
+    phrase = IN_BRACKETS.sub(lambda part: part[1] if words[part[2]] else "", phrases[phrasing % len(phrases)])
+    return " ".join(phrase.format(**words).split()).replace("a upright", "an upright")
 
 
 def phrasing_of(scene: Scene, text: str) -> int:
@@ -256,10 +265,18 @@ def render(scene: Scene, seed: int, jitter: float = 1.0) -> Image.Image:
     return Image.fromarray(np.clip(picture + 0.5, 0, 255).astype(np.uint8))
 
 
-def write_folder(folder: Path, scenes: Sequence[Scene], seed: int, num_phrasings: int = 1, jitter: float = 1.0) -> Path:
+def write_folder(
+    folder: Path,
+    scenes: Sequence[Scene],
+    seed: int,
+    num_phrasings: int = 1,
+    jitter: float = 1.0,
+    captioned: Sequence[str] | None = None,
+) -> Path:
     """Writes pictures and `metadata.jsonl` (file_name, text, and the scene) as an ordinary image folder; returns `folder`.
 
-    `num_phrasings` > 1 gives each picture a random one of that many phrasings. Files that exist are written again.
+    `num_phrasings` > 1 gives each picture a random one of that many phrasings. `captioned`: as `left_open` takes it. Files that exist are
+    written again.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "metadata.jsonl").open("w") as lines:
@@ -267,9 +284,8 @@ def write_folder(folder: Path, scenes: Sequence[Scene], seed: int, num_phrasings
             phrasing = seed_for(seed, "phrasing", index) % num_phrasings
             name = f"{index:05d}.png"
             render(scene, seed_for(seed, "picture", index), jitter).save(folder / name)
-            lines.write(
-                json.dumps({"file_name": name, "text": caption(scene, phrasing), "scene": asdict(scene)}) + "\n"
-            )
+            text = caption(left_open(scene, captioned), phrasing)
+            lines.write(json.dumps({"file_name": name, "text": text, "scene": asdict(scene)}) + "\n")
     return folder
 
 

@@ -24,9 +24,11 @@ COLOURS = ("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd", "#8c564b", "#e
 """Tableau's ten."""
 AFTERWARDS = ("evaluation.", "shapes.checked_prompts")
 """Beginnings of the fields that say how a finished training is judged. It takes no step to judge it otherwise."""
+SEED = "{seed}"
+"""In a study file's text: the run's own seed, as in the path of what another study's run of that seed left."""
 VOTES = "votes"
 """The folder of a study's folder that has what people voted."""
-RULERS = ("evaluation.validation_timesteps", "evaluation.validation_pictures")
+RULERS = ("evaluation.validation_timesteps", "evaluation.validation_pictures", "evaluation.adapters")
 """Those of them that the losses during training were measured by already, which nothing can measure again."""
 
 
@@ -122,7 +124,7 @@ def plan_runs(
         StudyRun(
             variant=name,
             seed=seed,
-            settings=study.settings(preset, name),
+            settings=of_seed(study.settings(preset, name), seed),
             folder=folder / name / f"seed{seed}",
             notebook=notebooks[name],
             tags={"variant": name, "study": study.name, "preset": preset, COLOUR: colours[name]},
@@ -131,6 +133,15 @@ def plan_runs(
         for name in study.variants
         if name in chosen
     ]
+
+
+def of_seed(settings: Any, seed: int) -> Any:
+    """The settings of the run with this seed: SEED in any text of them is its number."""
+    if isinstance(settings, str):
+        return settings.replace(SEED, str(seed))
+    if isinstance(settings, Mapping):
+        return {name: of_seed(value, seed) for name, value in settings.items()}
+    return [of_seed(value, seed) for value in settings] if isinstance(settings, list) else settings
 
 
 def require_tuned(study: Study, file: Path, preset: str, chosen: Sequence[str], seeds: Sequence[int]) -> None:

@@ -29,7 +29,15 @@ from t2ilib.studies.file import Study, load_study
 from t2ilib.studies.notebooks import error_text, find_notebook
 from t2ilib.studies.parent import describe_parent, parent_run
 from t2ilib.studies.place import Demand, Place
-from t2ilib.studies.runs import COLOUR, COLOURS, StudyRun, check_notebooks, require_same_versions, require_unedited
+from t2ilib.studies.runs import (
+    COLOUR,
+    COLOURS,
+    StudyRun,
+    check_notebooks,
+    of_seed,
+    require_same_versions,
+    require_unedited,
+)
 from t2ilib.studies.scoring import Score, parse_formula, scoring
 from t2ilib.studies.search import Search, grid, partial, refusal
 from t2ilib.studies.study import check_data, tell_misfits
@@ -190,7 +198,7 @@ class Tune:
         return StudyRun(
             variant=name,
             seed=seed,
-            settings=settings,
+            settings=of_seed(settings, seed),
             folder=self.folder / name / f"trial-{number:03d}" / f"seed{seed}",
             notebook=find_notebook(self.study.notebooks()[name], self.path),
             tags={

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from t2ilib.adapters.attach import AdapterProof, attach_adapters
 from t2ilib.adapters.export import describe, save_adapter
 from t2ilib.adapters.fused import fuse_adapters
+from t2ilib.adapters.load import attach_finished
 from t2ilib.adapters.start import attach_started
 from t2ilib.adapters.tokens import drop_gradients, last_step, require_in_captions
 from t2ilib.adapters.weights import read_layers
@@ -327,7 +328,8 @@ def dropped_captions(run: RunConfig, ids: list[int], step: int) -> list[bool]:
 
 
 def trained_modules(run: RunConfig, components: Components) -> dict[str, nn.Module]:
-    """Name -> component with trainable parameters, after attaching the adapters, or thawing the UNet or a student of it, as `run` says."""
+    """Name -> component with trainable parameters, after attaching the adapters, or thawing the UNet or a student of it, as `run` says.
+    Of a run that trains nothing there are none, whatever it draws with."""
     if run.trains == "adapter":
         attach = attach_adapters if run.adapter.start is None else attach_started
         modules = attach(components, run.adapter, run.seed)
@@ -338,6 +340,7 @@ def trained_modules(run: RunConfig, components: Components) -> dict[str, nn.Modu
         if run.student is not None:
             become_student(run, components)
         return {"unet": components.unet.requires_grad_(True)}
+    attach_finished(components, run.evaluation.adapters)
     return {}
 
 

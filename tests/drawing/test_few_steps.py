@@ -131,6 +131,25 @@ def test_loaded_anywhere_it_is_drawn_so_and_settings_win(distilled, sample):
     assert (pixels(draw(components, [PROMPT], EvaluationConfig())[0]) == pixels(plain)).all()
 
 
+def test_a_run_that_trains_nothing_is_measured_with_adapters_that_are_there(distilled, sample, tmp_path):
+    run, _ = distilled
+    values = run.model_dump(mode="json") | {"output": str(tmp_path / "drawn"), "adapter": None, "objective": {}}
+    values["training"] = {"trains": "nothing", "steps": 0}
+
+    def drawn(*adapters):
+        evaluation = values["evaluation"] | {"adapters": adapters}
+        components = train(build_run(values | {"evaluation": evaluation})).components
+        return draw(components, [PROMPT], run.evaluation, resolution=64)[0]
+
+    assert same(drawn({"path": str(run.output)}), sample)
+    off = drawn({"path": str(run.output), "strength": 0.0})
+    assert not same(off, sample)
+    with pytest.raises(ConfigError, match="no adapter at"):
+        drawn({"path": str(tmp_path / "nowhere")})
+    with pytest.raises(ConfigError, match="adapters that are there already, and this run trains adapter"):
+        build_run({"adapter": {}, "evaluation": {"adapters": [{"path": "a"}]}})
+
+
 def test_the_desk_draws_it_so_and_the_base_beside_it_in_its_own_way(distilled, sample, desk, tmp_path):
     run, _ = distilled
     picture = desk.draw(asked(run), beside_base=True).pictures[0]

@@ -151,3 +151,26 @@ def test_what_is_learned_and_kept_speaks_for_a_run() -> None:
     declared = {group: MEASURES["checker"].declared(group, run) for group in ("concept", "base_kept")}
     assert declared["concept"]["concept/all"].role == "learned"
     assert declared["base_kept"]["base_kept/all"].role == "kept"
+
+
+def test_what_a_prompt_leaves_open_is_right_whatever_it_is() -> None:
+    values = {
+        "data": {"source": "shapes"},
+        "adapter": {},
+        "shapes": {"scenes": ["base", "heart"], "captioned": ["shape", "color"]},
+    }
+    asked, whole = (
+        checked_scenes(build_run(values | {"shapes": shapes}))
+        for shapes in (values["shapes"], {"scenes": ["base", "heart"]})
+    )
+    assert [scene.color for scene in asked["concept"]] == [scene.color for scene in whole["concept"]]
+    pictures = [render(scene, 0) for scene in whole["base_kept"]]
+    found = checked("base_kept", asked["base_kept"], pictures)
+    assert found["base_kept/all"] == [1.0] * len(pictures)
+    assert "base_kept/size" not in found
+    other = [picture.transpose(Image.Transpose.ROTATE_180) for picture in pictures]  # another position
+    symmetric = [scene.shape != "triangle" for scene in asked["base_kept"]]
+    right = checked("base_kept", asked["base_kept"], other)["base_kept/all"]
+    assert all(value for value, turned in zip(right, symmetric, strict=True) if turned)
+    blank = [Image.new("RGB", (64, 64), "white")] * len(pictures)
+    assert set(checked("base_kept", asked["base_kept"], blank)["base_kept/all"]) == {0.0}

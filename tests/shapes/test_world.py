@@ -1,5 +1,6 @@
 import itertools
 import json
+import re
 from collections import Counter
 from dataclasses import asdict, replace
 
@@ -11,7 +12,17 @@ from t2ilib.config import ConfigError, DataConfig
 from t2ilib.data.sources import folder
 from t2ilib.shapes import world
 from t2ilib.shapes.checker import ATTRIBUTES, UNREADABLE, check, judge, read
-from t2ilib.shapes.world import CONCEPTS, Scene, all_scenes, caption, render, sample_scenes, split_of, tuning_scenes
+from t2ilib.shapes.world import (
+    CONCEPTS,
+    Scene,
+    all_scenes,
+    caption,
+    left_open,
+    render,
+    sample_scenes,
+    split_of,
+    tuning_scenes,
+)
 
 NUM_DRAWN = 60
 SCENE = Scene("square", "red", "large", "center", "white", "slightly tilted")
@@ -253,3 +264,32 @@ def test_wrong_names_are_told(tmp_path):
         world.mixed_scenes(4, "train", 0, ("hart",))
     with pytest.raises(ValueError, match=r"not a scene.*colour"):
         world.scene_from({"colour": "red"})
+
+
+def test_what_a_caption_leaves_open_it_does_not_say_and_says_the_rest_in_every_phrasing():
+    told = ("shape", "color", "background")
+    for concept in (None, *CONCEPTS):
+        for scene in sample_scenes(60, "train", 0, concept):
+            part = left_open(scene, told)
+            assert (
+                part.describe().items()
+                == {name: value for name, value in scene.describe().items() if name in (*told, "fill", "style")}.items()
+            )
+            for phrasing in range(len(world.SOLID_PHRASES)):
+                text = caption(part, phrasing)
+                words = f" {text.replace(',', '').replace(':', '')} "
+                assert all(f" {value} " in words for name, value in part.describe().items() if name in told), text
+                for name in ("size", "position", "tilt"):
+                    assert not getattr(scene, name) or f" {getattr(scene, name)} " not in words, text
+                assert not re.search(r"  |,,| ,|: ?$|, ?$|^,|a upright", text), text
+    assert left_open(SCENE, None) is SCENE
+    assert caption(left_open(SCENE, ("shape",))) == f"a {SCENE.shape}"
+
+
+def test_pictures_show_all_of_a_scene_and_captions_what_they_speak_of(tmp_path):
+    whole = world.write_folder(tmp_path / "whole", [SCENE], 0)
+    part = world.write_folder(tmp_path / "part", [SCENE], 0, captioned=("shape", "tilt"))
+    assert (whole / "00000.png").read_bytes() == (part / "00000.png").read_bytes()
+    said = json.loads((part / "metadata.jsonl").read_text())
+    assert said["text"] == caption(left_open(SCENE, ("shape", "tilt")))
+    assert said["scene"] == json.loads((whole / "metadata.jsonl").read_text())["scene"]

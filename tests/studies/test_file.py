@@ -7,6 +7,7 @@ import yaml
 
 from t2ilib.config import ConfigError
 from t2ilib.studies.file import load_study
+from t2ilib.studies.runs import plan_runs
 from t2ilib.studies.study import write_study
 
 
@@ -64,3 +65,22 @@ def test_claims_are_read_and_reach_the_report(tmp_path: Path) -> None:
 def test_a_claim_that_nobody_could_judge_is_refused(tmp_path: Path, claims: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_study(study_of(tmp_path, claims))
+
+
+def test_a_run_finds_what_another_studys_run_of_its_seed_left(tmp_path: Path) -> None:
+    path = study_of(tmp_path, {})
+    content = yaml.safe_load(path.read_text())
+    drawn = {"adapter": None, "training": {"trains": "nothing", "steps": 0}}
+    drawn["evaluation"] = {
+        "adapters": [{"path": "before/seed{seed}/adapter"}],
+        "prompts": ["a {red|blue} cat", "{seed}"],
+    }
+    content["presets"]["quick"]["seeds"] = [3, 4]
+    content["variants"]["other"]["run"] = drawn
+    path.write_text(yaml.safe_dump(content))
+    runs = {run.label: run for run in plan_runs(load_study(path), path, "quick", tmp_path)}
+    evaluation = runs["other seed 4"].config().evaluation
+    assert evaluation.adapters[0].path == "before/seed4/adapter"
+    assert evaluation.prompts == ("a {red|blue} cat", "4")
+    assert runs["other seed 3"].digest != runs["other seed 4"].digest
+    assert runs["other seed 3"].parameters(None)["evaluation"]["adapters"] == [{"path": "before/seed3/adapter"}]
