@@ -8,7 +8,22 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from t2ilib.cli.errors import readable_errors
-from t2ilib.cli.options import Config
+from t2ilib.cli.options import (
+    Adapters,
+    Checkpoint,
+    Config,
+    Guidance,
+    Height,
+    Model,
+    NegativePrompt,
+    Partial,
+    Quantization,
+    Results,
+    Sampler,
+    Scales,
+    Steps,
+    Width,
+)
 
 if TYPE_CHECKING:
     from t2ilib.config import ModelConfig
@@ -24,44 +39,22 @@ def generate(
     prompt: Annotated[
         list[str], typer.Option(help="What to draw; may be given several times. Without it that of --like.")
     ] = [],
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="tiny-sdxl, tiny-sd15, a diffusers folder, a single .safetensors file or a Hub id; without it the base of the adapter's run."
-        ),
-    ] = None,
+    model: Model = None,
     config: Config = None,
-    adapter: Annotated[
-        list[str],
-        typer.Option(
-            help="A run's folder, an adapter file, or models:/STUDY-PRESET@champion from MLflow; may be given several times."
-        ),
-    ] = [],
+    adapter: Adapters = [],
     embedding: Annotated[
         list[Path],
         typer.Option(
             help="A word's embeddings, a .safetensors file; may be given several times. An adapter brings its own along."
         ),
     ] = [],
-    checkpoint: Annotated[
-        int | None, typer.Option(help="Take the adapter as it was at this step (--adapter names a run's folder).")
-    ] = None,
-    scale: Annotated[
-        list[float], typer.Option(help="Strength of each adapter, in their order: 0 switches it off, 1 is as trained.")
-    ] = [],
-    partial: Annotated[
-        bool,
-        typer.Option(
-            "--partial",
-            help="Leave out layers of an adapter that the base does not have, as a student has not all of its teacher's.",
-        ),
-    ] = False,
+    checkpoint: Checkpoint = None,
+    scale: Scales = [],
+    partial: Partial = False,
     beside_base: Annotated[
         bool, typer.Option("--beside-base", help="Draw the same noise by the base alone too (00-base.png).")
     ] = False,
-    quantization: Annotated[
-        str | None, typer.Option(help="none or nf4; without it as the adapter's run had its base.")
-    ] = None,
+    quantization: Quantization = None,
     clip_skip: Annotated[
         int | None,
         typer.Option(
@@ -69,23 +62,14 @@ def generate(
             help="Leave out so many of SD1.x's last text layers (model.clip_skip); without it as the adapter's run did.",
         ),
     ] = None,
-    negative_prompt: Annotated[str | None, typer.Option(help="What guidance leads away from.")] = None,
+    negative_prompt: NegativePrompt = None,
     number: Annotated[int | None, typer.Option(help="Pictures of each prompt (1).")] = None,
     seed: Annotated[str | None, typer.Option(help="Starting noise (0); random takes any, and says which.")] = None,
-    sampler: Annotated[
-        str | None,
-        typer.Option(
-            help="auto, the base's own or the adapter's, or by name: Euler, Euler a, DPM++ 2M Karras, DDIM, UniPC, ..."
-        ),
-    ] = None,
-    guidance: Annotated[
-        float | None, typer.Option(help="Classifier-free guidance scale; without it as the adapter's file says, or 5.")
-    ] = None,
-    steps: Annotated[
-        int | None, typer.Option(help="Sampling steps; without it as the adapter's file says, or 20.")
-    ] = None,
-    width: Annotated[int | None, typer.Option(help="Of a picture, in pixels; without it the base's own.")] = None,
-    height: Annotated[int | None, typer.Option(help="Of a picture, in pixels; without it the base's own.")] = None,
+    sampler: Sampler = None,
+    guidance: Guidance = None,
+    steps: Steps = None,
+    width: Width = None,
+    height: Height = None,
     like: Annotated[
         Path | None,
         typer.Option(help="A picture whose settings to take, as t2ilib or A1111 wrote it; other options change them."),
@@ -105,7 +89,7 @@ def generate(
     experiment: Annotated[
         str | None, typer.Option(help="Log what is drawn to this MLflow experiment too, as artifacts.")
     ] = None,
-    results: Annotated[Path, typer.Option(help="Beside which results MLflow's store lies.")] = Path("results"),
+    results: Results = Path("results"),
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("pictures"),
 ) -> None:
     """Draw pictures with a base model and, if given, adapters; each says in its file how it was drawn."""

@@ -7,9 +7,23 @@ import typer
 
 from t2ilib.cli.drawing import chosen_adapters, chosen_base, drawing_bar
 from t2ilib.cli.errors import readable_errors
-from t2ilib.cli.options import Config
+from t2ilib.cli.options import (
+    Adapters,
+    Checkpoint,
+    Config,
+    Guidance,
+    Height,
+    Model,
+    NegativePrompt,
+    Partial,
+    Quantization,
+    Results,
+    Sampler,
+    Scales,
+    Steps,
+    Width,
+)
 
-HOW = "How they are drawn"
 RANKED = "How they are ranked"
 
 
@@ -27,54 +41,25 @@ def data_preferences(
             help="Draw again what people voted on, from the file that the app or a ballot saved; may be given several times."
         ),
     ] = [],
-    model: Annotated[
-        str | None,
-        typer.Option(
-            help="tiny-sdxl, tiny-sd15, a diffusers folder, a single .safetensors file or a Hub id; without it the base of the adapter's run.",
-            rich_help_panel=HOW,
-        ),
-    ] = None,
+    model: Model = None,
     config: Config = None,
-    adapter: Annotated[
-        list[str],
-        typer.Option(
-            help="A run's folder, an adapter file, or models:/...; may be given several times.", rich_help_panel=HOW
-        ),
-    ] = [],
-    checkpoint: Annotated[
-        int | None, typer.Option(help="Take the adapter as it was at this step.", rich_help_panel=HOW)
-    ] = None,
-    scale: Annotated[
-        list[float], typer.Option(help="Strength of each adapter, in their order.", rich_help_panel=HOW)
-    ] = [],
-    quantization: Annotated[str | None, typer.Option(help="none or nf4.", rich_help_panel=HOW)] = None,
-    num_pictures: Annotated[int | None, typer.Option(help="Pictures of each prompt (4).", rich_help_panel=HOW)] = None,
-    seed: Annotated[
-        int | None, typer.Option(help="Of the noise, and of which scenes (0).", rich_help_panel=HOW)
-    ] = None,
-    negative_prompt: Annotated[
-        str | None, typer.Option(help="What guidance leads away from.", rich_help_panel=HOW)
-    ] = None,
-    sampler: Annotated[str | None, typer.Option(help="auto, the base's own, or by name.", rich_help_panel=HOW)] = None,
-    guidance: Annotated[
-        float | None, typer.Option(help="Classifier-free guidance scale (5).", rich_help_panel=HOW)
-    ] = None,
-    steps: Annotated[int | None, typer.Option(help="Sampling steps (20).", rich_help_panel=HOW)] = None,
-    width: Annotated[
-        int | None, typer.Option(help="In pixels; without it the base's own.", rich_help_panel=HOW)
-    ] = None,
-    height: Annotated[
-        int | None, typer.Option(help="In pixels; without it the base's own.", rich_help_panel=HOW)
-    ] = None,
-    count: Annotated[
-        int | None, typer.Option(min=1, help="With --prompts shapes: how many scenes (64).", rich_help_panel=HOW)
-    ] = None,
+    adapter: Adapters = [],
+    checkpoint: Checkpoint = None,
+    scale: Scales = [],
+    partial: Partial = False,
+    quantization: Quantization = None,
+    num_pictures: Annotated[int | None, typer.Option(help="Pictures of each prompt (4).")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the noise, and of which scenes (0).")] = None,
+    negative_prompt: NegativePrompt = None,
+    sampler: Sampler = None,
+    guidance: Guidance = None,
+    steps: Steps = None,
+    width: Width = None,
+    height: Height = None,
+    count: Annotated[int | None, typer.Option(min=1, help="With --prompts shapes: how many scenes (64).")] = None,
     scenes: Annotated[
         list[str],
-        typer.Option(
-            help="With --prompts shapes: base, heart, striped, blueprint; may be given several times (base).",
-            rich_help_panel=HOW,
-        ),
+        typer.Option(help="With --prompts shapes: base, heart, striped, blueprint; may be given several times (base)."),
     ] = [],
     rank_by: Annotated[
         str | None,
@@ -101,7 +86,7 @@ def data_preferences(
             "--set", help="What a measure is told, such as evaluation.clip_model=PATH.", rich_help_panel=RANKED
         ),
     ] = [],
-    results: Annotated[Path, typer.Option(help="Beside which results MLflow's store lies.")] = Path("results"),
+    results: Results = Path("results"),
 ) -> None:
     """Make preference pairs for data.source preferences: draw several pictures of each prompt and let a measure choose, or take people's votes."""
     with readable_errors():
@@ -124,7 +109,20 @@ def data_preferences(
         }
         desk = Desk(results)
         if votes:
-            given = [adapter, checkpoint, scale, prompts, count, scenes, rank_by, metric, all_pairs, least, set]
+            given = [
+                adapter,
+                checkpoint,
+                scale,
+                partial,
+                prompts,
+                count,
+                scenes,
+                rank_by,
+                metric,
+                all_pairs,
+                least,
+                set,
+            ]
             if any(value not in (None, [], False) for value in (*changes.values(), *drawn.values(), *given)):
                 raise ConfigError(
                     "--votes say what was drawn, by what, and which was preferred: give nothing but OUT beside them"
@@ -136,7 +134,7 @@ def data_preferences(
             if not of_shapes and (count or scenes):
                 raise ConfigError("--count and --scenes are about --prompts shapes")
             asked = read_prompts(prompts, count or 64, scenes or ["base"], seed or 0)
-            choices = chosen_adapters(adapter, scale, checkpoint, None)
+            choices = chosen_adapters(adapter, scale, checkpoint, None, partial)
             values = {name: value for name, value in drawn.items() if value is not None}
             values |= {
                 "model": chosen_base(choices, None, changes, results).model_dump(),
