@@ -31,6 +31,10 @@ class PreferencesConfig(Section):
                 "objective.preferences is about pairs, and pictures of the class are none: set prior to null; what dpo keeps of the base, beta"
                 " says"
             )
+        if run.objective.loss != "squared":
+            raise ValueError(
+                f"objective.preferences compares squared errors, and objective.loss is {run.objective.loss}: leave it out"
+            )
         if self.loss == "dpo":
             require_reference(run, "objective.preferences: dpo compares with the base")
 

@@ -4,7 +4,7 @@
     OUT/pictures/            every picture that was drawn, under a digest of all that decides it (`kept`)
     OUT/README.md            by what they were drawn and ranked, and what was left out
 
-Pictures of a prompt come from different noise by one model, as Diffusion-DPO's AI feedback has them (arXiv 2311.12908, sec. 5.3); of a vote both
+Pictures of a prompt come from different noise by one model, as Diffusion-DPO's AI feedback has them (arXiv 2311.12908); of a vote both
 come from the same noise by two. What was interrupted goes on: pictures that are there are not drawn again, and ranking others of them, or
 otherwise, costs no drawing. The table is written last, and whole.
 """

@@ -237,11 +237,12 @@ def test_held_out_pairs_say_how_far_a_model_went_and_where_to():
         ({"adapter": {}, "prior": {"prompts": ["a dog"]}}, "set prior to null"),
         ({"scratch": {}}, "starts from a base that can draw"),
         ({"training": {"trains": "nothing", "steps": 0}}, "this run trains nothing"),
+        ({"adapter": {}, "objective": {"loss": "huber"}}, "compares squared errors, and objective.loss is huber"),
     ],
 )
 def test_what_cannot_be_compared_with_the_base_is_refused(values, reason):
     with pytest.raises(ConfigError, match=reason):
-        build_run(values | {"objective": {"preferences": {}}})
+        build_run(values | {"objective": values.get("objective", {}) | {"preferences": {}}})
     if "init" in values.get("adapter", {}):
         assert build_run(values | {"objective": {"preferences": {"loss": "mapo"}}})
 
