@@ -35,7 +35,8 @@ SAME = (
 ADAPTERS = tuple(f"adapter{slot}" for slot in range(SLOTS))
 STRENGTHS = tuple(f"strength{slot}" for slot in range(SLOTS))
 SIDES = ("width", "height")
-NAMES = (*SAME, *SIDES, "seed", "random", "base", "weights", "clip_skip", "embeddings", *ADAPTERS, *STRENGTHS)
+RARE = ("base", "weights", "clip_skip", "partial", "embeddings")
+NAMES = (*SAME, *SIDES, "seed", "random", *RARE, *ADAPTERS, *STRENGTHS)
 """All fields of the page, in the order that they are handed over."""
 Form = Mapping[str, Any]
 
@@ -69,9 +70,10 @@ def model_of(form: Form, visitor: Visitor):
 
 
 def adapters_of(form: Form) -> list[dict[str, Any]]:
-    """The adapters of the slots that are not empty."""
+    """The adapters of the slots that are not empty. Whether layers that the base lacks are left out holds for all of them."""
     slots = zip((form[name] for name in ADAPTERS), (form[name] for name in STRENGTHS), strict=True)
-    return [read_adapter(text, strength) for text, strength in slots if (text or "").strip()]
+    partial = {"partial": bool(form["partial"])}
+    return [read_adapter(text, strength) | partial for text, strength in slots if (text or "").strip()]
 
 
 def known_file(adapter: Mapping[str, Any], visitor: Visitor) -> dict[str, str | None]:
@@ -107,6 +109,7 @@ def form_of(settings: DrawSettings) -> dict[str, Any]:
         "base": settings.model.base,
         "weights": named[settings.model.quantization],
         "clip_skip": settings.model.clip_skip,
+        "partial": any(choice.partial for choice in settings.adapters),
         "embeddings": "\n".join(settings.embeddings),
         **dict(zip(ADAPTERS, (text for text, _ in slots), strict=True)),
         **dict(zip(STRENGTHS, (strength for _, strength in slots), strict=True)),

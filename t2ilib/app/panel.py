@@ -140,6 +140,12 @@ class Panel:
             with gr.Row():
                 self.field("first", gr.Number, "First picture's number", precision=0, min_width=130)
                 self.field("vae_tiling", gr.Checkbox, "Decode in tiles (large pictures)", min_width=130)
+            self.field(
+                "partial",
+                gr.Checkbox,
+                "Leave out layers of adapters that the base does not have",
+                info="to draw with a student of the base that they were trained on",
+            )
             self.field("embeddings", gr.Textbox, "Files of words (embeddings), one a line", lines=1)
 
     def form(self, values: tuple) -> dict[str, Any]:

@@ -27,8 +27,8 @@ RICH = build_settings(
         "vae_tiling": True,
         "model": {"base": "tiny-sd15", "vae": "tiny-sdxl", "quantization": "nf4", "clip_skip": 1, "dtype": "float32"},
         "adapters": [
-            {"path": "results/cat", "strength": -0.25, "digest": "0123456789ab"},
-            {"path": "results/my dog", "step": 500, "strength": 3.5},
+            {"path": "results/cat", "strength": -0.25, "partial": True, "digest": "0123456789ab"},
+            {"path": "results/my dog", "step": 500, "strength": 3.5, "partial": True},
         ],
         "embeddings": ["words/cat.safetensors", "words/dog.safetensors"],
     }
