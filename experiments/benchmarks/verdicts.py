@@ -176,8 +176,13 @@ NOISES = {
     "one five times": lambda variants: np.r_[np.ones(variants - 1), 5.0],
     "half three times": lambda variants: np.where(np.arange(variants) % 2, 3.0, 1.0),
 }
-RULES = {"pooled alone": 0.0, "noisier by an F test at 10 %": 0.10, "whoever lies above the pool": 1.0}
-"""What makes a variant stand with its own noise: `pooled.UNLIKE`."""
+RULES = {
+    "pooled alone": (0.0, 0.0),
+    "noisier by an F test at 10 %": (0.10, 0.0),
+    "and out of the pool by one at 0.1 %": (0.10, 0.001),
+    "whoever lies above the pool": (1.0, 0.0),
+}
+"""What makes a variant stand with its own noise, and what takes it out of the pool: `pooled.UNLIKE`, `pooled.FAR`."""
 
 
 def simulated(studies: int = 1000, variants: int = 8) -> list[dict[str, str]]:

@@ -7,8 +7,9 @@ between different methods what a seed does to one says nearly nothing of what it
 
 **Assumed:** noise is independent, roughly normal, and the same for all variants. The last is looked at: a variant whose
 own variance is above the others' (F test at 10%) stands with its own, at its own few degrees of freedom (Satterthwaite
-1946, Biometrics Bull. 2, 110; Welch 1947), and is told. The untouched base takes no step, so it has no noise, nor a say
-in the pool.
+1946, Biometrics Bull. 2, 110; Welch 1947), and is told. So much of such a find is chance that it keeps its say in the pool,
+which would be too small without it; one that is found by FAR has none, the noisiest first, and then the next, as it would
+hide what the others tell of each other. The untouched base takes no step, so it has no noise, nor a say in the pool.
 
 Differences of one table are one family: the interval that decides, `together`, holds all their true values in 95% of
 studies. Its width is the quantile of the largest |t| among them, given which variants they share (Dunnett 1955, J. Am.
@@ -33,6 +34,8 @@ from t2ilib.statistics.means import LEVEL, SLACK
 DRAWS = 100_000
 UNLIKE = 0.10
 """A variant whose variance lies so far above the others' that only this share would, by chance, has its own."""
+FAR = 0.001
+"""Where in only this share of studies any would lie so far above, by chance, it has no say in what the others vary by either."""
 
 Values = Mapping[str, Mapping[int, float]]
 """Variant -> {seed: value}."""
@@ -103,18 +106,33 @@ def fit_noise(values: Values, still: Sequence[str] = ()) -> Noise | None:
     moving = {name: column for name, column in columns.items() if name not in still and column.size > 1}
     if not moving:
         return None
-    squares = {name: sum_of_squares(column) for name, column in moving.items()}
-    df = sum(column.size - 1 for column in moving.values())
-    pooled = sum(squares.values()) / df
+    spread = {name: (sum_of_squares(column), column.size - 1) for name, column in moving.items()}
     own = {}
-    for name, column in moving.items():
-        mine, others = column.size - 1, df - column.size + 1
-        if others and squares[name] / mine > pooled:
-            rest = (sum(squares.values()) - squares[name]) / others
-            ratio = squares[name] / mine / rest if rest > 0 else math.inf
-            if stats.f.sf(ratio, mine, others) < UNLIKE:
-                own[name] = (math.sqrt(squares[name] / mine), mine)
-    return Noise(math.sqrt(pooled), df, own, frozenset(still), counts)
+    while len(spread) > 1:
+        name = max(spread, key=lambda one: spread[one][0] / spread[one][1])
+        others_vary = any(square for other, (square, _) in spread.items() if other != name)
+        if not others_vary or chance_of(name, spread) >= FAR / len(spread):
+            break
+        own[name] = deviation_of(spread.pop(name))
+    of_all = tuple(map(sum, zip(*spread.values(), strict=True)))
+    for name, (square, df) in spread.items():
+        if square / df > of_all[0] / of_all[1] and chance_of(name, spread) < UNLIKE:
+            own[name] = deviation_of((square, df))
+    return Noise(*deviation_of(of_all), own, frozenset(still), counts)
+
+
+def chance_of(name: str, spread: Mapping[str, tuple[float, int]]) -> float:
+    """The probability of a variance this far above the others' where all are alike (F test); 0 where the others have none, 1 where there
+    are none. `spread`: of each its sum of squares and degrees of freedom."""
+    (square, mine), others = spread[name], [part for other, part in spread.items() if other != name]
+    squares, df = map(sum, zip(*others, strict=True)) if others else (0.0, 0)
+    return 1.0 if not df else float(stats.f.sf(square / mine / (squares / df), mine, df)) if squares > 0 else 0.0
+
+
+def deviation_of(part: tuple[float, int]) -> tuple[float, int]:
+    """(deviation of one run, its degrees of freedom) of a sum of squares and its own."""
+    square, df = part
+    return math.sqrt(square / df), df
 
 
 def sum_of_squares(column: np.ndarray) -> float:
