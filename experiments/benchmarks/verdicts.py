@@ -176,6 +176,8 @@ NOISES = {
     "one five times": lambda variants: np.r_[np.ones(variants - 1), 5.0],
     "half three times": lambda variants: np.where(np.arange(variants) % 2, 3.0, 1.0),
 }
+LEADS = ((3, "alike"), (5, "alike"), (3, "one five times"))
+"""Deviations ahead, and whose noise: of neither the one that leads nor the first."""
 RULES = {
     "pooled alone": (0.0, 0.0),
     "noisier by an F test at 10 %": (0.10, 0.0),
@@ -187,11 +189,11 @@ RULES = {
 
 def simulated(studies: int = 1000, variants: int = 8) -> list[dict[str, str]]:
     """Of drawn studies in which all variants are the same but for their noise, the share in which anything is called against the
-    first; and how often one that is 3 or 5 deviations ahead is found where noise is alike."""
-    rows = []
+    first; and how often one that is so many deviations ahead is found (LEADS)."""
+    rows, as_it_is = [], (pooled.UNLIKE, pooled.FAR)
     for size in SIZES:
-        for rule, unlike in RULES.items():
-            pooled.UNLIKE = unlike
+        for rule, (unlike, far) in RULES.items():
+            pooled.UNLIKE, pooled.FAR = unlike, far
             row = {"name": rule, "seeds": str(size)}
             for noise, scales in NOISES.items():
                 called = Count()
@@ -199,15 +201,16 @@ def simulated(studies: int = 1000, variants: int = 8) -> list[dict[str, str]]:
                     drawn = numpy_generator_for(0, "simulated", noise, size, number).normal(size=(variants, size))
                     called.add(any(one.shown for one in against_the_first(drawn * scales(variants)[:, None])))
                 row[f"called: {noise}"] = f"{100 * called.hits / called.of:.0f} %"
-            for ahead in (3, 5):
+            for ahead, noise in LEADS:
                 found = Count()
                 for number in range(studies):
-                    drawn = numpy_generator_for(0, "simulated", "alike", size, number).normal(size=(variants, size))
+                    drawn = numpy_generator_for(0, "simulated", noise, size, number).normal(size=(variants, size))
+                    drawn *= NOISES[noise](variants)[:, None]
                     drawn[1] += ahead
                     found.add(against_the_first(drawn)[0].shown == 1)
-                row[f"found: {ahead} deviations"] = f"{100 * found.hits / found.of:.0f} %"
+                row[f"found: {ahead} deviations, {noise}"] = f"{100 * found.hits / found.of:.0f} %"
             rows.append(row)
-    pooled.UNLIKE = RULES["noisier by an F test at 10 %"]
+    pooled.UNLIKE, pooled.FAR = as_it_is
     return rows
 
 

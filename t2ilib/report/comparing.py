@@ -10,6 +10,7 @@ prompts. Speed is judged only where runs did not share a machine, and losses onl
 prediction, one schedule of noise, one space.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -115,13 +116,15 @@ def judge_pair(
     exact = None if report.base in pair else exact_difference(*(report.values(name, metric) for name in pair))
     wanted, seeds = None, None
     if difference.shown == 0 and noise is not None and difference.alpha is not None:
-        variants = len(noise.counts.keys() - noise.still)
+        trained = [name for name in pair if name not in noise.still]
+        deviation = math.sqrt(sum(noise.of(name)[0] ** 2 for name in trained) / len(trained))
+        variants = len(trained) if difference.noisier else len(noise.counts.keys() - noise.still)
         asked = (variants, difference.alpha, report.base in pair)
         wanted, seeds = margin or abs(difference.mean), min(difference.runs)
         if wanted:
-            seeds = seeds_needed(wanted, noise.deviation, *asked)
+            seeds = seeds_needed(wanted, deviation, *asked)
         else:  # nothing was seen: what these seeds would have found
-            wanted = smallest_found(noise.deviation, seeds, *asked)
+            wanted = smallest_found(deviation, seeds, *asked)
     return Comparison(difference, said, exact, crossed, wanted, seeds)
 
 
