@@ -1,6 +1,8 @@
 """What verdicts are worth: a pool of short runs whose truth many seeds tell, and studies of few seeds drawn from it.
 
 python experiments/benchmarks/verdicts.py pool [--processes 2]
+python experiments/benchmarks/verdicts.py tables
+python experiments/benchmarks/verdicts.py widths results/adapters-full-tuned
 """
 
 import argparse
@@ -151,12 +153,12 @@ def half_widths(report: StudyReport, metric: str, size: int) -> list[float]:
     """For studies of `size` seeds, the first, the second, ...: half-widths of intervals over seeds and prompts that pair by prompt, in
     units of those that pair by seed alone."""
     found = []
-    others = [name for name in report.variants if name != report.reference]
+    others = [name for name in report.trained if name != report.reference]
     for start in range(0, len(report.seeds) - size + 1, size):
         seeds = report.seeds[start : start + size]
         runs = {
             name: {run.seed: run.by_prompt(metric) for run in report.runs_of(name) if run.seed in seeds}
-            for name in report.variants
+            for name in report.trained
         }
         values = {name: {seed: report.values(name, metric)[seed] for seed in own} for name, own in runs.items()}
         for name, alone in zip(others, differences(values, [(name, report.reference) for name in others]), strict=True):
@@ -303,19 +305,29 @@ def main() -> None:
     pool.add_argument("--only", action="append", default=[])
     pool.add_argument("--seeds", default="", help="first:last+1, in place of the preset's")
     commands.add_parser("tables", help="studies of few seeds, drawn from the pool")
+    widths = commands.add_parser("widths", help="what pairing by prompt gives a study")
+    widths.add_argument("study", type=Path, help="the folder of its preset, such as results/adapters-full-tuned")
     parser.add_argument("--results", type=Path, default=ROOT / "results")
     given = parser.parse_args()
     results = given.results.absolute()
-    if given.command == "tables":
+    if given.command == "widths":
+        report = load_report(given.study)
+        for metric in ("concept/all", "base_kept/all"):
+            found = half_widths(report, metric, len(report.seeds))
+            print(
+                f"{metric}: 95% intervals over seeds and prompts, paired by prompt and noise, in units of those paired by seed alone: median"
+                f" {np.median(found):.2f}, {min(found):.2f} to {max(found):.2f}, {len(found)} differences to {report.reference}"
+            )
+    elif given.command == "tables":
         target = results / "verdicts" / "report.md"
         target.parent.mkdir(parents=True, exist_ok=True)
         report = whole_pool(results)
         target.write_text(make_tables(report))
         write_parquet(report, target.with_name(ROWS))
         print(target.read_text())
-        return
-    first, _, last = given.seeds.partition(":")
-    make_pool(STUDY, results, given.processes, given.only, range(int(first), int(last)) if last else ())
+    else:
+        first, _, last = given.seeds.partition(":")
+        make_pool(STUDY, results, given.processes, given.only, range(int(first), int(last)) if last else ())
 
 
 if __name__ == "__main__":
