@@ -160,7 +160,7 @@ class RunConfig(Section):
         if self.evaluation.adapters and trains != "nothing":
             raise ValueError(
                 f"evaluation.adapters is about adapters that are there already, and this run trains {trains}: set training.trains to nothing,"
-                " or, to train over them, export them merged (t2ilib export --as merged) and name that in model.base"
+                " or, to train over them, export them merged (t2ilib export --format merged) and name that in model.base"
             )
         if trains == "nothing" and self.training.steps:
             raise ValueError("training.trains is 'nothing', so training.steps must be 0")
