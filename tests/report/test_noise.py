@@ -53,6 +53,17 @@ def test_power_is_told_for_what_would_matter_and_an_undecided_difference_names_i
     assert "## Noise" in noise_markdown(report)
 
 
+def test_seeds_are_counted_by_the_noise_of_the_two_that_are_compared(tmp_path) -> None:
+    """One varies by 16 points, the others by 2."""
+    report = drawn(tmp_path / "study", 6, 0.02, louder=8, margins={"concept/learned": 0.06})
+    compared = compare(report, "concept/learned")
+    assert compared["dora"].difference.noisier == ("dora",)
+    of_both = float(np.sqrt((0.02**2 + 0.16**2) / 2))
+    assert compared["dora"].seeds == seeds_needed(0.06, of_both, 2, compared["dora"].difference.alpha)
+    assert compared["dora"].seeds > 5 * seeds_needed(0.06, 0.02, 3, compared["dora"].difference.alpha)
+    assert compared["qlora"].difference.error == pytest.approx(0.02 * np.sqrt(2 / 6)), "the loud one has no say in it"
+
+
 def test_small_differences_are_equivalent_where_a_margin_is_named(tmp_path) -> None:
     report = drawn(tmp_path / "study", 8, 0.004, margins={"concept/learned": 0.04})
     assert compare(report, "concept/learned")["dora"].verdict == "equivalent", "2 pp, shown, and less than would matter"
