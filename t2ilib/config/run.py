@@ -29,6 +29,10 @@ LEFT_OUT = (
     *("time_budget", "least_free_disk_mib", "least_free_memory_mib"),
 )
 """Fields of `training` that decide no step."""
+LATER = {"student": None, "data.part": "final", "shapes.captioned": None} | {
+    f"objective.{name}": None for name in METHODS
+}
+"""What came later, and what it is in a run that began before it was there: such a run goes on."""
 
 
 class RunConfig(Section):
@@ -205,15 +209,11 @@ class RunConfig(Section):
             | {"shapes": {"checked_prompts": True}, "data": dict.fromkeys(("cache", "cache_path", "workers"), True)},
         )
         values["training"]["trains"] = self.trains
-        if self.data.part == "final":
-            del values["data"]["part"]  # so that what began before there were parts goes on
-        for name in METHODS:  # likewise what began before there were methods
-            if values["objective"][name] is None:
-                del values["objective"][name]
-        if self.student is None:
-            del values["student"]
-        if self.shapes is not None and self.shapes.captioned is None:
-            del values["shapes"]["captioned"]
+        for name, before in LATER.items():
+            section, _, field = name.rpartition(".")
+            place = (values[section] if section else values) or {}
+            if place.get(field) == before:
+                place.pop(field, None)
         if self.optimizer.schedule == "constant" and (self.adapter is None or self.adapter.token_share == 1):
             del values["training"]["steps"]
         return values

@@ -17,7 +17,7 @@ from t2ilib.adapters.load import FILE_NAME, load_adapter
 from t2ilib.adapters.placing import STUDENT, about_student
 from t2ilib.adapters.weights import read_layers
 from t2ilib.cli import app
-from t2ilib.config import AdapterSpec, ConfigError
+from t2ilib.config import AdapterSpec, ConfigError, ModelConfig
 from t2ilib.models.load import load_base
 from t2ilib.models.pipeline import save_pipeline
 from t2ilib.models.students import build_student, fresh_layers, origins
@@ -210,3 +210,29 @@ def test_generate_leaves_out_by_partial(tmp_path):
     like = ["generate", "--like", str(tmp_path / "drawn" / "00.png"), "--out", str(tmp_path / "again")]
     assert CliRunner().invoke(app, like).exit_code == 0, "its file says so too"
     assert (tmp_path / "again" / "00.png").is_file()
+
+
+def test_a_run_that_trains_nothing_is_drawn_with_a_teachers_adapter_on_its_student(tmp_path):
+    teacher = load_base(ModelConfig(base="tiny-sd15"))
+    student = student_of(teacher, ("mid_block",))
+    save_pipeline(student, tmp_path / "model")
+    adapted(teacher)
+    save_adapter(teacher, tmp_path / "adapter")
+
+    def trained(**adapter):
+        values = {
+            "output": str(tmp_path / "run"),
+            "model": {"base": str(tmp_path / "model")},
+            "data": {"source": "shapes"},
+            "shapes": {"scenes": ["base"], "num_pictures": 4},
+            "training": {"trains": "nothing", "steps": 0},
+            "evaluation": {"prompts": ["a red heart"], "num_inference_steps": 1, "adapters": [{"path": str(tmp_path / "adapter"), **adapter}]},
+        }  # fmt: skip
+        return train(build_run(values)).components
+
+    with pytest.raises(ConfigError, match="partial"):
+        trained()
+    plain, drawn = output_of(student), output_of(trained(partial=True))
+    load_adapter(student, tmp_path / "adapter", partial=True)
+    assert torch.equal(drawn, output_of(student))
+    assert not torch.allclose(drawn, plain, atol=1e-3)
