@@ -151,8 +151,9 @@ def launches(layout: str, batch: int) -> None:
             with torch.device("meta"):
                 if kind != "none":
                     trained_modules(run_of(layout, "none", kind, fused, batch), components)
-            with FakeTensorMode(allow_non_fake_inputs=True):
-                materialize(components.unet)
+            mode = FakeTensorMode(allow_non_fake_inputs=True)
+            materialize(components.unet, mode)
+            with mode:
                 found.append(operations(partial(there_and_back, components.unet.train(), batch)))
         print(f"{kind:>6}: {found[0]:,}" + (f" by peft, {found[1]:,} fused" if kind != "none" else ""), flush=True)
 

@@ -123,7 +123,8 @@ def for_program(
         needed = difference_bytes(doras, components)
         log.info("%d differences of weights: %s", len(doras), megabytes(needed))
         require_disk(target.parent, needed, f"the differences of {target.name}", "free some, or write to another disk")
-        written = [layer if layer.magnitude is None else difference(layer, components) for layer in layers]
+        dtype = difference_dtype(components)
+        written = [layer if layer.magnitude is None else difference(layer, components, dtype) for layer in layers]
     elif form == "lora":
         written, errors = approximate(layers, components, rank)
         told |= errors
@@ -182,9 +183,7 @@ def with_magnitudes(layers: Sequence[AdapterLayer], components: Components, prog
     return [a if a.magnitude is None else replace(a, magnitude=a.magnitude / base_factor(a, over)) for a in layers]
 
 
-def difference(layer: AdapterLayer, components: Components) -> WeightDifference:
-    """In float32, or in float16 where the base is in 16 bits: bfloat16 would lose more than the base does."""
-    dtype = difference_dtype(components)
+def difference(layer: AdapterLayer, components: Components, dtype: torch.dtype) -> WeightDifference:
     return WeightDifference(
         layer.component,
         layer.module,
@@ -228,6 +227,7 @@ def relative(missed: float, whole: float) -> float:
 
 
 def difference_dtype(components: Components) -> torch.dtype:
+    """float32, or float16 where the base is in 16 bits: bfloat16 would lose more than the base does."""
     return torch.float32 if components.unet.dtype == torch.float32 else torch.float16
 
 

@@ -24,7 +24,8 @@ class Denoiser(nn.Module):
     def forward(self, noisy_latents: Tensor, timesteps: Tensor, batch: Mapping[str, Any]) -> Tensor:
         if self.text_encoders is not None:
             batch = batch | self.components.encode_text(batch["captions"])
-        dtype = self.unet.dtype
+        # diffusers' own `unet.dtype` asks every module something first
+        dtype = next(p.dtype for p in self.unet.parameters() if p.is_floating_point())
         added = None
         if self.components.family.pooled_conditioning:
             added = {"text_embeds": batch["pooled"].to(dtype), "time_ids": batch["time_ids"].to(dtype)}

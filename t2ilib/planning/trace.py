@@ -100,9 +100,10 @@ def plan_memory(run: RunConfig, device_type: str = "cuda") -> MemoryPlan:
 
                 quantize_parts(components, run.model, dtype, torch.device("meta"), hold_quantized)
             modules = trained_modules(without_init(run), components)
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            for module in components.networks():
-                materialize(module)
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        for module in components.networks():
+            materialize(module, mode)
+        with mode:
             phases, kept, flops = trace_run(run, components, modules, device_type)
     return MemoryPlan(phases, device_type, time.perf_counter() - begun, kept, flops)
 
