@@ -5,6 +5,7 @@ results) is the same wherever that is, and is done here.
 """
 
 import json
+import os
 import queue
 import re
 import shutil
@@ -26,6 +27,7 @@ from t2ilib.studies.place import Place, WorkerLost
 from t2ilib.studies.runs import StudyRun
 from t2ilib.tracking.outbox import Outbox
 
+THREADS = "OMP_NUM_THREADS"
 PROGRESS = re.compile(r"step (\d+)/(\d+)")
 TOLD_FROM = 0.005
 """Less of a study says nothing of how long it takes: a run has hardly been loaded."""
@@ -37,6 +39,12 @@ TRAINING_SHARE = 0.7
 """Of a run's time; the rest is loading and measuring. Only the ETA depends on it."""
 TIMES_LOST = 3
 """How often a run whose worker was lost is tried again."""
+
+
+def share_of_cores(jobs: int) -> int:
+    """Threads of each of `jobs` kernels: as many as there are cores for, and no more than this process was told to use."""
+    share, told = max(1, usable_cores() // jobs), os.environ.get(THREADS, "")
+    return min(share, int(told)) if told.isdecimal() and int(told) else share
 
 
 class Executor:
@@ -162,11 +170,11 @@ class Executor:
                 )
 
     def variables(self, slot: int = 0) -> dict[str, str]:
-        """Environment of a kernel: its share of the cores, its GPU, plain progress, and the study's store. Threads that wait give way where
-        kernels share the cores; one alone is twice as fast if its threads stay awake."""
+        """Environment of a kernel: its share of the cores (fewer where OMP_NUM_THREADS says so here already), its GPU, plain progress, and
+        the study's store. Threads that wait give way where kernels share the cores; one alone is twice as fast if its threads stay awake."""
         place = self.place
         return variables_of(slot, place.cards) | {
-            "OMP_NUM_THREADS": str(place.threads or max(1, usable_cores() // place.jobs)),
+            THREADS: str(place.threads or share_of_cores(place.jobs)),
             **({"OMP_WAIT_POLICY": "passive"} if place.jobs > 1 else {}),
             "T2ILIB_BATCH": "1",
             "MLFLOW_TRACKING_URI": self.uri,

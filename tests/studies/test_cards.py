@@ -151,6 +151,7 @@ def test_a_variant_is_held_against_the_smallest_card_and_those_that_share_it(mon
 
 def test_kernels_share_the_cores_and_only_those_that_share_give_way(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(executor, "usable_cores", lambda: 5)
+    monkeypatch.delenv(executor.THREADS, raising=False)
     several, alone = (
         Executor([], Place(jobs, where.execute_notebook, where.ask_here, jobs), "parent", "uri", print).variables()
         for jobs in (2, 1)
@@ -158,3 +159,13 @@ def test_kernels_share_the_cores_and_only_those_that_share_give_way(monkeypatch:
     assert (several["OMP_NUM_THREADS"], several["OMP_WAIT_POLICY"]) == ("2", "passive")
     assert alone["OMP_NUM_THREADS"] == "5"
     assert "OMP_WAIT_POLICY" not in alone
+
+
+@pytest.mark.parametrize(("told", "threads"), [("1", "1"), ("3", "2"), ("0", "2"), ("4,2", "2")])
+def test_a_study_that_was_told_its_threads_gives_a_kernel_no_more(
+    monkeypatch: pytest.MonkeyPatch, told: str, threads: str
+) -> None:
+    monkeypatch.setattr(executor, "usable_cores", lambda: 5)
+    monkeypatch.setenv(executor.THREADS, told)
+    two = Executor([], Place(2, where.execute_notebook, where.ask_here, 2), "parent", "uri", print)
+    assert two.variables()[executor.THREADS] == threads
