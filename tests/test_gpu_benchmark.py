@@ -164,13 +164,16 @@ def test_every_row_about_speed(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setitem(layouts.LAYOUTS, "sdxl", SMALL_SDXL)
     expected = (1.0, 1.0, 1.0)
     nf4 = Sizes({"sdxl": (64, expected)}, ("nf4",), batches=(2,), checkpointing=(True,), steps=1)
-    plain = Sizes({"tiny-sd15": (64, expected)}, ("none",), ("lora",), (2,), (False,), steps=1)
+    plain = Sizes({"tiny-sd15": (64, expected)}, ("none",), ("lora",), (2,), (False,), (), steps=1)
     background = Background(0)
     found = taken([*Speed(background, nf4).rows(), *Speed(background, plain).rows()], tmp_path)
     all_ok(found)
     assert list(found) == [
         "sdxl 64 nf4: encode",
         "sdxl 64 qlora batch 2, checkpointing",
+        "sdxl 64 qlora batch 2, checkpointing, dpo",
+        "sdxl 64 qlora batch 2, checkpointing, mapo",
+        "sdxl 64 qlora batch 2, checkpointing, consistency",
         "sdxl 64 qlora: draw",
         "sdxl 64 qdora batch 2, checkpointing",
         "sdxl 64 qdora: draw",
@@ -181,6 +184,9 @@ def test_every_row_about_speed(monkeypatch, tmp_path: Path) -> None:
     figures = {name: row["figures"] for name, row in found.items()}
     for name in ("sdxl 64 qlora batch 2, checkpointing", "sdxl 64 qdora batch 2, checkpointing"):
         assert figures[name]["pictures_per_second"] == pytest.approx(2 * figures[name]["steps_per_second"], rel=1e-4)
+    assert 0 < figures["sdxl 64 qlora batch 2, checkpointing, dpo"]["loss"] < math.log(2), (
+        "one pair, seen again and again"
+    )
     lora, dora = (figures[f"sdxl 64 {kind} batch 2, checkpointing"] for kind in ("qlora", "qdora"))
     assert dora["trained_parameters"] > lora["trained_parameters"]  # by the magnitudes
     assert dora["training_planned_by_category_mib"]["adapters"] > lora["training_planned_by_category_mib"]["adapters"]
@@ -204,7 +210,7 @@ def test_a_row_that_fails_does_not_stop_the_next(monkeypatch, tmp_path: Path) ->
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     monkeypatch.setattr(gpu_speed, "build_base", breaks)
-    sizes = Sizes({"tiny-sd15": (64, (1.0, 1.0, 1.0))}, ("nf4",), ("lora",), (1,), (False,))
+    sizes = Sizes({"tiny-sd15": (64, (1.0, 1.0, 1.0))}, ("nf4",), ("lora",), (1,), (False,), ())
     rows = [*Speed(Background(0), sizes).rows(), Row("test", "after", 0, lambda figures: figures.update(a=1.0))]
     found = taken(rows, tmp_path)
     assert [row["status"] for row in found.values()] == ["failed", "left out", "left out", "ok"]
@@ -255,7 +261,7 @@ def test_a_plan_that_fails_costs_no_measurement(monkeypatch, tmp_path: Path) -> 
         raise NotImplementedError("an operator that fake tensors do not know")
 
     monkeypatch.setattr(gpu_speed, "plan_memory", breaks)
-    sizes = Sizes({"tiny-sd15": (64, (1.0, 1.0, 1.0))}, ("none",), ("lora",), (1,), (False,), steps=1)
+    sizes = Sizes({"tiny-sd15": (64, (1.0, 1.0, 1.0))}, ("none",), ("lora",), (1,), (False,), (), steps=1)
     row = taken(Speed(Background(0), sizes).rows()[1:2], tmp_path)["tiny-sd15 64 lora batch 1"]
     assert (row["status"], row["why"]) == (
         "failed",
@@ -279,7 +285,7 @@ def test_a_row_that_hangs_is_interrupted() -> None:
 
 def test_rows_know_the_real_layouts_and_have_names_of_their_own() -> None:
     rows = Speed(Background(0), REAL).rows()
-    assert len({row.name for row in rows}) == len(rows) == 2 * 2 * (1 + 2 * (2 * 2 + 1))
+    assert len({row.name for row in rows}) == len(rows) == 2 * (2 * (1 + 2 * (2 * 2 + 1)) + 3)
     assert {row.settings["data"]["resolution"] for row in rows if row.name.startswith("sdxl")} == {1024}
     rows = Scratch(Background(0), gpu_scratch.REAL).rows()
     assert len({row.name for row in rows}) == len(rows) == 1 + len(gpu_scratch.LEVERS) + 2 + 1 + 1

@@ -6,6 +6,7 @@ and norm) in them, and the median counts.
 """
 
 import contextlib
+import itertools
 import math
 import statistics
 import time
@@ -29,9 +30,10 @@ from t2ilib.models.load import choose_device, choose_dtype, load_base, quantize_
 from t2ilib.planning.blank import BlankTokenizer, encode_blank
 from t2ilib.planning.fit import available_bytes, needed_bytes
 from t2ilib.planning.trace import MemoryPlan, plan_memory
-from t2ilib.runfile import build_run
+from t2ilib.runfile import build_run, merge
 from t2ilib.training.compute import computing, require_possible
 from t2ilib.training.loop import build_accelerator
+from t2ilib.training.methods import METHODS
 from t2ilib.training.setups import (
     checkpoint_gradients,
     learn_to_denoise,
@@ -48,8 +50,16 @@ WARM_UP = 2
 LEAST_TIMED = 3
 SECONDS_TIMED = 5.0
 PROMPTS = 4
-SECTIONS = ("model", "adapter", "data", "optimizer", "training", "compute", "evaluation")
+SECTIONS = ("model", "adapter", "data", "objective", "optimizer", "training", "compute", "evaluation")
 """What of a run decides its speed and memory."""
+PREFERENCES = {"data": {"source": "preferences", "path": "pairs"}}
+"""Whose pictures are drawn here, as all are: nothing is read from there."""
+OBJECTIVES: dict[str, Mapping[str, Any]] = {
+    "dpo": PREFERENCES | {"objective": {"preferences": {"loss": "dpo"}}},
+    "mapo": PREFERENCES | {"objective": {"preferences": {"loss": "mapo"}}},
+    "consistency": {"objective": {"snr_gamma": None, "consistency": {}}},
+}
+"""What is learned beside denoising -> sections of a run config."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +72,7 @@ class Sizes:
     kinds: tuple[str, ...] = ("lora", "dora")
     batches: tuple[int, ...] = (1, 4)
     checkpointing: tuple[bool, ...] = (True, False)
+    objectives: tuple[str, ...] = tuple(OBJECTIVES)
     steps: int = 10
 
 
@@ -79,10 +90,12 @@ class WordlessTokenizer(BlankTokenizer):
 
 @dataclass
 class Base:
-    """A base as it lies on the device. `encoded`: pictures and captions to train on; `kind`: which adapter is attached now."""
+    """A base as it lies on the device. `encoded`: pictures and captions to train on, `pairs`: such of two pictures, once a row asked for them;
+    `kind`: which adapter is attached now."""
 
     components: Components
     encoded: EncodedDataset
+    pairs: EncodedDataset | None = None
     kind: str | None = None
     modules: dict[str, nn.Module] = field(default_factory=dict)
 
@@ -100,21 +113,22 @@ class Speed:
         self.broken: set[tuple[str, str, int]] = set()
         self.plans: dict[str, Callable[[], MemoryPlan]] = {}
 
-    def run(self, layout: str, quantization: str, kind: str, batch: int, checkpointing: bool) -> RunConfig:
+    def run(
+        self, layout: str, quantization: str, kind: str, batch: int, checkpointing: bool, objective: str | None = None
+    ) -> RunConfig:
         side = self.sizes.layouts[layout][0]
-        return build_run(
-            {
-                "model": {"base": layout, "quantization": quantization},
-                "adapter": {"kind": kind, "rank": 16, "alpha": 16.0},
-                "data": {"resolution": side},
-                "training": {"batch_size": batch, "gradient_checkpointing": checkpointing, "steps": 1000},
-                "evaluation": {
-                    "prompts": [f"picture {i}" for i in range(pictures_at_once(side, PROMPTS))],
-                    "num_inference_steps": 2,
-                    "guidance_scale": 5.0,
-                },
-            }
-        )
+        sections = {
+            "model": {"base": layout, "quantization": quantization},
+            "adapter": {"kind": kind, "rank": 16, "alpha": 16.0},
+            "data": {"resolution": side},
+            "training": {"batch_size": batch, "gradient_checkpointing": checkpointing, "steps": 1000},
+            "evaluation": {
+                "prompts": [f"picture {i}" for i in range(pictures_at_once(side, PROMPTS))],
+                "num_inference_steps": 2,
+                "guidance_scale": 5.0,
+            },
+        }
+        return build_run(merge(sections, OBJECTIVES[objective]) if objective else sections)
 
     def begin(self, run: RunConfig) -> None:
         """Has the run's memory planned."""
@@ -141,12 +155,18 @@ class Speed:
             self.broken.add(wanted)
             components = build_base(run, self.device)
             components.park(needed_in_steps(run, components))
-            with torch.no_grad():
-                encoded = encode_blank(run, components)
-            fill(encoded)
+            encoded = encode_filled(run, components)
             self.broken.remove(wanted)
             self.of, self.base = wanted, Base(components, encoded)
         return self.base
+
+    def encoded(self, run: RunConfig) -> EncodedDataset:
+        """What `run` is trained on."""
+        base = self.ready(run)
+        if not METHODS[run.objective.method].of_pairs:
+            return base.encoded
+        base.pairs = base.pairs or encode_filled(run, base.components)
+        return base.pairs
 
     def attached(self, run: RunConfig) -> Base:
         """The same with the adapter of `run`, in place of another one; without one the whole UNet is trained."""
@@ -184,12 +204,12 @@ class Speed:
         self.ready(run)
         plan = self.plan(run, figures)
         self.require_room(plan)
-        base = self.attached(run)
+        base, encoded = self.attached(run), self.encoded(run)
         tidy()
         accelerator = build_accelerator(run)
         require_possible(run, accelerator)
         with contextlib.ExitStack() as scope, Measured("training", plan, figures, self.device):
-            setup = learn_to_denoise(run, base.components, base.modules, base.encoded, self.device)
+            setup = learn_to_denoise(run, base.components, base.modules, encoded, self.device)
             state = TrainState(run, setup, accelerator, "")
             setup = scope.enter_context(computing(run, setup, accelerator))
             figures["trained_parameters"] = sum(parameter.numel() for parameter in state.parameters)
@@ -259,12 +279,15 @@ class Speed:
         rows = [self.row(f"{label}{held}: encode", building, self.encode, first, "encoding")]
         for kind in self.sizes.kinds:
             name = f"{label} {KINDS[quantization, kind]}"
-            for batch in self.sizes.batches:
-                for checkpointing in self.sizes.checkpointing:
-                    run = self.run(layout, quantization, kind, batch, checkpointing)
-                    rows.append(
-                        self.row(f"{name} batch {batch}{', checkpointing' * checkpointing}", training, self.train, run, "training")
-                    )  # fmt: skip
+            settings = [(*pair, None) for pair in itertools.product(self.sizes.batches, self.sizes.checkpointing)]
+            if (quantization, kind) == (self.sizes.quantizations[0], self.sizes.kinds[0]):
+                settings += [(*settings[0][:2], objective) for objective in self.sizes.objectives]
+            for batch, checkpointing, objective in settings:
+                told = ", ".join(
+                    [f"{name} batch {batch}", *["checkpointing"] * checkpointing, *filter(None, [objective])]
+                )
+                run = self.run(layout, quantization, kind, batch, checkpointing, objective)
+                rows.append(self.row(told, training, self.train, run, "training"))
             rows.append(self.row(f"{name}: draw", drawing, self.draw, run, "drawing"))
         return rows
 
@@ -335,8 +358,11 @@ def build_base(run: RunConfig, device: torch.device) -> Components:
     return components
 
 
-def fill(encoded: EncodedDataset) -> None:
-    """Numbers in place of the zeros that `encode_blank` keeps: zeros can be faster to multiply than pictures are."""
+def encode_filled(run: RunConfig, components: Components) -> EncodedDataset:
+    """As `encode_blank`, with numbers in place of the zeros that it keeps: zeros can be faster to multiply than pictures are."""
+    with torch.no_grad():
+        encoded = encode_blank(run, components)
     generator = torch.Generator().manual_seed(0)
     for tensor in (*encoded.latents.held.values(), *encoded.text.held.values()):
         tensor.copy_(torch.randn(tensor.shape, generator=generator))
+    return encoded

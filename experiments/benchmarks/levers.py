@@ -19,13 +19,12 @@ from itertools import chain
 from typing import Any
 
 import torch
-from gpu_speed import build_base, fill
+from gpu_speed import build_base, encode_filled
 from torch import Tensor
 
 from t2ilib.config import ConfigError, RunConfig
 from t2ilib.memory import MIB
 from t2ilib.models.load import choose_device
-from t2ilib.planning.blank import encode_blank
 from t2ilib.planning.ledger import Ledger
 from t2ilib.runfile import build_run, merge
 from t2ilib.training.compute import computing, require_possible
@@ -99,9 +98,7 @@ class Twin:
         before = allocated(self.device)
         components = build_base(self.run, self.device)
         components.park(needed_in_steps(self.run, components))
-        with torch.no_grad():
-            encoded = encode_blank(self.run, components)
-        fill(encoded)
+        encoded = encode_filled(self.run, components)
         modules = trained_modules(self.run, components)
         if self.run.training.gradient_checkpointing:
             checkpoint_gradients(components, modules)
