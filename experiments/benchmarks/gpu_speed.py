@@ -165,7 +165,8 @@ class Speed:
         base = self.ready(run)
         if not METHODS[run.objective.method].of_pairs:
             return base.encoded
-        base.pairs = base.pairs or encode_filled(run, base.components)
+        if base.pairs is None:
+            base.pairs = encode_filled(run, base.components)
         return base.pairs
 
     def attached(self, run: RunConfig) -> Base:
@@ -283,11 +284,11 @@ class Speed:
             if (quantization, kind) == (self.sizes.quantizations[0], self.sizes.kinds[0]):
                 settings += [(*settings[0][:2], objective) for objective in self.sizes.objectives]
             for batch, checkpointing, objective in settings:
-                told = ", ".join(
-                    [f"{name} batch {batch}", *["checkpointing"] * checkpointing, *filter(None, [objective])]
+                title = (
+                    f"{name} batch {batch}{', checkpointing' * checkpointing}{f', {objective}' if objective else ''}"
                 )
                 run = self.run(layout, quantization, kind, batch, checkpointing, objective)
-                rows.append(self.row(told, training, self.train, run, "training"))
+                rows.append(self.row(title, training, self.train, run, "training"))
             rows.append(self.row(f"{name}: draw", drawing, self.draw, run, "drawing"))
         return rows
 
